@@ -1,0 +1,243 @@
+"""The role of a hypervisor driver: pauses, duplicates, resumes one VM, and brings duplicates to life."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    Duplicate,
+    Finding,
+    Json,
+    Moment,
+    Nic,
+    OwnedResource,
+    RamImage,
+    VmDescription,
+    VmState,
+)
+from vmsnap.roles.options import DriverContext, Option
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What the core wants captured: into a duplicate called `duplicate`, the guest standing still
+    `max_pause_seconds` at most.
+    """
+
+    duplicate: str
+    max_pause_seconds: float
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A captured machine to be made to exist again.
+
+    `definition` is what `describe` gave, `images` and `device_state` what `duplicate` gave, with paths valid on
+    this host; the files are left as they are, and may be shared by several loads. `disks` are the new VM's own,
+    named by the devices of the definition; none of them may belong to another VM. `images_disposable` says that
+    nobody else needs the image files: the driver may take them over (use them as the RAM itself) and the caller
+    unlinks them after `load`.
+    """
+
+    definition: Json
+    images: tuple[RamImage, ...]
+    device_state: Path
+    disks: tuple[Disk, ...]
+    isolated: bool = False
+    images_disposable: bool = False
+    details: Json = None
+
+
+@dataclass(frozen=True)
+class LoadedVm:
+    """A VM that `load` made: the options under which a new driver instance reaches it, and files and folders that
+    belong to it (removed by `destroy`).
+    """
+
+    vm: str
+    options: Mapping[str, str]
+
+
+class Hypervisor(ABC):
+    """One VM of one hypervisor: an instance is made for a VM's name and its checked options, and connects when
+    first used.
+
+    The order of a capture, as the core calls it::
+
+        describe → plan_capture → prepare → pause → { disks snapshotted ‖ duplicate } → resume → finish_duplicate
+                                     └───────────────┴── on any failure: abandon, then resume if it was executing
+
+    Contract:
+
+    - **The guest goes on.** `resume` makes the VM execute from whatever state `prepare`, `pause` or `duplicate`
+      left it in, however they ended, called from this process or another one (the guardian's): it first undoes what
+      stands in the way. It is idempotent.
+    - **One instant.** The duplicate shows RAM, vCPUs and devices of one moment between the returns of `pause` and
+      `resume`. If the VM ran in between for any other reason, `duplicate` or `resume` raises.
+    - **Drained.** When `pause` returns, every write that the guest saw completed is in its disks' files (O_DIRECT
+      readers see it), and no further one comes until `resume`.
+    - **Bounded.** Calls that cannot end are given up within their time-out; none of them needs longer than
+      `max_pause_seconds` inside the pause.
+    - **Idempotent**: `abandon`, `discard_duplicate`, `destroy`, `cut_network`, `resume`, `close`.
+    - Loaded VMs are processes of their own that outlive the caller.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Sequence[Option]] = ()
+    any_order: ClassVar[bool] = False
+    """Disks may be snapshotted after `duplicate` as well as before it; else disks come first."""
+
+    def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
+        """Remember name, context and checked options; no I/O."""
+        self.vm = vm
+        self.context = context
+
+    # -- asking
+
+    @abstractmethod
+    def describe(self) -> VmDescription:
+        """Ask the hypervisor for the definition, memory regions, disks and NICs; disks in the hypervisor's own order.
+
+        What cannot be captured truthfully is told in `refusals`, not raised.
+
+        :raises UnknownVm: no such VM
+        :raises Busy: the VM's monitor serves somebody else
+        :raises VmGone: it could not be reached, or ended
+        """
+
+    @abstractmethod
+    def state(self) -> VmState:
+        """Ask what the VM does now. An unreachable or unknown VM is `ABSENT`, not an error.
+
+        :raises Busy: the VM's monitor serves somebody else
+        """
+
+    @abstractmethod
+    def list_vms(self) -> Sequence[str]:
+        """Names of the VMs that this driver can see with these options, without being told of them; may be empty."""
+
+    @abstractmethod
+    def doctor(self) -> Sequence[Finding]:
+        """Look whether this driver works on this host, and for this VM if it exists; name the cure where not.
+        Changes nothing.
+        """
+
+    # -- capturing
+
+    @abstractmethod
+    def plan_capture(self, request: CaptureRequest) -> CapturePlan:
+        """Choose the way to capture and predict the pause. No side effects on the VM.
+
+        :raises CannotCapture: the VM cannot be captured truthfully
+        :raises StorageFull: no room for the duplicate within the memory budget
+        """
+
+    @abstractmethod
+    def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
+        """Do everything slow while the guest runs: folder and files of the duplicate, settings, pre-copying RAM.
+        Blocks.
+
+        :raises CannotCapture: e.g. the guest writes faster than a pre-copy converges
+        """
+
+    @abstractmethod
+    def pause(self) -> Moment:
+        """Stop the vCPUs of a VM that executes (or leave a stopped one stopped), its I/O drained and flushed.
+
+        Returns the moment it stopped, by the hypervisor's own event where it has one.
+
+        :raises PauseExceeded: could not be stopped in time; it runs
+        :raises VmGone: it ended
+        """
+
+    @abstractmethod
+    def duplicate(self) -> Duplicate:
+        """Fix memory, vCPU and device state at this instant, by copy on write or by finishing a pre-copy; copying
+        may go on afterwards.
+
+        Called between `pause` and `resume`. Some hypervisors let the guest run again by themselves at the end of it.
+
+        :raises HypervisorError: nothing was fixed; the core calls `abandon` and `resume`
+        """
+
+    @abstractmethod
+    def resume(self) -> Moment:
+        """Make the VM execute, whatever state our calls left it in, and return the moment it did, by the
+        hypervisor's own event.
+
+        :raises VmGone: there is no VM any more that could execute
+        """
+
+    @abstractmethod
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        """Wait until the images and the device state are complete. `progress` is called with the bytes copied so far.
+
+        Returns the duplicate, its details completed. After it the duplicate needs the VM no more.
+
+        :raises HypervisorError: the copy failed; the duplicate is worthless
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Give up a capture at any stage: cancel, restore the VM's settings, and remove the files of an unfinished
+        duplicate.
+
+        Leaves the execution state alone (`resume` follows where needed). Idempotent; also from another process.
+        """
+
+    @abstractmethod
+    def discard_duplicate(self, name: str) -> None:
+        """Remove the duplicate of that name from host memory; succeeds where there is none."""
+
+    # -- bringing back
+
+    @abstractmethod
+    def load(self, request: LoadRequest) -> LoadedVm:
+        """Make this instance's VM exist, stopped at the captured instant, on the disks of the request. All or nothing.
+
+        :raises AlreadyExists: a VM of that name (or at that address) exists
+        :raises HypervisorError: it did not come up; nothing of it is left
+        """
+
+    @abstractmethod
+    def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
+        """Connect the loaded, stopped VM to `disks`, and ask the hypervisor afterwards: returns the disks as it has
+        them now.
+
+        :raises HypervisorError: a writable disk of the VM is none of `disks`
+        """
+
+    @abstractmethod
+    def cut_network(self) -> tuple[Nic, ...]:
+        """Let no packet pass between the VM and anything else, ask the hypervisor afterwards, and return the NICs,
+        none connected.
+
+        :raises HypervisorError: it could not be shown that the network is cut
+        """
+
+    @abstractmethod
+    def shut_down(self, timeout_seconds: float) -> None:
+        """Ask the guest to shut down in order, and wait until it has.
+
+        :raises HypervisorError: the guest did not end in time, or ended in another way
+        """
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """End a VM that `load` made, at once, and remove what `load` made for it (not its disks). Idempotent.
+
+        Refuses VMs that it did not load, with `HypervisorError`.
+        """
+
+    @abstractmethod
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """List everything of this driver on this host that carries our tag: duplicates, loaded VMs."""
+
+    def close(self) -> None:
+        """Let go of the connection; idempotent. The VM and its duplicates stay as they are."""

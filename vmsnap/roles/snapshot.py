@@ -1,0 +1,144 @@
+"""The role of a snapshot mechanism: the content of virtual disks at one point in time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from vmsnap.errors import SnapshotError
+from vmsnap.model import Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
+from vmsnap.roles.options import DriverContext, Option
+
+
+class DiskReader(ABC):
+    """Random access to the content of one disk as it was at the snapshot's instant."""
+
+    size_bytes: int
+
+    @abstractmethod
+    def extents(self) -> Iterator[Extent]:
+        """Yield the whole disk from 0 to `size_bytes`, without gap or overlap, in ascending order.
+
+        A range is marked `zero` only where it surely reads as zeros. Lazily, in bounded memory.
+        """
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill all of `buffer` (writable, bytes) from `offset`. Blocks.
+
+        :raises SnapshotError: the snapshot is lost (deleted, overflowed, the VM gone) or the range leaves the disk
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and connections; idempotent. The snapshot stays."""
+
+    def __enter__(self) -> DiskReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SnapshotMechanism(ABC):
+    """Takes point-in-time copies of disks, reads them and removes them.
+
+    The life of a snapshot, in the order in which the core calls (each step may be the last one: `delete` follows
+    any of them)::
+
+        plan → (journal) → prepare → [pause] → snapshot → [resume] → settle → reader … → delete
+
+    Contract:
+
+    - **Named before made.** `plan` has no side effects and its result holds the names of all that will be made;
+      `prepare` and the later calls make nothing else. `delete(plan)` is therefore enough, in any process, after any
+      crash.
+    - **One point in time.** `snapshot` fixes all disks of the plan at one instant between its call and its return;
+      writes that the guest completed before the call are in, writes that it begins after the return are not.
+    - **Within the pause.** `snapshot` does only what must be done while the guest stands still; all else belongs to
+      `prepare` or `settle`.
+    - **The guest is never harmed.** When the snapshot runs full or breaks, the snapshot is lost (`SnapshotError` on
+      reading), not a write of the guest.
+    - **Deletes leave nothing,** are idempotent, and touch nothing that does not stand in the plan.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Sequence[Option]] = ()
+    atomic_group: ClassVar[bool] = False
+    """`snapshot` gives several disks the very same instant; else one after the other (right all the same while the
+    guest is paused).
+    """
+    running_guest: ClassVar[bool] = True
+    """Can keep the instant while the guest goes on writing; else only for VMs that are stopped."""
+    clones: ClassVar[bool] = False
+    """`clone` works."""
+
+    def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
+        """Remember context and checked options; no I/O."""
+        self.context = context
+
+    @abstractmethod
+    def handles(self, disk: Disk) -> bool:
+        """Say whether this mechanism can snapshot the disk where it lies. Quick, no side effects, never raises."""
+
+    @abstractmethod
+    def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
+        """Name all that will be made for these disks. `tag` (``vmsnap-…``) is unique and is part of every name.
+
+        :raises SnapshotError: it cannot be done (no room, unsupported in this window); nothing was made
+        """
+
+    @abstractmethod
+    def prepare(self, plan: SnapshotPlan) -> None:
+        """Do everything slow: room checks, targets, connections. The guest runs. Blocks.
+
+        :raises SnapshotError: not possible; the core calls `delete`
+        """
+
+    @abstractmethod
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        """Fix the content of the plan's disks at one instant; called while the guest is paused, its I/O drained and
+        flushed.
+
+        Returns one `DiskSnapshot` a disk, in the plan's order. Milliseconds where the mechanism can.
+
+        :raises SnapshotError: failed; the core calls `delete`
+        """
+
+    def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
+        """Do, after the guest runs again, what reading needs and the instant did not. May block for long."""
+
+    @abstractmethod
+    def reader(self, snapshot: DiskSnapshot) -> DiskReader:
+        """Open the disk as it was. Several readers at once are allowed, one a disk.
+
+        :raises SnapshotError: the snapshot is lost
+        """
+
+    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
+        """Make a writable disk, independent of the original, with the snapshot's content, for a duplicate called
+        `name`.
+
+        :raises SnapshotError: this mechanism has `clones` = False, or it failed
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot clone")
+
+    @abstractmethod
+    def delete(self, plan: SnapshotPlan) -> None:
+        """Remove all that was made for `plan`, whatever of it exists, from whatever step; idempotent.
+
+        :raises SnapshotError: something could not be removed or reached; what is left is named, and a later call
+            tries again
+        """
+
+    @abstractmethod
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """List everything on this host that carries our tag and came from this mechanism."""
+
+    @abstractmethod
+    def doctor(self) -> Sequence[Finding]:
+        """Look whether this mechanism works on this host, and name the cure where not. Changes nothing."""
+
+    def close(self) -> None:
+        """Let go of connections; idempotent. Snapshots stay."""
