@@ -1,0 +1,54 @@
+# Two commands do it all on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check docs clean
+
+# The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
+demo: $(VENV)/.installed
+	$(BIN)/vmsnap demo
+	@if command -v qemu-system-x86_64 >/dev/null && [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then \
+	  sh tests/lab/install.sh && $(BIN)/python -m tests.lab.demo; \
+	else echo "(no QEMU here, or not root on Debian: the demo on a real Linux guest was left out)"; fi
+
+# As root on Debian this installs what it needs and runs everything; elsewhere it runs what it can and lists the rest.
+test: $(VENV)/.development
+	@if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then sh tests/lab/install.sh; \
+	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
+	$(MAKE) --no-print-directory check
+	$(BIN)/pytest -q --durations=15
+
+# What needs nothing but Python: formatting, lint, types, docs that are up to date.
+check: $(VENV)/.development
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy vmsnap drivers storage_backends
+	$(BIN)/mypy tests/lab benchmarks docs
+	$(BIN)/python docs/make_protocols.py --check
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+# Debian splits venv off from python3; a broken or half-made folder is made again.
+$(VENV)/bin/pip:
+	@if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null && [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then \
+	  apt-get update -qq && apt-get install -qq -y python3-venv; fi
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip setup.cfg pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[qemu]'
+	@touch $@
+
+$(VENV)/.development: $(VENV)/bin/pip setup.cfg pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[development]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.docs: $(VENV)/.development
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist docs/_build

@@ -1,0 +1,57 @@
+"""What all tests share: folders of their own, and the rule about skips."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmsnap.host import HostFolders
+
+ALLOWED_SKIPS: dict[str, str] = {}
+"""Test ids that may be skipped even where skips are forbidden, each with its reason."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """stevedore keeps entry points in a cache that can be stale for minutes; tests do without it."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "python-entrypoints").mkdir()
+    (cache / "python-entrypoints" / ".disable").touch()
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[HostFolders]:
+    """State and memory folders of this test alone; guest RAM in them is gone afterwards."""
+    found = HostFolders.find(tmp_path / "state")
+    yield found
+    shutil.rmtree(found.memory_dir, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where skips are forbidden, name each one that is not listed."""
+    for report in _forbidden(terminalreporter):
+        terminalreporter.write_line(f"FORBIDDEN SKIP {report.nodeid}: {report.longrepr}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A skip that is not listed fails the run where VMSNAP_FORBID_SKIPS is set."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and _forbidden(reporter) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _forbidden(reporter: pytest.TerminalReporter) -> list[pytest.TestReport]:
+    if not os.environ.get("VMSNAP_FORBID_SKIPS"):
+        return []
+    return [report for report in reporter.stats.get("skipped", []) if report.nodeid not in ALLOWED_SKIPS]

@@ -1,0 +1,350 @@
+"""The first half of every backup: from a running VM to a duplicate and snapshots of one instant, the VM running
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vmsnap.controller.drivers import Drivers
+from vmsnap.errors import CannotCapture, HypervisorError, ProtocolError, VmGone, VmsnapError
+from vmsnap.guardian import Guard, NoGuard
+from vmsnap.journal import Operation
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    DiskSnapshot,
+    Duplicate,
+    Moment,
+    SnapshotPlan,
+    VmDescription,
+    VmState,
+    to_json,
+)
+from vmsnap.protocol import Compensation, Instruction
+from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, SnapshotMechanism
+from vmsnap.vmtable import DiskRow, VmRow, VmTable
+
+T = TypeVar("T")
+
+GuardianStart = Callable[[DriverContext, str, str, Mapping[str, str]], Guard]
+
+CONVERGENCE_SECONDS = 60.0
+"""How long preparing may take with the guardian watching; the guest runs meanwhile, but a pre-copy that converges
+at once may stop it.
+"""
+
+
+@dataclass(frozen=True)
+class Instant:
+    """The evidence of one instant: the pause window, and that everything lies in it."""
+
+    paused: Moment | None
+    snapshots: tuple[Moment, ...]
+    duplicated: Moment
+    resumed: Moment | None
+
+    def moments(self) -> tuple[Moment, ...]:
+        """All of them, in the order of their times."""
+        known = [m for m in (self.paused, *self.snapshots, self.duplicated, self.resumed) if m is not None]
+        return tuple(sorted(known, key=lambda moment: moment.monotonic_ns))
+
+    def pause_seconds(self) -> float:
+        """How long the guest stood still because of us, by the hypervisor's own clock; 0 where it was stopped
+        anyway.
+        """
+        if self.paused is None or self.resumed is None:
+            return 0.0
+        return (self.resumed.wall_ns - self.paused.wall_ns) / 1e9
+
+    def check(self) -> None:
+        """:raises HypervisorError: it cannot be shown that memory and all disks come from one pause window"""
+        if self.paused is None or self.resumed is None:
+            return
+        for moment in (*self.snapshots, self.duplicated):
+            if not self.paused.monotonic_ns <= moment.monotonic_ns <= self.resumed.monotonic_ns:
+                raise HypervisorError(
+                    f"{moment.name} was not taken inside the pause window, so memory and disks are not of one instant",
+                    cure="this is a defect of the driver; the VM is not harmed",
+                )
+
+
+class Capture:
+    """Carries out check, prepare, pause, snapshot, duplicate and resume for one VM, and undoes them."""
+
+    def __init__(
+        self,
+        row: VmRow,
+        operation: Operation,
+        drivers: Drivers,
+        table: VmTable,
+        *,
+        duplicate_name: str,
+        max_pause_seconds: float,
+        start_guardian: GuardianStart,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.row = row
+        self.executing = False
+        self.mechanisms: dict[str, SnapshotMechanism] = {}
+        self.plans: list[tuple[int, SnapshotPlan]] = []
+        self.snapshots: list[DiskSnapshot] = []
+        self._hypervisor: Hypervisor | None = None
+        self._description: VmDescription | None = None
+        self._plan: CapturePlan | None = None
+        self._duplicate: Duplicate | None = None
+        self._duplicate_position: int | None = None
+        self._paused: Moment | None = None
+        self._resumed: Moment | None = None
+        self._operation = operation
+        self._drivers = drivers
+        self._table = table
+        self._request = CaptureRequest(duplicate_name, max_pause_seconds)
+        self._start_guardian = start_guardian
+        self._guard: Guard = NoGuard()
+        self._warn = warn
+
+    @property
+    def actions(self) -> dict[Instruction, Callable[[], None]]:
+        """What carries out the instructions of a capture."""
+        return {
+            Instruction.CHECK: self.check,
+            Instruction.PREPARE: self.prepare,
+            Instruction.PAUSE: self.pause,
+            Instruction.SNAPSHOT: self.snapshot,
+            Instruction.DUPLICATE: self.take_duplicate,
+            Instruction.RESUME: self.resume,
+        }
+
+    @property
+    def compensations(self) -> dict[Compensation, Callable[[], None]]:
+        """What sets a failed capture right; each is idempotent."""
+        return {
+            Compensation.RESUME_VM: self.make_it_run,
+            Compensation.ABANDON_CAPTURE: self.abandon,
+            Compensation.DELETE_SNAPSHOTS: self.delete_snapshots,
+            Compensation.DISCARD_DUPLICATE: self.discard_duplicate,
+        }
+
+    # -- what the later half needs
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """The driver of the VM."""
+        if self._hypervisor is None:
+            self._hypervisor = self._drivers.hypervisor(self.row.hypervisor, self.row.vm, self.row.options)
+        return self._hypervisor
+
+    @property
+    def description(self) -> VmDescription:
+        """What the VM was at the check."""
+        return _known(self._description, "description")
+
+    @property
+    def plan(self) -> CapturePlan:
+        """How the RAM is captured."""
+        return _known(self._plan, "capture plan")
+
+    @property
+    def duplicate(self) -> Duplicate:
+        """The captured memory."""
+        return _known(self._duplicate, "duplicate")
+
+    @property
+    def duplicate_name(self) -> str:
+        """Its name."""
+        return self._request.duplicate
+
+    def instant(self) -> Instant:
+        """The evidence, checked.
+
+        :raises HypervisorError: it does not show one instant
+        """
+        moments = {snapshot.instant for snapshot in self.snapshots}
+        instant = Instant(
+            self._paused,
+            tuple(sorted(moments, key=lambda moment: moment.monotonic_ns)),
+            self.duplicate.instant,
+            self._resumed,
+        )
+        instant.check()
+        return instant
+
+    def duplicate_finished(self, duplicate: Duplicate) -> None:
+        """The copy is complete; what the driver added to it is kept."""
+        self._duplicate = duplicate
+
+    # -- instructions
+
+    def check(self) -> None:
+        """Ask what the VM is and choose a mechanism for each disk; refuse before anything is touched."""
+        description = self._description = self.hypervisor.describe()
+        if description.refusals:
+            raise CannotCapture(
+                f"VM {self.row.vm!r} cannot be backed up live: {'; '.join(description.refusals)}",
+                cure="nothing was paused",
+            )
+        if description.state not in (VmState.EXECUTING, VmState.STOPPED):
+            raise VmGone(f"VM {self.row.vm!r} is {description.state.value}", cure="start it, then back it up")
+        self.executing = description.state is VmState.EXECUTING
+        disks = choose_mechanisms(self._drivers, description.disks, self.row.disks)
+        self._table.set_disks(self.row.vm, disks)
+        self._table.set_state(self.row.vm, description.state.value)
+        self.row = self._table.get(self.row.vm)
+        self._operation.was_executing(self.executing)
+
+    def prepare(self) -> None:
+        """All that is slow; the guest runs. The guardian watches from here on, since a pre-copy may end in a pause."""
+        description = self.description
+        self._plan = self.hypervisor.plan_capture(self._request)
+        by_mechanism: dict[str, list[Disk]] = {}
+        chosen = {row.device: row.mechanism for row in self.row.disks}
+        for disk in description.disks:
+            name = chosen[disk.device]
+            if name is not None:
+                by_mechanism.setdefault(name, []).append(disk)
+        plans = []
+        for name, disks in by_mechanism.items():
+            mechanism = self.mechanisms[name] = self._drivers.mechanism(name)
+            plans.append(mechanism.plan(self.row.vm, disks, self._operation.name, self._plan.window))
+        for plan in plans:
+            self.plans.append((self._operation.will_make("snapshot", plan.mechanism, to_json(plan)), plan))
+        self._duplicate_position = self._operation.will_make(
+            "duplicate", self.row.hypervisor, to_json(self._request.duplicate)
+        )
+        for plan in plans:
+            self.mechanisms[plan.mechanism].prepare(plan)
+        if self.executing:
+            self._guard = self._start_guardian(
+                self._drivers.context, self.row.vm, self.row.hypervisor, dict(self.row.options)
+            )
+            self._guard.arm(CONVERGENCE_SECONDS + self._request.max_pause_seconds)
+        self.hypervisor.prepare(self._request, self._plan)
+
+    def pause(self) -> None:
+        """Stop the VM."""
+        self._guard.arm(self._request.max_pause_seconds)
+        self._paused = self.hypervisor.pause()
+        self._guard.arm(self._request.max_pause_seconds)
+
+    def snapshot(self) -> None:
+        """Fix all disks."""
+        for _, plan in self.plans:
+            self.snapshots += self.mechanisms[plan.mechanism].snapshot(plan)
+
+    def take_duplicate(self) -> None:
+        """Fix the memory."""
+        self._duplicate = self.hypervisor.duplicate()
+
+    def resume(self) -> None:
+        """Let the VM run; the guardian has done its duty."""
+        self._resumed = self.hypervisor.resume()
+        self._dismiss_guardian()
+
+    def settled(self) -> None:
+        """After the pause: the VM table, the evidence, and what the mechanisms had put off."""
+        if self.executing:
+            self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
+        self.instant()
+        for _, plan in self.plans:
+            self.mechanisms[plan.mechanism].settle([s for s in self.snapshots if s.plan == plan])
+
+    # -- compensations
+
+    def make_it_run(self) -> None:
+        """Make the VM execute again if it did; tells the table."""
+        if self.executing:
+            try:
+                self._resumed = self.hypervisor.resume()
+            except VmGone:
+                self._table.set_state(self.row.vm, VmState.ABSENT.value, resume_flag=False)
+                self._dismiss_guardian()
+                raise
+            self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
+        self._dismiss_guardian()
+
+    def abandon(self) -> None:
+        """Give the capture of memory up."""
+        self.hypervisor.abandon()
+
+    def delete_snapshots(self) -> None:
+        """Remove the snapshots; what cannot be removed stays in the journal.
+
+        :raises SnapshotError: the first that could not be removed, after all were tried
+        """
+        failed: VmsnapError | None = None
+        for position, plan in self.plans:
+            try:
+                self.mechanisms[plan.mechanism].delete(plan)
+                self._operation.is_gone(position)
+            except VmsnapError as e:
+                failed = failed or e
+        if failed is not None:
+            raise failed
+
+    def discard_duplicate(self) -> None:
+        """Remove the duplicate from host memory."""
+        self.hypervisor.discard_duplicate(self._request.duplicate)
+        if self._duplicate_position is not None:
+            self._operation.is_gone(self._duplicate_position)
+
+    def close(self) -> None:
+        """Let go of all connections. The guardian goes with them: nothing is paused any more, or it must act."""
+        for mechanism in self.mechanisms.values():
+            mechanism.close()
+        if self._hypervisor is not None:
+            self._hypervisor.close()
+
+    def _dismiss_guardian(self) -> None:
+        guard, self._guard = self._guard, NoGuard()
+        guard.dismiss()
+
+
+def choose_mechanisms(
+    drivers: Drivers, disks: tuple[Disk, ...], chosen: tuple[DiskRow, ...] = ()
+) -> tuple[DiskRow, ...]:
+    """For each disk the mechanism that was `chosen` for it before, else the first that handles it; none for
+    read-only disks.
+
+    :raises CannotCapture: no installed mechanism handles a disk, or the chosen one does not
+    """
+    before = {row.device: row.mechanism for row in chosen}
+    known: dict[str, SnapshotMechanism] = {}
+
+    def mechanism(name: str) -> SnapshotMechanism:
+        if name not in known:
+            known[name] = drivers.mechanism(name)
+        return known[name]
+
+    rows = []
+    try:
+        for disk in disks:
+            name = before.get(disk.device)
+            if disk.read_only:
+                name = None
+            elif name is None:
+                names = drivers.mechanism_names()
+                name = next((name for name in names if mechanism(name).handles(disk)), None)
+                if name is None:
+                    raise CannotCapture(
+                        f"no snapshot mechanism handles disk {disk.device} at {disk.address}",
+                        cure=f"installed mechanisms: {', '.join(names)}; see: vmsnap doctor",
+                    )
+            elif not mechanism(name).handles(disk):
+                raise CannotCapture(
+                    f"snapshot mechanism {name!r} does not handle disk {disk.device} at {disk.address}",
+                    cure="register the VM again, with another --mechanism",
+                )
+            rows.append(DiskRow(disk.device, disk.address, name))
+    finally:
+        for instance in known.values():
+            instance.close()
+    return tuple(rows)
+
+
+def _known(value: T | None, what: str) -> T:
+    if value is None:
+        raise ProtocolError(f"there is no {what} yet")
+    return value

@@ -1,0 +1,137 @@
+"""Finishes or undoes what a crash left, by the journal: the same compensations as after a failure, from another
+process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.results import RecoveryResult
+from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.journal import Journal, Operation, OperationRow, Resource
+from vmsnap.locks import vm_lock
+from vmsnap.model import SnapshotPlan, VmState, from_json
+from vmsnap.vmtable import VmTable
+
+
+class Recovery:
+    """Goes through the unfinished operations of one VM or of all.
+
+    Each is taken up only when its worker is dead and its VM's lock is free. Whatever cannot be reached stays in the
+    journal and is reported as kept; a second run changes nothing more.
+    """
+
+    def __init__(self, drivers: Drivers, journal: Journal, table: VmTable) -> None:
+        self._drivers = drivers
+        self._journal = journal
+        self._table = table
+        self._resumed: list[str] = []
+        self._removed: list[str] = []
+        self._kept: list[str] = []
+
+    def run(self, vm: str | None = None, *, locked: bool = False) -> RecoveryResult:
+        """Recover `vm`, or every VM. `locked`: the caller holds the lock of `vm`. Blocks; idempotent."""
+        for row in self._journal.unfinished(vm):
+            if locked:
+                self._recover(row)
+                continue
+            try:
+                with vm_lock(self._drivers.context.state_dir, row.vm, "recover"):
+                    self._recover(row)
+            except Busy as e:
+                self._kept.append(f"{row.operation}: {e.message}")
+        return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
+
+    def _recover(self, row: OperationRow) -> None:
+        if row.outcome is None and row.worker_alive():
+            self._kept.append(f"{row.operation}: process {row.pid} is still at it")
+            return
+        operation = self._journal.open_operation(row.operation)
+        resumed = self._make_it_run(row) if row.outcome is None else True
+        if row.outcome is None:
+            self._abandon(row)
+        for resource in reversed(operation.resources()):
+            try:
+                self._remove(row, resource)
+            except VmsnapError as e:
+                self._kept.append(f"{resource.kind} of {row.operation}: {e}")
+            else:
+                operation.is_gone(resource.position)
+                self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
+        if resumed:
+            self._end(operation, row)
+
+    def _end(self, operation: Operation, row: OperationRow) -> None:
+        if row.outcome is None:
+            operation.end("recovered")
+
+    def _make_it_run(self, row: OperationRow) -> bool:
+        """Make the VM execute if it did before; False where that cannot be said to be settled."""
+        if not row.executing or not row.protocol.startswith("backup"):
+            return True
+        hypervisor = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
+        try:
+            state = hypervisor.state()
+            if state is VmState.STOPPED:
+                hypervisor.resume()
+                self._resumed.append(row.vm)
+                state = VmState.EXECUTING
+            self._table.set_state(row.vm, state.value, resume_flag=False)
+        except VmGone:
+            self._table.set_state(row.vm, VmState.ABSENT.value, resume_flag=False)
+        except VmsnapError as e:
+            self._kept.append(f"VM {row.vm}: {e}")
+            return False
+        finally:
+            hypervisor.close()
+        return True
+
+    def _abandon(self, row: OperationRow) -> None:
+        if not row.protocol.startswith("backup"):
+            return
+        hypervisor = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
+        try:
+            hypervisor.abandon()
+        except VmGone:
+            pass  # with the VM its settings and running copies are gone; its files are resources of their own
+        except VmsnapError as e:
+            self._kept.append(f"capture of VM {row.vm}: {e}")
+        finally:
+            hypervisor.close()
+
+    def _remove(self, row: OperationRow, resource: Resource) -> None:
+        if resource.kind == "snapshot":
+            mechanism = self._drivers.mechanism(resource.driver)
+            try:
+                mechanism.delete(from_json(resource.data, SnapshotPlan))
+            finally:
+                mechanism.close()
+        elif resource.kind in ("duplicate", "loaded"):
+            hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
+            try:
+                if resource.kind == "duplicate":
+                    hypervisor.discard_duplicate(from_json(resource.data, str))
+                else:
+                    hypervisor.destroy()
+                    self._table.remove(row.vm)
+            finally:
+                hypervisor.close()
+        elif resource.kind == "file":
+            remove_file(Path(from_json(resource.data, str)))
+        else:
+            raise VmsnapError(f"the journal names a {resource.kind!r}, which this vmsnap does not know")
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file or an empty folder that we made; succeeds where there is none.
+
+    :raises VmsnapError: it cannot be removed
+    """
+    try:
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        raise VmsnapError(f"cannot remove {path}: {e.strerror}") from e

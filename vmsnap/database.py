@@ -1,0 +1,142 @@
+"""The SQLite database of a host: the VM table and the journal in one file, in WAL mode, shared by all vmsnap
+processes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vmsnap.errors import VmsnapError
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE vm (
+    vm            TEXT PRIMARY KEY,           -- VM id
+    kind          TEXT NOT NULL,              -- 'working' or 'duplicate'
+    hypervisor    TEXT NOT NULL,
+    options       TEXT NOT NULL,              -- JSON
+    state         TEXT NOT NULL,
+    resume_flag   INTEGER NOT NULL DEFAULT 0,
+    duplicate_of  TEXT,
+    changed_ns    INTEGER NOT NULL
+) STRICT;
+CREATE TABLE disk (
+    vm            TEXT NOT NULL REFERENCES vm ON DELETE CASCADE ON UPDATE CASCADE,
+    position      INTEGER NOT NULL,
+    device        TEXT NOT NULL,              -- virtual disk identifier
+    address       TEXT NOT NULL,              -- physical disk address
+    mechanism     TEXT,
+    PRIMARY KEY (vm, position)
+) STRICT;
+CREATE TABLE operation (
+    operation     TEXT PRIMARY KEY,
+    protocol      TEXT NOT NULL,
+    vm            TEXT NOT NULL,
+    hypervisor    TEXT NOT NULL,
+    options       TEXT NOT NULL,              -- JSON
+    executing     INTEGER NOT NULL DEFAULT 0, -- the VM was executing: it must execute again
+    boot_id       TEXT NOT NULL,
+    pid           INTEGER NOT NULL,
+    process_start INTEGER NOT NULL,
+    begun_ns      INTEGER NOT NULL,
+    ended_ns      INTEGER,
+    outcome       TEXT                        -- 'done', 'failed', 'recovered'
+) STRICT;
+CREATE TABLE entry (
+    operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
+    position      INTEGER NOT NULL,
+    instruction   TEXT NOT NULL,
+    status        TEXT NOT NULL,              -- 'begun', 'done', 'passed over', 'failed'
+    begun_ns      INTEGER NOT NULL,
+    ended_ns      INTEGER,
+    message       TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (operation, position)
+) STRICT;
+CREATE TABLE resource (
+    operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
+    position      INTEGER NOT NULL,
+    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'loaded', 'disk file'
+    driver        TEXT NOT NULL,
+    data          TEXT NOT NULL,              -- JSON: all that is needed to remove it
+    gone          INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (operation, position)
+) STRICT;
+"""
+
+
+class Database:
+    """One connection to the host's database. Not shared between threads.
+
+    Every write is a transaction of its own, durable on return (``synchronous=FULL``), and waits up to 10 s for
+    another writer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the database at `path` (0600).
+
+        :raises VmsnapError: it cannot be opened, is damaged, or was written by a newer vmsnap
+        """
+        self.path = path
+        try:
+            path.touch(mode=0o600)
+            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            self._make_schema()
+        except (sqlite3.Error, OSError) as e:
+            raise VmsnapError(
+                f"the state database {path} cannot be used: {e}",
+                cure="if it is damaged, move it away and register the VMs again; backups are not touched by that",
+            ) from e
+
+    def _make_schema(self) -> None:
+        with self.transaction() as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise VmsnapError(
+                    f"the state database {self.path} has version {version}, this vmsnap knows {SCHEMA_VERSION}",
+                    cure="use the newer vmsnap",
+                )
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All statements inside, or none; durable when it ends.
+
+        :raises VmsnapError: the database is locked for too long, or the disk is full
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as e:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise VmsnapError(f"the state database {self.path} cannot be written: {e}") from e
+
+    def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """All rows of a query.
+
+        :raises VmsnapError: the database cannot be read
+        """
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as e:
+            raise VmsnapError(f"the state database {self.path} cannot be read: {e}") from e
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        self._connection.close()

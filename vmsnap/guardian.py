@@ -1,0 +1,237 @@
+"""The guardian: a process outside the worker that sees to it that a paused guest runs again, whatever happens to us.
+
+The worker starts it before the capture begins (a Python start is slow, so never inside the pause), arms it with a
+deadline before the pause and disarms it after the resume. It acts when the worker is gone without having said
+good-bye, or when an armed deadline passes. A monitor may serve one client only, so it first makes sure that the
+worker is gone (SIGKILL to a worker that hangs), and then has a driver instance of its own resume the VM, again and
+again until it executes.
+
+It runs in a session of its own, so that neither a closed terminal nor a signal to the worker's process group
+reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.model import VmState, from_json, to_json
+from vmsnap.roles.options import DriverContext
+
+START_TIMEOUT_SECONDS = 20.0
+RETRY_SECONDS = 0.2
+GIVE_UP_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a guardian is told of the VM it guards."""
+
+    vm: str
+    hypervisor: str
+    options: Mapping[str, str]
+    context: DriverContext
+    worker_pid: int
+
+
+class Guard(Protocol):
+    """What the controller needs of a guardian."""
+
+    def arm(self, seconds: float) -> None:
+        """From now on the guest may stand still, for `seconds` at most."""
+
+    def disarm(self) -> None:
+        """The guest runs again."""
+
+    def dismiss(self) -> None:
+        """The capture is over, the guardian ends. Idempotent."""
+
+
+class Guardian:
+    """The worker's side: starts the guardian process and talks to it over a pipe."""
+
+    def __init__(self, charge: Charge) -> None:
+        """Start the process and wait until it is ready, some 0.2 s.
+
+        :raises VmsnapError: it did not start; nothing may be paused without it
+        """
+        log = charge.context.state_dir / "guardian.log"
+        with log.open("ab") as errors:
+            log.chmod(0o600)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vmsnap.guardian"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                cwd="/",
+                # It must import the drivers that this process can import.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        self._say(to_json(charge))
+        ready, _, _ = select.select([self._output()], [], [], START_TIMEOUT_SECONDS)
+        if not ready or self._output().readline() != b"ready\n":
+            self._process.kill()
+            self._process.wait()
+            raise VmsnapError("the guardian process did not start, so nothing was paused", cure=f"see {log}")
+
+    def arm(self, seconds: float) -> None:
+        """From now on the guest may stand still, for `seconds` at most.
+
+        :raises VmsnapError: the guardian is gone; do not pause
+        """
+        self._say(f"arm {time.monotonic() + seconds!r}")
+
+    def disarm(self) -> None:
+        """The guest runs again.
+
+        :raises VmsnapError: the guardian is gone
+        """
+        self._say("disarm")
+
+    def dismiss(self) -> None:
+        """End the guardian and wait for it. Idempotent."""
+        if self._process.poll() is None:
+            with contextlib.suppress(VmsnapError):  # gone between the look and the word: what was wanted
+                self._say("dismiss")
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._output().close()
+        self._process.wait()
+
+    def _say(self, line: str) -> None:
+        stdin = self._process.stdin
+        try:
+            if stdin is None or stdin.closed:
+                raise BrokenPipeError
+            stdin.write(line.encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            raise VmsnapError("the guardian process is gone", cure="try again; see guardian.log") from None
+
+    def _output(self) -> IO[bytes]:
+        if self._process.stdout is None:
+            raise VmsnapError("the guardian process has no output")
+        return self._process.stdout
+
+
+class NoGuard:
+    """Guards nothing: for VMs that do not execute, and for tests of what is not about the guardian."""
+
+    def arm(self, seconds: float) -> None:
+        """Do nothing."""
+
+    def disarm(self) -> None:
+        """Do nothing."""
+
+    def dismiss(self) -> None:
+        """Do nothing."""
+
+
+def start_for(context: DriverContext, vm: str, hypervisor: str, options: Mapping[str, str]) -> Guard:
+    """Start a guardian of one VM, that acts when the calling process dies.
+
+    :raises VmsnapError: it did not start
+    """
+    return Guardian(Charge(vm, hypervisor, options, context, os.getpid()))
+
+
+def main() -> None:
+    """The guardian process: reads a `Charge` and then words, one a line, from standard input."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    words = _Words(sys.stdin.fileno())
+    charge = from_json(words.next(None) or "", Charge)
+    worker = os.pidfd_open(charge.worker_pid)
+    from vmsnap import registry
+
+    driver = registry.hypervisor(charge.hypervisor)
+    hypervisor = driver(charge.vm, charge.context, charge.options)
+    os.write(sys.stdout.fileno(), b"ready\n")
+    deadline: float | None = None
+    while True:
+        word = words.next(deadline)
+        if word == "disarm":
+            deadline = None
+        elif word == "dismiss":
+            return
+        elif word is not None and word.startswith("arm "):
+            deadline = float(word.removeprefix("arm "))
+        else:
+            break
+    reason = "the worker is gone" if words.ended else "the pause passed its limit"
+    _log(f"{charge.vm}: {reason}; resuming the VM")
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile: what was wanted
+        signal.pidfd_send_signal(worker, signal.SIGKILL)
+    select.select([worker], [], [], 30)
+    give_up = time.monotonic() + GIVE_UP_SECONDS
+    while time.monotonic() < give_up:
+        try:
+            if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
+                _log(f"{charge.vm}: the VM is not there any more")
+                return
+            hypervisor.resume()
+            _log(f"{charge.vm}: the VM executes")
+            _enter(charge)
+            return
+        except VmGone as e:
+            _log(f"{charge.vm}: {e.message}")
+            return
+        except VmsnapError as e:
+            # Whatever it is (the monitor still held by the worker's last breath, a hypervisor that is slow), the only
+            # right thing is to try again.
+            _log(f"{charge.vm}: {e.message}; trying again")
+            hypervisor.close()
+            time.sleep(RETRY_SECONDS if isinstance(e, Busy) else RETRY_SECONDS * 2)
+
+
+def _enter(charge: Charge) -> None:
+    from vmsnap.database import Database
+    from vmsnap.vmtable import VmTable
+
+    path = charge.context.state_dir / "vmsnap.db"
+    if path.exists():
+        VmTable(Database(path)).set_state(charge.vm, VmState.EXECUTING.value, resume_flag=False)
+
+
+def _log(line: str) -> None:
+    text = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} guardian {os.getpid()}: {line}\n"
+    os.write(sys.stderr.fileno(), text.encode())
+
+
+class _Words:
+    """Lines from a pipe, waited for until a deadline."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pending = b""
+        self.ended = False
+
+    def next(self, deadline: float | None) -> str | None:
+        """The next line; None when the pipe has ended (`ended` is set) or the deadline (CLOCK_MONOTONIC) has passed."""
+        while b"\n" not in self._pending:
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([self._descriptor], [], [], wait)
+            if not readable:
+                return None
+            data = os.read(self._descriptor, 65536)
+            if not data:
+                self.ended = True
+                return None
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line.decode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The write-ahead journal: what vmsnap is about to do stands here before it does it.
+
+An operation is one run of a protocol. Its entries say which instructions were begun and how they ended, its resources
+name everything that it makes outside of vmsnap, with all that is needed to remove it. Every write is durable before the
+call returns, but for the pause window: there nothing is written, since an fsync can take longer than the whole
+pause. Its instructions are entered as begun before it opens, and their ends after it has closed
+(`Operation.open_window`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vmsnap.database import Database
+from vmsnap.host import boot_id, process_start
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One instruction of an operation. `status`: ``begun``, ``done``, ``passed over``, ``failed`` or ``not
+    reached``.
+    """
+
+    instruction: str
+    status: str
+    begun_ns: int
+    ended_ns: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Something an operation makes outside of vmsnap. `data` (JSON text) is enough to remove it."""
+
+    position: int
+    kind: str
+    driver: str
+    data: str
+    gone: bool
+
+
+@dataclass(frozen=True)
+class OperationRow:
+    """One run of a protocol as the journal has it."""
+
+    operation: str
+    protocol: str
+    vm: str
+    hypervisor: str
+    options: Mapping[str, str]
+    executing: bool
+    boot_id: str
+    pid: int
+    process_start: int
+    begun_ns: int
+    outcome: str | None
+
+    def worker_alive(self) -> bool:
+        """Whether the process that ran it still does."""
+        return self.boot_id == boot_id() and process_start(self.pid) == self.process_start
+
+
+class Journal:
+    """All operations of this host."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def begin(self, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]) -> Operation:
+        """Enter a new operation of this process, and return it."""
+        name = f"vmsnap-{secrets.token_hex(5)}"
+        pid = os.getpid()
+        with self._database.transaction() as db:
+            db.execute(
+                "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",
+                (
+                    name,
+                    protocol,
+                    vm,
+                    hypervisor,
+                    json.dumps(dict(options), sort_keys=True),
+                    boot_id(),
+                    pid,
+                    process_start(pid) or 0,
+                    time.time_ns(),
+                ),
+            )
+        return Operation(self._database, name)
+
+    def open_operation(self, operation: str) -> Operation:
+        """An operation that stands in the journal, to be recovered."""
+        return Operation(self._database, operation)
+
+    def unfinished(self, vm: str | None = None) -> list[OperationRow]:
+        """The operations that have not ended, or ended with something left, oldest first; of one VM or of all."""
+        return [
+            row
+            for row in self._select(
+                "WHERE outcome IS NULL OR EXISTS"
+                " (SELECT 1 FROM resource WHERE resource.operation = operation.operation AND gone = 0)"
+            )
+            if vm is None or row.vm == vm
+        ]
+
+    def operations(self) -> list[OperationRow]:
+        """All operations, oldest first."""
+        return self._select("")
+
+    def _select(self, where: str) -> list[OperationRow]:
+        return [
+            OperationRow(
+                operation=row["operation"],
+                protocol=row["protocol"],
+                vm=row["vm"],
+                hypervisor=row["hypervisor"],
+                options=json.loads(row["options"]),
+                executing=bool(row["executing"]),
+                boot_id=row["boot_id"],
+                pid=row["pid"],
+                process_start=row["process_start"],
+                begun_ns=row["begun_ns"],
+                outcome=row["outcome"],
+            )
+            for row in self._database.rows(f"SELECT * FROM operation {where} ORDER BY begun_ns, operation")
+        ]
+
+
+class Operation:
+    """One operation, by the process that carries it out or recovers it."""
+
+    def __init__(self, database: Database, name: str) -> None:
+        self._database = database
+        self.name = name
+        self._buffered: list[tuple[str, int, str, str]] | None = None
+
+    # -- instructions
+
+    def begun(self, instruction: str) -> None:
+        """Enter that `instruction` is about to be carried out; inside an open window it stands there already."""
+        if self._buffered is None:
+            with self._database.transaction() as db:
+                db.execute(
+                    "INSERT INTO entry SELECT ?, coalesce(max(position) + 1, 0), ?, 'begun', ?, NULL, ''"
+                    " FROM entry WHERE operation = ?",
+                    (self.name, instruction, time.time_ns(), self.name),
+                )
+
+    def ended(self, instruction: str, status: str, message: str = "") -> None:
+        """Enter how `instruction` ended: ``done``, ``passed over`` or ``failed``."""
+        change = (status, time.time_ns(), message, instruction)
+        if self._buffered is None:
+            self._write_ends([change])
+        else:
+            self._buffered.append(change)
+
+    def open_window(self, instructions: Iterable[str], vm: str, *, executing: bool) -> None:
+        """Enter, in one transaction, that the guest may stand still from now on: all `instructions` as begun and, where
+        the VM was `executing`, its state := stopped and resume_flag := 1. Until `close_window` nothing is written."""
+        now = time.time_ns()
+        with self._database.transaction() as db:
+            for instruction in instructions:
+                db.execute(
+                    "INSERT INTO entry SELECT ?, coalesce(max(position) + 1, 0), ?, 'begun', ?, NULL, ''"
+                    " FROM entry WHERE operation = ?",
+                    (self.name, instruction, now, self.name),
+                )
+            if executing:
+                db.execute("UPDATE vm SET state = 'stopped', resume_flag = 1, changed_ns = ? WHERE vm = ?", (now, vm))
+        self._buffered = []
+
+    def close_window(self) -> None:
+        """Write what ended inside the window, and which of its instructions were not reached. Does nothing where
+        none is open.
+        """
+        ends, self._buffered = self._buffered, None
+        if ends is not None:
+            self._write_ends(ends)
+            with self._database.transaction() as db:
+                db.execute(
+                    "UPDATE entry SET status = 'not reached' WHERE status = 'begun' AND operation = ?", (self.name,)
+                )
+
+    def _write_ends(self, ends: Iterable[tuple[str, int, str, str]]) -> None:
+        with self._database.transaction() as db:
+            db.executemany(
+                "UPDATE entry SET status = ?, ended_ns = ?, message = ?"
+                " WHERE instruction = ? AND status = 'begun' AND operation = ?",
+                [(*end, self.name) for end in ends],
+            )
+
+    def entries(self) -> list[Entry]:
+        """The instructions in order."""
+        return [
+            Entry(row["instruction"], row["status"], row["begun_ns"], row["ended_ns"], row["message"])
+            for row in self._database.rows("SELECT * FROM entry WHERE operation = ? ORDER BY position", self.name)
+        ]
+
+    # -- what it makes
+
+    def will_make(self, kind: str, driver: str, data: str) -> int:
+        """Enter something that is about to be made; returns its position for `is_gone`."""
+        with self._database.transaction() as db:
+            row = db.execute(
+                "INSERT INTO resource SELECT ?, coalesce(max(position) + 1, 0), ?, ?, ?, 0"
+                " FROM resource WHERE operation = ? RETURNING position",
+                (self.name, kind, driver, data, self.name),
+            ).fetchone()
+            return int(row[0])
+
+    def is_gone(self, position: int) -> None:
+        """Enter that a resource is no longer there, or no longer ours to remove. Idempotent."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE resource SET gone = 1 WHERE operation = ? AND position = ?", (self.name, position))
+
+    def resources(self) -> list[Resource]:
+        """What has not been removed yet, in the order in which it was made."""
+        return [
+            Resource(row["position"], row["kind"], row["driver"], row["data"], bool(row["gone"]))
+            for row in self._database.rows(
+                "SELECT * FROM resource WHERE operation = ? AND gone = 0 ORDER BY position", self.name
+            )
+        ]
+
+    # -- the whole
+
+    def was_executing(self, executing: bool) -> None:
+        """Enter whether the VM executed when the operation began: whatever happens, it is to execute again."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE operation SET executing = ? WHERE operation = ?", (int(executing), self.name))
+
+    def end(self, outcome: str) -> None:
+        """Enter how the operation ended: ``done``, ``failed`` or ``recovered``."""
+        with self._database.transaction() as db:
+            db.execute(
+                "UPDATE operation SET outcome = ?, ended_ns = ? WHERE operation = ?",
+                (outcome, time.time_ns(), self.name),
+            )

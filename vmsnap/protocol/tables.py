@@ -1,0 +1,122 @@
+"""The protocols themselves, literally. Change a protocol here and nowhere else."""
+
+from __future__ import annotations
+
+from vmsnap.protocol.words import Compensation as C
+from vmsnap.protocol.words import Condition, Protocol
+from vmsnap.protocol.words import Instruction as I
+from vmsnap.protocol.words import State as S
+
+BACKUP_LIVE = Protocol(
+    name="backup, mode live",
+    transitions={
+        (S.READY, I.CHECK): S.CHECKED,
+        (S.CHECKED, I.PREPARE): S.PREPARED,
+        (S.PREPARED, I.PAUSE): S.PAUSED,
+        (S.PAUSED, I.SNAPSHOT): S.SNAPSHOTTED,
+        (S.PAUSED, I.DUPLICATE): S.DUPLICATED,
+        (S.SNAPSHOTTED, I.DUPLICATE): S.CAPTURED,
+        (S.DUPLICATED, I.SNAPSHOT): S.CAPTURED,
+        (S.CAPTURED, I.RESUME): S.RESUMED,
+        (S.RESUMED, I.STORE): S.STORED,
+        (S.STORED, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        I.PREPARE: (C.RESUME_VM, C.ABANDON_CAPTURE, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
+        I.PAUSE: (C.RESUME_VM,),
+        I.SNAPSHOT: (C.RESUME_VM, C.DELETE_SNAPSHOTS),
+        I.DUPLICATE: (C.RESUME_VM, C.ABANDON_CAPTURE, C.DISCARD_DUPLICATE),
+        I.RESUME: (C.RESUME_VM,),
+        I.STORE: (C.DROP_UNCOMMITTED, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
+        I.RELEASE: (C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
+    },
+    conditions={I.PAUSE: Condition.EXECUTING, I.RESUME: Condition.EXECUTING},
+    window=frozenset({I.PAUSE, I.SNAPSHOT, I.DUPLICATE, I.RESUME}),
+)
+
+BACKUP_CONSISTENT = Protocol(
+    name="backup, mode consistent",
+    transitions={
+        (S.READY, I.CHECK): S.CHECKED,
+        (S.CHECKED, I.PREPARE): S.PREPARED,
+        (S.PREPARED, I.PAUSE): S.PAUSED,
+        (S.PAUSED, I.SNAPSHOT): S.SNAPSHOTTED,
+        (S.PAUSED, I.DUPLICATE): S.DUPLICATED,
+        (S.SNAPSHOTTED, I.DUPLICATE): S.CAPTURED,
+        (S.DUPLICATED, I.SNAPSHOT): S.CAPTURED,
+        (S.CAPTURED, I.RESUME): S.RESUMED,
+        (S.RESUMED, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.CUT_NETWORK): S.CUT,
+        (S.CUT, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.SHUT_DOWN): S.SHUTTING_DOWN,
+        (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
+        (S.DUPLICATE_STOPPED, I.STORE): S.STORED,
+        (S.STORED, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        **BACKUP_LIVE.compensations,
+        I.LOAD: (C.DESTROY_LOADED, C.REMOVE_DISKS, C.DISCARD_DUPLICATE),
+        I.RELEASE: (C.DESTROY_LOADED, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
+    },
+    conditions=BACKUP_LIVE.conditions,
+    window=BACKUP_LIVE.window,
+)
+
+RESTORE = Protocol(
+    name="restore",
+    transitions={
+        (S.READY, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.CUT_NETWORK): S.CUT,
+        (S.CUT, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.NOTIFY): S.DONE,
+    },
+    compensations={I.LOAD: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE, C.REMOVE_DISKS)},
+    conditions={
+        I.CUT_NETWORK: Condition.ISOLATED,
+        I.RESUME_DUPLICATE: Condition.RUN,
+        I.AWAIT_EXECUTING: Condition.RUN,
+    },
+)
+
+CONSOLIDATE = Protocol(
+    name="consolidate",
+    transitions={
+        (S.READY, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.CUT_NETWORK): S.CUT,
+        (S.CUT, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.SHUT_DOWN): S.SHUTTING_DOWN,
+        (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
+        (S.DUPLICATE_STOPPED, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        I.LOAD: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
+        I.RELEASE: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE),
+    },
+    conditions={},
+)
+
+FAILOVER = Protocol(
+    name="failover",
+    transitions={
+        (S.READY, I.FENCE): S.FENCED,
+        (S.FENCED, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.NOTIFY): S.DONE,
+    },
+    # The duplicate and its disks are the only copy left of the failed VM: nothing of them is ever undone.
+    compensations={I.LOAD: (C.DESTROY_LOADED,)},
+    conditions={},
+)
+
+PROTOCOLS: tuple[Protocol, ...] = (BACKUP_LIVE, BACKUP_CONSISTENT, RESTORE, CONSOLIDATE, FAILOVER)

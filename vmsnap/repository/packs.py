@@ -1,0 +1,141 @@
+"""Packs: objects of tens of MiB that hold blobs one after the other and end with a list of them.
+
+Layout: the magic, the sealed blobs without gaps, the sealed trailer (an entry per blob, in order), the trailer's
+length (4 bytes, little-endian), the end magic. Whoever has lost the index rebuilds it from the trailers.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vmsnap.errors import DamageFound
+from vmsnap.repository.format import MAX_CHUNK_BYTES, TAG_BYTES, BlobKind, Codec, pack_key
+from vmsnap.repository.seal import BrokenSeal, Vault
+from vmsnap.roles.storage import StorageBackend
+
+PACK_BYTES = 32 << 20
+"""Packs are closed before they grow beyond this."""
+MAGIC = b"VMSNAPP1"
+END_MAGIC = b"1PVM"
+ENTRY = struct.Struct("<32sIIIB")
+"""An entry of trailer and index: id, offset in the pack, sealed length, length of the content, flags."""
+FOOTER = struct.Struct("<I4s")
+_TRAILER_ROOM = TAG_BYTES + FOOTER.size
+
+
+class Entry(NamedTuple):
+    """Where a blob lies in its pack, and what it is. `flags`: the kind in the lower four bits, the codec above."""
+
+    id: bytes
+    offset: int
+    sealed_bytes: int
+    raw_bytes: int
+    flags: int
+
+
+def flags_of(kind: BlobKind, codec: Codec) -> int:
+    """Kind and codec in one byte."""
+    return kind | codec << 4
+
+
+class PackBuilder:
+    """A pack that is being filled, in memory."""
+
+    def __init__(self, vault: Vault, buffer: bytearray) -> None:
+        """:param buffer: where the pack is built; as long as the pack may become"""
+        self.id = os.urandom(32)
+        self._cipher = vault.pack_cipher(self.id)
+        self._vault = vault
+        self._buffer = buffer
+        self._entries: list[bytes] = []
+        self._used = len(MAGIC)
+        buffer[: self._used] = MAGIC
+
+    def has_room(self, plain_bytes: int) -> bool:
+        """Say whether a blob of that length still fits."""
+        trailer = (len(self._entries) + 1) * ENTRY.size + _TRAILER_ROOM
+        return self._used + plain_bytes + TAG_BYTES + trailer <= len(self._buffer)
+
+    def append(self, chunk_id: bytes, kind: BlobKind, codec: Codec, raw_bytes: int, data: bytes | memoryview) -> None:
+        """Seal and add a blob; there must be room."""
+        flags = flags_of(kind, codec)
+        sealed = self._cipher.seal(self._used, data, self._vault.blob_bound(chunk_id, flags, raw_bytes))
+        end = self._used + len(sealed)
+        self._buffer[self._used : end] = sealed
+        self._entries.append(ENTRY.pack(chunk_id, self._used, len(sealed), raw_bytes, flags))
+        self._used = end
+
+    def finish(self) -> tuple[memoryview, bytes]:
+        """Close the pack: its bytes (a view of the buffer) and its entries, packed."""
+        entries = b"".join(self._entries)
+        sealed = self._cipher.seal(self._used, entries, self._vault.trailer_bound())
+        tail = sealed + FOOTER.pack(len(sealed), END_MAGIC)
+        end = self._used + len(tail)
+        self._buffer[self._used : end] = tail
+        return memoryview(self._buffer)[:end], entries
+
+
+def read_trailer(storage: StorageBackend, vault: Vault, pack: bytes, pack_bytes: int) -> bytes:
+    """The entries of a stored pack, packed, without reading its blobs.
+
+    :raises DamageFound: the pack is damaged there
+    :raises ObjectNotFound: there is no such pack
+    """
+    key = pack_key(pack)
+    if pack_bytes < len(MAGIC) + _TRAILER_ROOM:
+        raise DamageFound(f"{key} is damaged: too short")
+    length = _trailer_bytes(key, storage.get(key, pack_bytes - FOOTER.size, FOOTER.size), pack_bytes)
+    offset = pack_bytes - FOOTER.size - length
+    return _open_trailer(vault, pack, offset, memoryview(storage.get(key, offset, length)))
+
+
+def open_pack(vault: Vault, pack: bytes, data: bytes) -> tuple[bytes, Iterator[tuple[Entry, bool]]]:
+    """Check a whole pack, every byte of it: its entries, packed, and for each entry whether its blob is intact.
+
+    :raises DamageFound: the pack's frame or trailer is damaged
+    """
+    key = pack_key(pack)
+    if len(data) < len(MAGIC) + _TRAILER_ROOM or not data.startswith(MAGIC):
+        raise DamageFound(f"{key} is damaged: it does not begin as a pack does")
+    length = _trailer_bytes(key, data[-FOOTER.size :], len(data))
+    offset = len(data) - FOOTER.size - length
+    entries = _open_trailer(vault, pack, offset, memoryview(data)[offset : offset + length])
+    return entries, _checked_blobs(vault, pack, memoryview(data), entries)
+
+
+def _checked_blobs(vault: Vault, pack: bytes, data: memoryview, entries: bytes) -> Iterator[tuple[Entry, bool]]:
+    cipher = vault.pack_cipher(pack)
+    for fields in ENTRY.iter_unpack(entries):
+        entry = Entry(*fields)
+        bound = vault.blob_bound(entry.id, entry.flags, entry.raw_bytes)
+        try:
+            cipher.open(entry.offset, data[entry.offset : entry.offset + entry.sealed_bytes], bound)
+        except BrokenSeal:
+            yield entry, False
+        else:
+            yield entry, True
+
+
+def _trailer_bytes(key: str, footer: bytes, pack_bytes: int) -> int:
+    length, magic = FOOTER.unpack(footer)
+    if magic != END_MAGIC or not TAG_BYTES <= length <= pack_bytes - len(MAGIC) - FOOTER.size:
+        raise DamageFound(f"{key} is damaged: it does not end as a pack does")
+    return int(length)
+
+
+def _open_trailer(vault: Vault, pack: bytes, offset: int, sealed: memoryview) -> bytes:
+    try:
+        entries = bytes(vault.pack_cipher(pack).open(offset, sealed, vault.trailer_bound()))
+    except BrokenSeal as e:
+        raise DamageFound(f"{pack_key(pack)} is damaged: its list of blobs is not what was written") from e
+    expected = len(MAGIC)
+    whole = len(entries) % ENTRY.size == 0
+    for _, start, sealed_bytes, raw_bytes, _flags in ENTRY.iter_unpack(entries) if whole else ():
+        whole = whole and start == expected and sealed_bytes >= TAG_BYTES and raw_bytes <= MAX_CHUNK_BYTES
+        expected += sealed_bytes
+    if not whole or expected != offset:
+        raise DamageFound(f"{pack_key(pack)} is damaged: its list of blobs does not fit its size")
+    return entries
