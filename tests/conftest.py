@@ -15,21 +15,6 @@ ALLOWED_SKIPS: dict[str, str] = {}
 """Test ids that may be skipped even where skips are forbidden, each with its reason."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _fresh_entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """stevedore keeps entry points in a cache that can be stale for minutes; tests do without it."""
-    cache = tmp_path_factory.mktemp("cache")
-    (cache / "python-entrypoints").mkdir()
-    (cache / "python-entrypoints" / ".disable").touch()
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
-
-
 @pytest.fixture
 def folders(tmp_path: Path) -> Iterator[HostFolders]:
     """State and memory folders of this test alone; guest RAM in them is gone afterwards."""

@@ -99,31 +99,31 @@ def _entry_points(group: str) -> list[Any]:
 def _load(group: str, kind: str, name: str, role: type[Any]) -> type[Any]:
     from stevedore.driver import DriverManager
     from stevedore.exception import MultipleMatches, NoMatches
+    from stevedore.extension import ExtensionManager
 
+    points = _entry_points(group)
+    if name not in {point.name for point in points}:
+        raise DriverUnavailable(
+            f"no {kind} driver {name!r} is installed",
+            cure=f"installed: {', '.join(names(group)) or 'none'}; install the package that brings it",
+        )
+    # stevedore 5.10 would ask its cache on disk, whose key has time stamps of two minutes' grain (stevedore/_cache.py):
+    # a driver that was just installed would not be found.
+    ExtensionManager.ENTRY_POINT_CACHE[group] = points
     failures: list[BaseException] = []
 
     def remember(_manager: object, _entry_point: object, error: BaseException) -> None:
         failures.append(error)
 
     try:
-        manager: Any = DriverManager(
-            group, name, invoke_on_load=False, on_load_failure_callback=remember, warn_on_missing_entrypoint=False
-        )
+        manager: Any = DriverManager(group, name, invoke_on_load=False, on_load_failure_callback=remember)
     except MultipleMatches as e:
+        packages = sorted(str(point.dist.name if point.dist else point.value) for point in points if point.name == name)
         raise DriverUnavailable(
-            f"two installed packages name a {kind} driver {name!r}",
-            cure="uninstall one of: "
-            + ", ".join(
-                sorted(str(p.dist.name if p.dist else p.value) for p in _entry_points(group) if p.name == name)
-            ),
+            f"two installed packages name a {kind} driver {name!r}", cure=f"uninstall one of: {', '.join(packages)}"
         ) from e
-    except NoMatches as e:
-        if failures:
-            raise _broken(kind, name, failures[0]) from failures[0]
-        raise DriverUnavailable(
-            f"no {kind} driver {name!r} is installed",
-            cure=f"installed: {', '.join(names(group)) or 'none'}; install the package that brings it",
-        ) from e
+    except NoMatches:
+        raise _broken(kind, name, failures[0]) from failures[0]
     if failures:
         raise _broken(kind, name, failures[0]) from failures[0]
     plugin: Any = manager.extensions[0].plugin

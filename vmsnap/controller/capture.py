@@ -84,7 +84,6 @@ class Capture:
         duplicate_name: str,
         max_pause_seconds: float,
         start_guardian: GuardianStart,
-        warn: Callable[[str], None],
     ) -> None:
         self.row = row
         self.executing = False
@@ -104,7 +103,6 @@ class Capture:
         self._request = CaptureRequest(duplicate_name, max_pause_seconds)
         self._start_guardian = start_guardian
         self._guard: Guard = NoGuard()
-        self._warn = warn
 
     @property
     def actions(self) -> dict[Instruction, Callable[[], None]]:

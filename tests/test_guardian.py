@@ -1,0 +1,118 @@
+"""The guardian, with workers that die or hang: whatever happens to the worker, the guest runs again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmsnap.guardian import Charge, Guardian
+from vmsnap.host import HostFolders
+from vmsnap.model import VmState
+from vmsnap_drivers.hypervisors.simulated import SimulatedHypervisor, lifecycle
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from vmsnap.guardian import start_for
+from vmsnap.host import HostFolders
+from vmsnap_drivers.hypervisors.simulated import SimulatedHypervisor
+
+context = HostFolders.find(Path(sys.argv[1])).context()
+guard = start_for(context, "vm001", "simulated", {})
+hypervisor = SimulatedHypervisor("vm001", context, {})
+guard.arm(float(sys.argv[2]))
+hypervisor.pause()
+print("paused", flush=True)
+exec(sys.argv[3])
+"""
+
+
+@pytest.fixture
+def vm(folders: HostFolders, tmp_path: Path) -> Iterator[SimulatedHypervisor]:
+    started = lifecycle.start("vm001", 1 << 20, [1 << 20], tmp_path, state_dir=folders.state_dir)
+    hypervisor = SimulatedHypervisor("vm001", folders.context(), started.options)
+    yield hypervisor
+    lifecycle.stop(Path(started.options["socket"]), force=True)
+
+
+def _work(folders: HostFolders, seconds: float, then: str) -> subprocess.Popen[bytes]:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(folders.state_dir), str(seconds), then],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    if worker.stdout is None or worker.stdout.readline() != b"paused\n":
+        raise AssertionError("the worker did not pause the VM")
+    return worker
+
+
+def _soon(condition: Callable[[], bool], seconds: float = 10) -> float:
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > seconds:
+            raise AssertionError(f"not within {seconds} s")
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+def _guardians(state_dir: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"vmsnap.guardian" in words and str(state_dir).encode() in environment:
+            found.append(int(process.name))
+    return found
+
+
+def test_a_worker_that_is_killed_in_the_pause_leaves_a_running_vm(
+    folders: HostFolders, vm: SimulatedHypervisor
+) -> None:
+    worker = _work(folders, 60, "os.kill(os.getpid(), 9)")
+    assert worker.wait() == -signal.SIGKILL
+    _soon(lambda: vm.state() is VmState.EXECUTING)
+
+
+def test_a_worker_whose_whole_session_is_killed_leaves_a_running_vm(
+    folders: HostFolders, vm: SimulatedHypervisor
+) -> None:
+    worker = _work(folders, 60, "time.sleep(600)")
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    _soon(lambda: vm.state() is VmState.EXECUTING)
+
+
+def test_a_worker_that_hangs_is_killed_at_the_deadline_and_the_vm_runs(
+    folders: HostFolders, vm: SimulatedHypervisor
+) -> None:
+    worker = _work(folders, 0.5, "os.kill(os.getpid(), 19)")
+    assert vm.state() is VmState.STOPPED
+    _soon(lambda: vm.state() is VmState.EXECUTING)
+    assert worker.wait() == -signal.SIGKILL
+    assert "the pause passed its limit" in (folders.state_dir / "guardian.log").read_text()
+
+
+def test_a_guardian_that_is_dismissed_does_nothing_more(
+    folders: HostFolders, vm: SimulatedHypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMSNAP_STATE_DIR", str(folders.state_dir))
+    guard = Guardian(Charge("vm001", "simulated", {}, folders.context(), os.getpid()))
+    assert _guardians(folders.state_dir)
+    guard.arm(0.2)
+    guard.disarm()
+    guard.dismiss()
+    guard.dismiss()
+    assert not _guardians(folders.state_dir)
+    vm.pause()
+    assert vm.state() is VmState.STOPPED
+    assert (folders.state_dir / "guardian.log").read_text() == ""

@@ -1,0 +1,96 @@
+"""The distribution as users get it: the wheel in a clean environment, with every entry point."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _configuration() -> configparser.ConfigParser:
+    found = configparser.ConfigParser(interpolation=None)
+    found.read(ROOT / "setup.cfg")
+    return found
+
+
+def _entry_points() -> list[tuple[str, str]]:
+    section = _configuration()["options.entry_points"]
+    return [
+        (group, line.partition("=")[0].strip())
+        for group in section
+        if group != "console_scripts"
+        for line in section[group].strip().splitlines()
+    ]
+
+
+def test_every_package_in_the_tree_is_listed_in_setup_cfg() -> None:
+    listed = set(_configuration()["options"]["packages"].split())
+    found = set()
+    for root, top in (
+        (ROOT, "vmsnap"),
+        (ROOT / "drivers", "vmsnap_drivers"),
+        (ROOT / "storage_backends", "vmsnap_storage_backends"),
+    ):
+        for init in (root / top).rglob("__init__.py"):
+            found.add(".".join(init.parent.relative_to(root).parts))
+    assert listed == found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    for name in listing.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_all_three_import_packages_marked_as_typed(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("vmsnap", "vmsnap_drivers", "vmsnap_storage_backends"):
+        assert f"{package}/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/"))]
+
+
+@pytest.mark.slow
+def test_in_a_clean_environment_the_wheel_loads_every_entry_point(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"{wheel}[qemu]"], check=True, capture_output=True)
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local"):
+        shown = subprocess.run(
+            [str(environment / "bin" / script), "--help"], check=True, capture_output=True, cwd=tmp_path, env=clean
+        )
+        assert b"Usage" in shown.stdout
+    told = subprocess.run(
+        [str(environment / "bin" / "vmsnap"), "drivers", "--json"],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+        env=clean | {"VMSNAP_STATE_DIR": str(tmp_path / "state")},
+    )
+    usable = {driver["name"] for driver in json.loads(told.stdout) if not driver["problem"]}
+    assert usable == {name for _, name in _entry_points()}

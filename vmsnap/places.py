@@ -1,0 +1,59 @@
+"""Opens a repository by its URL: chooses the storage backend, asks for the passphrase only where one is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from vmsnap import registry
+from vmsnap.roles import StorageBackend, check_options
+
+if TYPE_CHECKING:
+    from vmsnap.repository import Repository
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+def storage_for(url: str, options: Mapping[str, str] | None = None) -> StorageBackend:
+    """The storage backend for `url`; a plain path is a ``file`` URL.
+
+    :raises DriverUnavailable: no backend serves its scheme
+    :raises UsageError: the URL or an option is wrong
+    """
+    found = _SCHEME.match(url)
+    scheme = found.group(1) if found else "file"
+    backend = registry.storage_backend(scheme)
+    return backend(url, check_options(scheme, backend.options, options or {}))
+
+
+def open_repository(
+    url: str,
+    passphrase: str | Callable[[], str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Repository:
+    """Open the repository at `url`. `passphrase` may be a callable that is asked only if the repository is encrypted.
+
+    :raises NotARepository: there is none
+    :raises WrongPassphrase: it does not open
+    """
+    from vmsnap.repository import Repository
+
+    return Repository.open(storage_for(url, options), passphrase)
+
+
+def create_repository(
+    url: str,
+    passphrase: str | None = None,
+    *,
+    encryption: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Repository:
+    """Make a repository at `url`, encrypted when a passphrase is given (or as `encryption` says: ``none``,
+    ``aes256-gcm``).
+
+    :raises AlreadyExists: there is one, or something else's files
+    """
+    from vmsnap.repository import Repository
+
+    return Repository.create(storage_for(url, options), passphrase, encryption=encryption)
