@@ -1,0 +1,121 @@
+#!/bin/sh
+# Installs what the lab needs on a Debian 12 machine: QEMU 7.2, a C compiler, busybox and cpio from
+# the machine's own suites; and, in the cache folder, the guest's kernel and QEMU 10.0 from
+# bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is
+# there; says nothing unless it fails.
+#
+#   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
+set -eu
+
+cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev'
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+
+mkdir -p "$cache"
+log=$cache/install.log
+: >"$log"
+trap 'status=$?; [ $status -eq 0 ] || { echo "lab install failed ($status):"; tail -n 30 "$log"; } >&2' EXIT
+
+say_and_run() {
+    echo "+ $*" >>"$log"
+    "$@" >>"$log" 2>&1
+}
+
+installed() {
+    for package in $packages; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || return 1
+    done
+}
+
+refreshed=
+refresh_lists() {
+    [ -n "$refreshed" ] || say_and_run apt-get -q -o DPkg::Lock::Timeout=120 update
+    refreshed=yes
+}
+
+# fetch_into FOLDER APT-GET-ARGUMENT...: runs apt-get (download …), unpacks what it brought below FOLDER.
+fetch_into() {
+    folder=$1
+    shift
+    debs=$(mktemp -d "$cache/debs.XXXXXX")
+    # apt's own unprivileged user cannot write here, and these few files need no sandbox.
+    (cd "$debs" && say_and_run apt-get -q -o APT::Sandbox::User=root "$@")
+    mkdir -p "$folder"
+    for deb in "$debs"/*.deb; do
+        say_and_run dpkg -x "$deb" "$folder"
+    done
+    rm -rf "$debs"
+}
+
+install_packages() {
+    installed && return
+    refresh_lists
+    # shellcheck disable=SC2086 # a list of words
+    say_and_run apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends $packages
+}
+
+# Unpacked, not installed: installing a kernel package would build an initramfs for this machine.
+unpack_kernel() {
+    [ -e "$cache/kernel/complete" ] && return
+    refresh_lists
+    image=$(apt-cache depends --important linux-image-cloud-amd64 |
+        sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+    rm -rf "$cache/kernel"
+    fetch_into "$cache/kernel" download "$image"
+    touch "$cache/kernel/complete"
+}
+
+# The backports suite gets a source list and list folder of its own, so that the machine's apt
+# configuration stays as it is. What a (simulated) installation would bring is what is unpacked:
+# QEMU and those shared libraries that this machine lacks.
+unpack_backported_qemu() {
+    qemu=$cache/qemu-10.0
+    [ -e "$qemu/complete" ] && return
+    refresh_lists
+    rm -rf "$qemu"
+    mkdir -p "$qemu/apt/lists/partial"
+    # shellcheck disable=SC2016 # apt's format string
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' \
+        'Created-By: Packages' 'Origin: Debian' 'Codename: bookworm' | head -n 1)
+    for suite in bookworm bookworm-backports; do
+        echo "deb [signed-by=$keyring] $mirror $suite main"
+    done >"$qemu/apt/sources.list"
+    set -- -o "Dir::Etc::sourcelist=$qemu/apt/sources.list" -o Dir::Etc::sourceparts=- \
+        -o "Dir::State::lists=$qemu/apt/lists" -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache="
+    say_and_run apt-get -q -o APT::Sandbox::User=root "$@" update
+    wanted='qemu-system-x86 qemu-system-common qemu-system-data qemu-utils seabios'
+    # shellcheck disable=SC2086 # lists of words
+    needed=$(apt-get -s -q "$@" -t bookworm-backports install --no-install-recommends $wanted |
+        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086
+    fetch_into "$qemu/root" "$@" -t bookworm-backports download $wanted $needed
+    rm -rf "$qemu/apt"
+    write_wrapper qemu-system-x86_64
+    write_wrapper qemu-img
+    write_wrapper qemu-io
+    write_wrapper qemu-nbd
+    say_and_run "$qemu/qemu-system-x86_64-10.0" -version
+    touch "$qemu/complete"
+}
+
+# The wrapper execs the real binary with everything it needs in its arguments and environment, so
+# that /proc/PID/cmdline and /proc/PID/environ of a running one are enough to start another.
+write_wrapper() {
+    usr=$qemu/root/usr
+    case $1 in
+        qemu-system-*) firmware="-L $usr/share/qemu -L $usr/share/seabios" ;;
+        *) firmware= ;;
+    esac
+    cat >"$qemu/$1-10.0" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH=$usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR=$usr/lib/x86_64-linux-gnu/qemu
+exec $usr/bin/$1 $firmware "\$@"
+WRAPPER
+    chmod 755 "$qemu/$1-10.0"
+}
+
+install_packages
+unpack_kernel
+unpack_backported_qemu
