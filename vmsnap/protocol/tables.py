@@ -31,7 +31,7 @@ BACKUP_LIVE = Protocol(
         I.STORE: (C.DROP_UNCOMMITTED, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
         I.RELEASE: (C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
     },
-    conditions={I.PAUSE: Condition.EXECUTING, I.RESUME: Condition.EXECUTING},
+    conditions={I.RESUME: Condition.EXECUTING},
     window=frozenset({I.PAUSE, I.SNAPSHOT, I.DUPLICATE, I.RESUME}),
 )
 

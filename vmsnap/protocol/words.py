@@ -15,7 +15,7 @@ class Instruction(enum.Enum):
     PREPARE = "prepare"
     """All that is slow, with the guest running."""
     PAUSE = "pause"
-    """Stop the vCPUs, drain and flush; state := stopped, resume_flag := 1."""
+    """Stop the vCPUs if they execute, drain and flush; then state := stopped, resume_flag := 1."""
     SNAPSHOT = "snapshot"
     """Fix the disks."""
     DUPLICATE = "duplicate"

@@ -1,0 +1,194 @@
+"""Every order of instructions and every failure of every call of a live backup and a restore, on real simulated VMs.
+
+A run that goes well is counted first; then each of its calls to a driver fails once, before it was done and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.world import World
+from vmsnap.controller import Controller
+from vmsnap.controller.backup import BackupOrder, LiveBackup
+from vmsnap.controller.progress import silent
+from vmsnap.errors import VmsnapError
+from vmsnap.model import VmState
+from vmsnap.protocol import BACKUP_LIVE, Instruction
+from vmsnap.repository import Repository
+from vmsnap.testing.faults import Effect, Fault, FaultPlan, single_faults
+from vmsnap_drivers.hypervisors.simulated.control import ask
+
+ORDERS = [
+    (Instruction.SNAPSHOT, Instruction.DUPLICATE),
+    (Instruction.DUPLICATE, Instruction.SNAPSHOT),
+]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
+
+
+def back_up(controller: Controller, repository: Repository, world: World, prefer: tuple[Instruction, ...] = ()) -> str:
+    return (
+        LiveBackup(
+            BackupOrder("vm001"),
+            repository,
+            controller.drivers,
+            controller.journal,
+            controller.table,
+            start_guardian=world.start_guardian,
+            interruption=controller.interruption,
+            progress=silent,
+            prefer=prefer,
+        )
+        .run()
+        .backup
+    )
+
+
+def run_with(world: World, faults: FaultPlan, prefer: tuple[Instruction, ...] = ()) -> bool:
+    """One backup with faults; True if it gave a backup. Whatever it left in the journal is recovered."""
+    try:
+        with world.controller(faults) as controller:
+            back_up(controller, world.repository(faults), world, prefer)
+        succeeded = True
+    except VmsnapError as error:
+        assert "\n" not in str(error)
+        succeeded = False
+    with world.controller() as controller:
+        left = bool(controller.journal.unfinished())
+        if left:
+            assert controller.recover().kept == ()
+        again = controller.recover()
+        assert (again.resumed, again.removed, again.kept) == ((), (), ())
+    return succeeded
+
+
+def clear(world: World) -> None:
+    repository = world.repository()
+    for manifest in repository.list():
+        repository.forget(manifest.backup)
+
+
+def calls_of_a_good_run(world: World) -> FaultPlan:
+    plan = FaultPlan()
+    assert run_with(world, plan)
+    world.see_that_all_is_well(backups=1)
+    clear(world)
+    return plan
+
+
+def test_the_orders_tried_here_are_all_orders_of_the_protocol() -> None:
+    steps = {path[3:5] for path in BACKUP_LIVE.paths()}
+    assert steps == set(ORDERS)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{order[0].value} first")
+def test_whatever_single_call_of_a_backup_fails_the_vm_runs_and_nothing_is_left(
+    world: World, order: tuple[Instruction, ...]
+) -> None:
+    faults = list(single_faults(calls_of_a_good_run(world).counts, [Effect.BEFORE, Effect.AFTER]))
+    assert len(faults) >= 50
+    failed = 0
+    for fault in faults:
+        plan = FaultPlan(fault)
+        succeeded = run_with(world, plan, order)
+        assert plan.struck, fault
+        failed += not succeeded
+        listed = len(world.repository().list())
+        # Only the answer to the commit itself can be lost without the backup being lost.
+        assert listed == 1 or (listed == 0 and not succeeded), fault
+        world.see_that_all_is_well()
+        clear(world)
+    assert failed > len(faults) // 2
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data(), order=st.sampled_from(ORDERS))
+def test_whatever_calls_fail_together_the_vm_runs_and_nothing_is_left(
+    world: World, data: st.DataObject, order: tuple[Instruction, ...]
+) -> None:
+    """Several failures in one run, those of the compensations among them; recovery comes without any."""
+    methods = [
+        "describe", "plan_capture", "prepare", "prepare_disks", "pause", "snapshot", "duplicate", "resume", "settle",
+        "finish_duplicate", "reader", "read_into", "put", "get", "list",
+        "abandon", "delete_snapshots", "discard_duplicate",
+    ]  # fmt: skip
+    faults = data.draw(
+        st.lists(
+            st.builds(
+                Fault, st.sampled_from(methods), st.integers(1, 3), st.sampled_from([Effect.BEFORE, Effect.AFTER])
+            ),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    # A hypervisor that never obeys "resume" is the guardian's case.
+    plan = FaultPlan(*[fault for fault in faults if fault.method != "resume" or fault.number == 1])
+    run_with(world, plan, order)
+    world.see_that_all_is_well()
+    clear(world)
+
+
+def test_a_vm_that_was_stopped_stays_stopped_and_has_no_pause(world: World) -> None:
+    ask(world.socket, "pause")
+    try:
+        with world.controller() as controller:
+            result = controller.backup("vm001", world.repository())
+        assert result.pause_seconds == 0
+        assert world.status()["state"] == "stopped"
+        assert not world.repository().manifest(result.backup).resume_flag
+    finally:
+        ask(world.socket, "resume")
+        with world.controller() as controller:
+            controller.vm("vm001")
+    world.see_that_all_is_well()
+    clear(world)
+
+
+def test_whatever_single_call_of_a_restore_fails_nothing_of_it_is_left(world: World) -> None:
+    with world.controller() as controller:
+        backup = controller.backup("vm001", world.repository()).backup
+
+    def restore(faults: FaultPlan) -> bool:
+        try:
+            with world.controller(faults) as controller:
+                controller.restore(world.repository(faults), backup, "vm002", run=True)
+            succeeded = True
+        except VmsnapError as error:
+            assert "\n" not in str(error)
+            succeeded = False
+        with world.controller() as controller:
+            if controller.journal.unfinished():
+                assert controller.recover().kept == ()
+        return succeeded
+
+    def take_away() -> None:
+        with world.controller() as controller:
+            row = controller.table.get("vm002")
+            driver = controller.drivers.hypervisor("simulated", "vm002", row.options)
+            assert driver.state() is VmState.EXECUTING
+            assert not ask(Path(row.options["socket"]), "check")["fault"]
+            driver.destroy()
+            controller.remove_vm("vm002")
+            for disk in row.disks:
+                Path(disk.address).unlink()
+            Path(row.disks[0].address).parent.rmdir()
+
+    good = FaultPlan()
+    assert restore(good)
+    take_away()
+    for fault in single_faults(good.counts, [Effect.BEFORE, Effect.AFTER]):
+        if restore(FaultPlan(fault)):
+            take_away()
+        assert not (world.folders.state_dir / "vms" / "vm002").exists(), fault
+        world.see_that_all_is_well(backups=1)
+    clear(world)

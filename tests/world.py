@@ -1,0 +1,126 @@
+"""A small world for tests of the protocols: a simulated VM under load, a repository, and looks at both past vmsnap.
+
+It lies on tmpfs, so that thousands of runs are quick; nothing in it is a stand-in.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmsnap.controller import Controller, Drivers
+from vmsnap.guardian import Guard, NoGuard, start_for
+from vmsnap.host import HostFolders
+from vmsnap.places import create_repository, storage_for
+from vmsnap.repository import Repository
+from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
+from vmsnap.testing.faults import FaultPlan, FaultyHypervisor, FaultySnapshotMechanism, FaultyStorage
+from vmsnap_drivers.hypervisors.simulated import lifecycle
+from vmsnap_drivers.hypervisors.simulated.control import ask
+
+MIB = 1 << 20
+
+
+class FaultyDrivers(Drivers):
+    """Drivers whose calls fail as `faults` says."""
+
+    def __init__(self, context: DriverContext, faults: FaultPlan) -> None:
+        super().__init__(context)
+        self.faults = faults
+
+    def hypervisor(self, name: str, vm: str, options: Mapping[str, str]) -> Hypervisor:
+        """A faulty hypervisor driver."""
+        return FaultyHypervisor(super().hypervisor(name, vm, options), self.faults)
+
+    def mechanism(self, name: str) -> SnapshotMechanism:
+        """A faulty snapshot mechanism."""
+        return FaultySnapshotMechanism(super().mechanism(name), self.faults)
+
+
+def unguarded(_context: DriverContext, _vm: str, _hypervisor: str, _options: Mapping[str, str]) -> Guard:
+    """No guardian: for runs in which this process neither dies nor hangs."""
+    return NoGuard()
+
+
+class World:
+    """One simulated VM ``vm001`` with two disks, executing, and an empty repository."""
+
+    def __init__(self, *, guarded: bool = False, memory_bytes: int = MIB, disk_bytes: int = MIB) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-test-", dir="/dev/shm"))
+        self.folders = HostFolders.find(self.folder / "state")
+        self.start_guardian = start_for if guarded else unguarded
+        self.disk_folder = self.folder / "disks"
+        self.url = str(self.folder / "repository")
+        create_repository(self.url)
+        loaded = lifecycle.start(
+            "vm001", memory_bytes, [disk_bytes, disk_bytes], self.disk_folder, state_dir=self.folders.state_dir
+        )
+        self.socket = Path(loaded.options["socket"])
+        with self.controller() as controller:
+            controller.add_vm("vm001", "simulated", loaded.options)
+        self.files_at_rest = self.files()
+
+    def close(self) -> None:
+        """End every VM and remove everything."""
+        for vm in lifecycle.list_vms(self.folders.state_dir):
+            lifecycle.stop(vm.socket, force=True)
+        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folders.memory_dir, ignore_errors=True)
+
+    # -- acting
+
+    def controller(self, faults: FaultPlan | None = None) -> Controller:
+        """A controller of this world, with faults."""
+        context = self.folders.context()
+        drivers = Drivers(context) if faults is None else FaultyDrivers(context, faults)
+        return Controller(self.folders, drivers=drivers, start_guardian=self.start_guardian)
+
+    def repository(self, faults: FaultPlan | None = None) -> Repository:
+        """The repository, its storage with faults."""
+        storage = storage_for(self.url)
+        return Repository.open(storage if faults is None else FaultyStorage(storage, faults))
+
+    # -- looking, past vmsnap
+
+    def status(self) -> dict[str, Any]:
+        """What the VM itself says."""
+        return ask(self.socket, "status")
+
+    def counts_on(self, seconds: float = 5.0) -> bool:
+        """Whether the guest's counter goes on."""
+        before, deadline = self.status()["counter"], time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.status()["counter"] > before:
+                return True
+            time.sleep(0.002)
+        return False
+
+    def files(self) -> set[str]:
+        """Every file that belongs to the VM, its duplicates or its snapshots."""
+        found = {str(path) for path in self.disk_folder.rglob("*")}
+        found |= {str(path) for path in self.folders.memory_dir.rglob("*")}
+        found |= {str(path) for path in (self.folders.state_dir / "simulated").rglob("*")}
+        return found
+
+    def see_that_all_is_well(self, backups: int | None = None) -> None:
+        """The VM executes and agrees with its disks, nothing is left of a capture, every listed backup is whole."""
+        status = self.status()
+        assert status["state"] == "executing"
+        assert not status["fault"]
+        assert self.counts_on()
+        assert self.files() == self.files_at_rest
+        with self.controller() as controller:
+            assert controller.journal.unfinished() == []
+            row = controller.table.get("vm001")
+            assert (row.state, row.resume_flag) == ("executing", False)
+            assert [other.vm for other in controller.vms()] == ["vm001"]
+        repository = self.repository()
+        manifests = repository.list()
+        if backups is not None:
+            assert len(manifests) == backups
+        for manifest in manifests:
+            assert not repository.verify(manifest.backup).findings
