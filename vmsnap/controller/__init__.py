@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING
 from vmsnap.controller.capture import GuardianStart, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.interruption import Interruption
+from vmsnap.controller.progress import Progress, ProgressCallback, silent
 from vmsnap.controller.recovery import Recovery
-from vmsnap.controller.results import (
-    BackupDisk,
-    BackupResult,
-    Progress,
-    ProgressCallback,
-    RecoveryResult,
-    RestoreResult,
-    silent,
-)
+from vmsnap.controller.results import BackupDisk, BackupResult, RecoveryResult, RestoreResult
 from vmsnap.database import Database
 from vmsnap.errors import AlreadyExists, UsageError
 from vmsnap.guardian import start_for

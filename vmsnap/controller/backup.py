@@ -10,8 +10,9 @@ from vmsnap.controller.capture import Capture, GuardianStart
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
+from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.recovery import Recovery
-from vmsnap.controller.results import BackupDisk, BackupResult, Progress, ProgressCallback
+from vmsnap.controller.results import BackupDisk, BackupResult
 from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Journal
 from vmsnap.locks import vm_lock
@@ -234,31 +235,3 @@ class LiveBackup:
     def _drop(self) -> None:
         """Nothing to do: the writer has given up by itself when `_store` was left, and what is not named by a manifest
         is not listed; the chunks that it leaves are garbage to be collected."""
-
-
-class Bars:
-    """Progress over several images as one bar."""
-
-    def __init__(self, progress: ProgressCallback) -> None:
-        self._progress = progress
-        self._phase = ""
-        self._before_bytes = 0
-        self._total_bytes: int | None = None
-
-    def show(self, phase: str, done_bytes: int, total_bytes: int | None) -> None:
-        """Say how far a phase has come."""
-        self._progress(Progress(phase, done_bytes, total_bytes))
-
-    def begin(self, phase: str, total_bytes: int) -> None:
-        """A phase of several parts begins."""
-        self._phase, self._before_bytes, self._total_bytes = phase, 0, total_bytes
-        self.show(phase, 0, total_bytes)
-
-    def part(self, done_bytes: int, _part_bytes: int | None) -> None:
-        """How far the present part has come."""
-        self.show(self._phase, self._before_bytes + done_bytes, self._total_bytes)
-
-    def part_done(self, size_bytes: int) -> None:
-        """The present part is done."""
-        self._before_bytes += size_bytes
-        self.part(0, None)

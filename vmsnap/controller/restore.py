@@ -7,23 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
+from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.recovery import remove_file
-from vmsnap.controller.results import Progress, ProgressCallback, RestoreResult
-from vmsnap.errors import AlreadyExists, HypervisorError, StorageFull, UnknownVm, VmsnapError
+from vmsnap.controller.results import RestoreResult
+from vmsnap.errors import AlreadyExists, HypervisorError, StorageFull, UnknownVm, UsageError, VmsnapError
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
 from vmsnap.model import Disk, RamImage, VmState, check_name, to_json
 from vmsnap.protocol import RESTORE, Compensation, Condition, Instruction
+from vmsnap.repository import ImageRecord, Manifest, Repository
 from vmsnap.roles import Hypervisor, LoadedVm, LoadRequest
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
-
-if TYPE_CHECKING:
-    from vmsnap.repository import Manifest, Repository
 
 START_TIMEOUT_SECONDS = 30.0
 
@@ -131,29 +129,21 @@ class Restore:
 
     def _disk_paths(self) -> dict[str, Path]:
         """The new file of each disk that is in the backup, named by its device."""
-        return {disk.device: self._folder / f"{_safe(disk.device)}.raw" for disk in self._manifest.disks if disk.image}
+        return {disk.device: self._folder / f"{disk.device}.raw" for disk in self._manifest.disks}
 
     def _load(self) -> None:
         operation = self._begun_operation()
         manifest = self._manifest
         self._make_folder(self._folder, operation)
         paths = self._disk_paths()
-        total = sum(disk.size_bytes for disk in manifest.disks if disk.image)
-        total += sum(region.size_bytes for region in manifest.memory)
-        count = _Counter(self._progress, "reading", total)
-        disks = []
+        bars = Bars(self._progress)
+        total_bytes = sum(disk.size_bytes for disk in manifest.disks)
+        bars.begin("reading", total_bytes + sum(memory.image.size_bytes for memory in manifest.memory))
         for disk in manifest.disks:
-            if not disk.image:
-                disks.append(Disk(disk.device, disk.address, disk.size_bytes, disk.format, read_only=True))
-                continue
             path = paths[disk.device]
-            self._files.append((operation.will_make("file", "", to_json(str(path))), path))
-            self._repository.image(disk.image).restore_to_file(path, count.advance)
-            disks.append(Disk(disk.device, str(path), disk.size_bytes, "raw"))
-        self._disks = tuple(disks)
-        images = self._fetch_images(operation, count)
-        device_state = self._images_folder / "device-state"
-        self._write_private(device_state, self._repository.blob(manifest.device_state), operation)
+            self._fetch(disk.image, f"disk {disk.device}", path, bars)
+            self._disks += (Disk(disk.device, str(path), disk.size_bytes, "raw"),)
+        images, device_state = self._fetch_memory(operation, bars)
         self._loaded_position = operation.will_make("loaded", manifest.hypervisor, to_json(self._order.name))
         self._loaded = self._hypervisor.load(
             LoadRequest(
@@ -163,14 +153,19 @@ class Restore:
                 self._disks,
                 isolated=self._order.isolated,
                 images_disposable=True,
-                details=manifest.details,
+                details=manifest.duplicate_details,
             )
         )
         self._remove_images()
 
-    def _fetch_images(self, operation: Operation, count: _Counter) -> tuple[RamImage, ...]:
-        """RAM images onto tmpfs, where the hypervisor can map them."""
-        needed = sum(region.size_bytes for region in self._manifest.memory)
+    def _fetch_memory(self, operation: Operation, bars: Bars) -> tuple[tuple[RamImage, ...], Path]:
+        """RAM images and device state onto tmpfs, where the hypervisor can map them."""
+        manifest = self._manifest
+        if manifest.device_state is None:
+            raise UsageError(
+                f"backup {manifest.backup} holds disks alone, no memory", cure="vmsnap export gives its disks"
+            )
+        needed = sum(memory.image.size_bytes for memory in manifest.memory)
         free = shutil.disk_usage(self._drivers.context.memory_dir).free
         if needed > free:
             raise StorageFull(
@@ -180,12 +175,19 @@ class Restore:
             )
         self._make_folder(self._images_folder, operation)
         images = []
-        for position, region in enumerate(self._manifest.memory):
-            path = self._images_folder / f"ram-{position}"
-            self._files.append((operation.will_make("file", "", to_json(str(path))), path))
-            self._repository.image(region.image).restore_to_file(path, count.advance)
-            images.append(RamImage(region.name, region.size_bytes, path, region.page_bytes))
-        return tuple(images)
+        for memory in manifest.memory:
+            path = self._images_folder / f"{memory.file_name}.ram"
+            self._fetch(memory.image, f"memory {memory.region}", path, bars)
+            images.append(RamImage(memory.region, memory.image.size_bytes, path, memory.page_bytes))
+        device_state = self._images_folder / "device-state"
+        self._fetch(manifest.device_state, "device state", device_state, bars)
+        return tuple(images), device_state
+
+    def _fetch(self, image: ImageRecord, label: str, path: Path, bars: Bars) -> None:
+        self._files.append((self._begun_operation().will_make("file", "", to_json(str(path))), path))
+        with self._repository.reader(image, label) as source:
+            source.restore_to_file(path, bars.part)
+        bars.part_done(image.size_bytes)
 
     def _switch_disks(self) -> None:
         self._disks = self._hypervisor.switch_disks(self._disks)
@@ -252,32 +254,7 @@ class Restore:
                 except OSError as e:
                     raise VmsnapError(f"cannot make the folder {missing}: {e.strerror}") from e
 
-    def _write_private(self, path: Path, data: bytes, operation: Operation) -> None:
-        self._files.append((operation.will_make("file", "", to_json(str(path))), path))
-        path.touch(mode=0o600)
-        path.write_bytes(data)
-
     def _begun_operation(self) -> Operation:
         if self._operation is None:
             raise VmsnapError("the restore was not begun")
         return self._operation
-
-
-class _Counter:
-    """Adds up the bytes of several images for one progress bar."""
-
-    def __init__(self, progress: ProgressCallback, phase: str, total_bytes: int) -> None:
-        self._progress = progress
-        self._phase = phase
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-
-    def advance(self, count_bytes: int) -> None:
-        """`count_bytes` more are done."""
-        self._done_bytes += count_bytes
-        self._progress(Progress(self._phase, self._done_bytes, self._total_bytes))
-
-
-def _safe(device: str) -> str:
-    """A file name for a device id: what is not plain becomes a dash."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in device).lstrip(".") or "disk"

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmsnap.vmtable import DiskRow
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a long verb has come: `phase` for people, bytes done and to do (None where that is not known)."""
-
-    phase: str
-    done_bytes: int = 0
-    total_bytes: int | None = None
-
-
-ProgressCallback = Callable[[Progress], None]
-"""Called from the verb's own threads, often; must be quick and must not raise."""
-
-
-def silent(_: Progress) -> None:
-    """The callback of those who do not want to know."""
 
 
 @dataclass(frozen=True)
