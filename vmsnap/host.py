@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ class HostFolders:
         if state_dir is None:
             state_dir = default_state_dir()
         state_dir = state_dir.absolute()
-        label = str(state_dir).strip("/").replace("/", "-")[-80:]
+        digest = hashlib.blake2b(os.fsencode(state_dir), digest_size=6).hexdigest()
         root = TMPFS if TMPFS.is_dir() else Path(tempfile.gettempdir())
-        memory_dir = root / f"vmsnap-{os.getuid()}" / label
+        memory_dir = root / f"vmsnap-{os.getuid()}" / digest
         for folder in (state_dir, memory_dir.parent, memory_dir, *([spool_dir] if spool_dir else [])):
             _private_folder(folder)
         return cls(state_dir, memory_dir, spool_dir, memory_budget_bytes)

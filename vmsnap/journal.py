@@ -65,8 +65,12 @@ class OperationRow:
         return self.boot_id == boot_id() and process_start(self.pid) == self.process_start
 
 
+KEPT_SECONDS = 90 * 86400
+"""How long an operation that ended and left nothing stays in the journal."""
+
+
 class Journal:
-    """All operations of this host."""
+    """All operations of this host; those that ended long ago are forgotten when a new one begins."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -76,6 +80,11 @@ class Journal:
         name = f"vmsnap-{secrets.token_hex(5)}"
         pid = os.getpid()
         with self._database.transaction() as db:
+            db.execute(
+                "DELETE FROM operation WHERE ended_ns < ? AND NOT EXISTS"
+                " (SELECT 1 FROM resource WHERE resource.operation = operation.operation AND gone = 0)",
+                (time.time_ns() - KEPT_SECONDS * 10**9,),
+            )
             db.execute(
                 "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",
                 (
@@ -216,6 +225,11 @@ class Operation:
         """Enter that a resource is no longer there, or no longer ours to remove. Idempotent."""
         with self._database.transaction() as db:
             db.execute("UPDATE resource SET gone = 1 WHERE operation = ? AND position = ?", (self.name, position))
+
+    def all_is_the_users(self) -> None:
+        """Enter, in one transaction, that nothing of what was made is ours to remove any more."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE resource SET gone = 1 WHERE operation = ?", (self.name,))
 
     def resources(self) -> list[Resource]:
         """What has not been removed yet, in the order in which it was made."""

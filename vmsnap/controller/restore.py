@@ -218,9 +218,7 @@ class Restore:
                 duplicate_of=self._manifest.vm,
             )
         )
-        operation = self._begun_operation()
-        for resource in operation.resources():
-            operation.is_gone(resource.position)
+        self._begun_operation().all_is_the_users()
 
     # -- compensations
 
