@@ -24,8 +24,10 @@
     ├── StorageError               1
     │   └── StorageFull
     ├── RepositoryError            1
-    ├── ProtocolError              1  a defect in vmsnap or a driver: an instruction out of order
-    └── Interrupted              130
+    └── ProtocolError              1  a defect in vmsnap or a driver: an instruction out of order
+
+    KeyboardInterrupt
+    └── Interrupted              130  the user or the system asked to stop
 
 Every message is one line that names the thing; ``cure`` (one line too) says what to do. Neither ever holds a secret.
 """
@@ -151,7 +153,16 @@ class ProtocolError(VmsnapError):
     """An instruction was given out of order: a defect in vmsnap or in a driver."""
 
 
-class Interrupted(VmsnapError):
-    """The user or the system asked to stop; everything was cleaned up."""
+class Interrupted(KeyboardInterrupt):
+    """The user or the system asked to stop.
 
-    exit_code = 130
+    Outside of the tree on purpose, as KeyboardInterrupt is outside of Exception: what catches an error and goes on must
+    not catch this. It has the same attributes.
+    """
+
+    exit_code: ClassVar[int] = 130
+
+    def __init__(self, message: str, *, cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from vmsnap.controller.interruption import Interruption
-from vmsnap.errors import Interrupted, ProtocolError
+from vmsnap.errors import ProtocolError
 from vmsnap.journal import Operation
 from vmsnap.protocol import Compensation, Condition, Instruction, Protocol, State
 
@@ -121,8 +121,6 @@ class Execution:
             for compensation in self._protocol.to_undo(self._begun):
                 try:
                     self._compensations[compensation]()
-                except Interrupted:
-                    raise
                 except Exception as left:  # noqa: BLE001 - one failure must not keep the others from being done
                     error.add_note(f"while it was tried to {compensation.value}: {left}")
             self._operation.end("failed")

@@ -111,7 +111,9 @@ class Recovery:
             hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
             try:
                 if resource.kind == "duplicate":
-                    hypervisor.discard_duplicate(from_json(resource.data, str))
+                    name = from_json(resource.data, str)
+                    hypervisor.discard_duplicate(name)
+                    self._table.remove(name)
                 else:
                     hypervisor.destroy()
                     self._table.remove(row.vm)
