@@ -113,9 +113,10 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def state(self) -> VmState:
-        """Ask what the VM does now. An unreachable or unknown VM is `ABSENT`, not an error.
+        """Ask what the VM does now. A VM that is unknown or gone is `ABSENT`, not an error.
 
         :raises Busy: the VM's monitor serves somebody else
+        :raises HypervisorError: it exists but does not answer; that is not the same as being gone
         """
 
     @abstractmethod

@@ -1,0 +1,133 @@
+"""The virtual disks of a simulated VM: image files, locked against every other VM, written past no one's back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vmsnap.errors import HypervisorError
+from vmsnap_drivers.hypervisors.simulated.layout import MAX_DISKS, MIN_DISK_BYTES, PAGE
+
+
+@dataclass(frozen=True)
+class DiskImage:
+    """One disk as the hypervisor is told of it."""
+
+    device: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class OpenDisk:
+    """One disk that a VM has open and locked."""
+
+    image: DiskImage
+    descriptor: int
+    size_bytes: int
+
+
+def open_disk(image: DiskImage) -> OpenDisk:
+    """Open and lock one image.
+
+    The lock is flock's: it belongs to the open file, so it ends with the VM however the VM ends.
+
+    :raises HypervisorError: it cannot be opened, is no image, or another VM has it
+    """
+    mode = os.O_RDONLY if image.read_only else os.O_RDWR
+    try:
+        descriptor = os.open(image.path, mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as e:
+        raise HypervisorError(f"cannot open disk {image.device} at {image.path}: {e.strerror}") from e
+    status = os.fstat(descriptor)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is no plain file"
+    elif status.st_size < MIN_DISK_BYTES or status.st_size % PAGE:
+        problem = f"has {status.st_size} bytes; a disk has a multiple of {PAGE} and at least {MIN_DISK_BYTES}"
+    else:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if image.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "is in use by another VM"
+    if problem:
+        os.close(descriptor)
+        raise HypervisorError(f"disk {image.device} at {image.path} {problem}")
+    return OpenDisk(image, descriptor, status.st_size)
+
+
+class Disks:
+    """All disks of one VM, in the VM's order."""
+
+    def __init__(self, images: Sequence[DiskImage]) -> None:
+        """Open and lock all of them, or none.
+
+        :raises HypervisorError: one cannot be had
+        """
+        self.all = self._open(images)
+
+    def _open(self, images: Sequence[DiskImage]) -> list[OpenDisk]:
+        if not 1 <= len(images) <= MAX_DISKS:
+            raise HypervisorError(f"a simulated VM has 1 to {MAX_DISKS} disks, not {len(images)}")
+        opened: list[OpenDisk] = []
+        try:
+            for image in images:
+                opened.append(open_disk(image))
+        except HypervisorError:
+            for disk in opened:
+                os.close(disk.descriptor)
+            raise
+        return opened
+
+    def switch(self, images: Sequence[DiskImage]) -> None:
+        """Take these images instead, device by device; on failure the old ones stay.
+
+        :raises HypervisorError: other devices than the VM's, another size, or an image that cannot be had
+        """
+        wanted = {image.device: image for image in images}
+        if sorted(wanted) != sorted(disk.image.device for disk in self.all) or len(wanted) != len(images):
+            raise HypervisorError(
+                f"the VM has the disks {', '.join(disk.image.device for disk in self.all)}, "
+                f"not {', '.join(image.device for image in images)}"
+            )
+        kept = {disk.image.device: disk for disk in self.all if wanted[disk.image.device] == disk.image}
+        opened = self._open_others(wanted, kept)
+        replaced = [disk for disk in self.all if disk.image.device not in kept]
+        self.all = [kept.get(disk.image.device) or opened[disk.image.device] for disk in self.all]
+        for disk in replaced:
+            os.close(disk.descriptor)
+
+    def _open_others(self, wanted: dict[str, DiskImage], kept: dict[str, OpenDisk]) -> dict[str, OpenDisk]:
+        others = [image for device, image in wanted.items() if device not in kept]
+        if not others:
+            return {}
+        opened = {disk.image.device: disk for disk in self._open(others)}
+        for disk in self.all:
+            new = opened.get(disk.image.device)
+            if new is not None and new.size_bytes != disk.size_bytes:
+                for other in opened.values():
+                    os.close(other.descriptor)
+                raise HypervisorError(
+                    f"disk {disk.image.device} has {disk.size_bytes} bytes, {new.image.path} has {new.size_bytes}"
+                )
+        return opened
+
+    def flush(self) -> None:
+        """Bring everything written to the disks themselves."""
+        for disk in self.all:
+            if not disk.image.read_only:
+                os.fdatasync(disk.descriptor)
+
+    def unlock(self) -> None:
+        """Let others have them."""
+        for disk in self.all:
+            fcntl.flock(disk.descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close all, and so unlock them; idempotent."""
+        for disk in self.all:
+            os.close(disk.descriptor)
+        self.all = []

@@ -1,0 +1,384 @@
+"""Drivers that fail on plan: a wrapper for each role, around any driver.
+
+A `FaultPlan` says which call of which method shows which effect, and counts all calls; the same plan may be shared by
+several wrappers, so that the calls of a whole protocol run are counted together::
+
+    plan = FaultPlan(Fault("duplicate", 1, Effect.AFTER))
+    hypervisor = FaultyHypervisor(SimulatedHypervisor("vm001", context, {}), plan)
+
+To try every fault of a run, count the calls of one that goes well and go through `single_faults`.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from vmsnap.errors import HypervisorError, SnapshotError, StorageError, VmsnapError
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    DiskSnapshot,
+    Duplicate,
+    Extent,
+    Finding,
+    Moment,
+    Nic,
+    OwnedResource,
+    SnapshotPlan,
+    VmDescription,
+    VmState,
+    Window,
+)
+from vmsnap.roles import (
+    CaptureRequest,
+    DiskReader,
+    Hypervisor,
+    LoadedVm,
+    LoadRequest,
+    ObjectInfo,
+    SnapshotMechanism,
+    StorageBackend,
+    StorageProperties,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HANG_SECONDS = 60.0
+
+
+class Effect(enum.Enum):
+    """What a planned fault does."""
+
+    BEFORE = "before"
+    """Raises; the driver was not called."""
+    AFTER = "after"
+    """Calls the driver, then raises: it was done, the answer is lost."""
+    HANG = "hang"
+    """Does not return until the plan is released or its time is over, then raises; the driver was not called."""
+    HANG_AFTER = "hang-after"
+    """The same, after the driver was called."""
+    KILL = "kill"
+    """Kills this process; the driver was not called."""
+    KILL_AFTER = "kill-after"
+    """Kills this process after the driver was called."""
+
+
+_DONE_FIRST = frozenset({Effect.AFTER, Effect.HANG_AFTER, Effect.KILL_AFTER})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Call number `number` (the first is 1) of `method` shows `effect`. `error` is raised instead of the role's own."""
+
+    method: str
+    number: int
+    effect: Effect
+    error: VmsnapError | None = None
+
+
+class FaultPlan:
+    """Which calls fail, and what was called so far. Several threads may use it."""
+
+    def __init__(self, *faults: Fault, hang_seconds: float = HANG_SECONDS) -> None:
+        """Plan these faults."""
+        self._faults = {(fault.method, fault.number): fault for fault in faults}
+        self._hang_seconds = hang_seconds
+        self._released = threading.Event()
+        self._lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        """How often each method was called."""
+        self.calls: list[str] = []
+        """The methods that were called, in order."""
+        self.struck: list[Fault] = []
+        """The faults that came true, in order."""
+
+    def release(self) -> None:
+        """Let calls that hang go on (they raise), now and later."""
+        self._released.set()
+
+    def count(self, method: str) -> Fault | None:
+        """Count one call of `method`; returns the fault planned for it."""
+        with self._lock:
+            self.counts[method] += 1
+            self.calls.append(method)
+            fault = self._faults.get((method, self.counts[method]))
+            if fault is not None:
+                self.struck.append(fault)
+            return fault
+
+    def strike(self, fault: Fault, default: type[VmsnapError]) -> VmsnapError:
+        """Do what the fault does; returns the error to be raised, where this process lives on."""
+        if fault.effect in (Effect.KILL, Effect.KILL_AFTER):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.effect in (Effect.HANG, Effect.HANG_AFTER):
+            self._released.wait(self._hang_seconds)
+        return fault.error or default(f"injected fault: {fault.effect.value} {fault.method} number {fault.number}")
+
+    def call(
+        self, default: type[VmsnapError], method: str, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call `target` as one call of `method`, with the fault planned for it.
+
+        :raises VmsnapError: the fault's, `default` where it names none; else what the driver raises
+        """
+        fault = self.count(method)
+        if fault is not None and fault.effect not in _DONE_FIRST:
+            raise self.strike(fault, default)
+        result = target(*args, **kwargs)
+        if fault is not None:
+            raise self.strike(fault, default)
+        return result
+
+
+def single_faults(counts: Mapping[str, int], effects: Iterable[Effect]) -> Iterator[Fault]:
+    """Every single fault that a run with these calls can show, in a fixed order."""
+    chosen = tuple(effects)
+    for method in sorted(counts):
+        for number in range(1, counts[method] + 1):
+            for effect in chosen:
+                yield Fault(method, number, effect)
+
+
+class FaultyHypervisor(Hypervisor):
+    """A hypervisor driver with planned faults."""
+
+    def __init__(self, driver: Hypervisor, plan: FaultPlan) -> None:
+        """Wrap `driver`."""
+        super().__init__(driver.vm, driver.context, {})
+        vars(self).update(name=driver.name, options=driver.options, any_order=driver.any_order)
+        self.driver = driver
+        self.plan = plan
+
+    def _call(self, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.plan.call(HypervisorError, target.__name__, target, *args, **kwargs)
+
+    def describe(self) -> VmDescription:
+        """See the role."""
+        return self._call(self.driver.describe)
+
+    def state(self) -> VmState:
+        """See the role."""
+        return self._call(self.driver.state)
+
+    def list_vms(self) -> Sequence[str]:
+        """See the role."""
+        return self._call(self.driver.list_vms)
+
+    def doctor(self) -> Sequence[Finding]:
+        """See the role."""
+        return self._call(self.driver.doctor)
+
+    def plan_capture(self, request: CaptureRequest) -> CapturePlan:
+        """See the role."""
+        return self._call(self.driver.plan_capture, request)
+
+    def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
+        """See the role."""
+        return self._call(self.driver.prepare, request, plan)
+
+    def pause(self) -> Moment:
+        """See the role."""
+        return self._call(self.driver.pause)
+
+    def duplicate(self) -> Duplicate:
+        """See the role."""
+        return self._call(self.driver.duplicate)
+
+    def resume(self) -> Moment:
+        """See the role."""
+        return self._call(self.driver.resume)
+
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        """See the role."""
+        return self._call(self.driver.finish_duplicate, duplicate, progress)
+
+    def abandon(self) -> None:
+        """See the role."""
+        return self._call(self.driver.abandon)
+
+    def discard_duplicate(self, name: str) -> None:
+        """See the role."""
+        return self._call(self.driver.discard_duplicate, name)
+
+    def load(self, request: LoadRequest) -> LoadedVm:
+        """See the role."""
+        return self._call(self.driver.load, request)
+
+    def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
+        """See the role."""
+        return self._call(self.driver.switch_disks, disks)
+
+    def cut_network(self) -> tuple[Nic, ...]:
+        """See the role."""
+        return self._call(self.driver.cut_network)
+
+    def shut_down(self, timeout_seconds: float) -> None:
+        """See the role."""
+        return self._call(self.driver.shut_down, timeout_seconds)
+
+    def destroy(self) -> None:
+        """See the role."""
+        return self._call(self.driver.destroy)
+
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """See the role."""
+        return self._call(self.driver.list_owned)
+
+    def close(self) -> None:
+        """Close the driver; never fails on plan."""
+        self.driver.close()
+
+
+class FaultyReader(DiskReader):
+    """A reader with planned faults: of `extents` and `read_into`."""
+
+    def __init__(self, reader: DiskReader, plan: FaultPlan) -> None:
+        """Wrap `reader`."""
+        self.size_bytes = reader.size_bytes
+        self.reader = reader
+        self.plan = plan
+
+    def extents(self) -> Iterator[Extent]:
+        """See the role; the fault strikes when the first extent is asked for, or after the last."""
+        return _iterate(self.plan, SnapshotError, "extents", self.reader.extents)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See the role."""
+        return self.plan.call(SnapshotError, "read_into", self.reader.read_into, offset, buffer)
+
+    def close(self) -> None:
+        """Close the reader; never fails on plan."""
+        self.reader.close()
+
+
+class FaultySnapshotMechanism(SnapshotMechanism):
+    """A snapshot mechanism with planned faults; `handles` never fails, as the role says."""
+
+    def __init__(self, driver: SnapshotMechanism, plan: FaultPlan) -> None:
+        """Wrap `driver`; the plan of faults is `fault_plan`, as `plan` is a method of the role."""
+        super().__init__(driver.context, {})
+        vars(self).update(
+            name=driver.name,
+            options=driver.options,
+            atomic_group=driver.atomic_group,
+            running_guest=driver.running_guest,
+            clones=driver.clones,
+        )
+        self.driver = driver
+        self.fault_plan = plan
+
+    def _call(self, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.fault_plan.call(SnapshotError, target.__name__, target, *args, **kwargs)
+
+    def handles(self, disk: Disk) -> bool:
+        """See the role."""
+        return self.driver.handles(disk)
+
+    def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
+        """See the role."""
+        return self._call(self.driver.plan, vm, disks, tag, window)
+
+    def prepare(self, plan: SnapshotPlan) -> None:
+        """See the role; counted as ``prepare_disks``, so that one plan can tell it from the hypervisor's."""
+        return self.fault_plan.call(SnapshotError, "prepare_disks", self.driver.prepare, plan)
+
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        """See the role."""
+        return self._call(self.driver.snapshot, plan)
+
+    def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
+        """See the role."""
+        return self._call(self.driver.settle, snapshots)
+
+    def reader(self, snapshot: DiskSnapshot) -> DiskReader:
+        """See the role."""
+        return FaultyReader(self._call(self.driver.reader, snapshot), self.fault_plan)
+
+    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
+        """See the role."""
+        return self._call(self.driver.clone, snapshot, name)
+
+    def delete(self, plan: SnapshotPlan) -> None:
+        """See the role; counted as ``delete_snapshots``, so that one plan can tell it from the storage's."""
+        return self.fault_plan.call(SnapshotError, "delete_snapshots", self.driver.delete, plan)
+
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """See the role."""
+        return self._call(self.driver.list_owned)
+
+    def doctor(self) -> Sequence[Finding]:
+        """See the role."""
+        return self._call(self.driver.doctor)
+
+    def close(self) -> None:
+        """Close the driver; never fails on plan."""
+        self.driver.close()
+
+
+class FaultyStorage(StorageBackend):
+    """A storage backend with planned faults."""
+
+    def __init__(self, driver: StorageBackend, plan: FaultPlan) -> None:
+        """Wrap `driver`."""
+        super().__init__(driver.url, {})
+        vars(self).update(name=driver.name, options=driver.options)
+        self.driver = driver
+        self.plan = plan
+
+    def _call(self, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.plan.call(StorageError, target.__name__, target, *args, **kwargs)
+
+    def create(self) -> None:
+        """See the role."""
+        return self._call(self.driver.create)
+
+    def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+        """See the role."""
+        return self._call(self.driver.put, key, data, if_absent=if_absent)
+
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """See the role."""
+        return self._call(self.driver.get, key, offset, length)
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See the role."""
+        return self._call(self.driver.stat, key)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See the role; the fault strikes when the first object is asked for, or after the last."""
+        return _iterate(self.plan, StorageError, "list", lambda: self.driver.list(prefix))
+
+    def delete(self, key: str) -> None:
+        """See the role."""
+        return self._call(self.driver.delete, key)
+
+    def properties(self) -> StorageProperties:
+        """See the role."""
+        return self._call(self.driver.properties)
+
+    def doctor(self) -> Sequence[Finding]:
+        """See the role."""
+        return self._call(self.driver.doctor)
+
+    def close(self) -> None:
+        """Close the driver; never fails on plan."""
+        self.driver.close()
+
+
+def _iterate(
+    plan: FaultPlan, default: type[VmsnapError], method: str, target: Callable[[], Iterator[T]]
+) -> Iterator[T]:
+    fault = plan.count(method)
+    if fault is not None and fault.effect not in _DONE_FIRST:
+        raise plan.strike(fault, default)
+    yield from target()
+    if fault is not None:
+        raise plan.strike(fault, default)

@@ -1,0 +1,388 @@
+"""The contract suite of the role `SnapshotMechanism`.
+
+A mechanism joins by inheriting `SnapshotContract` and giving it one fixture, `rig`, that yields a
+`vmsnap.testing.rigs.SnapshotRig`. Each scenario is a sentence of the contract, which its docstring quotes or says in
+other words.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from vmsnap.errors import SnapshotError
+from vmsnap.model import Disk, DiskSnapshot, SnapshotPlan, Window, from_json, to_json
+from vmsnap.roles import DiskReader, SnapshotMechanism
+from vmsnap.testing.rigs import SnapshotRig, digest, read_all
+
+BLOCK = 4096
+STEPS = ("plan", "prepare", "snapshot", "settle", "reader")
+"""The life of a snapshot; `delete` may follow any of them."""
+_tags = itertools.count(1)
+
+
+@dataclass
+class Life:
+    """One snapshot, brought as far as wanted, with what the disks held at its instant."""
+
+    mechanism: SnapshotMechanism
+    plan: SnapshotPlan
+    snapshots: tuple[DiskSnapshot, ...] = ()
+    contents: tuple[bytes, ...] = ()
+    readers: list[DiskReader] = field(default_factory=list)
+
+    def end(self, mechanism: SnapshotMechanism | None = None) -> None:
+        """Delete the snapshot, its readers still open, as a core that failed does; then close them."""
+        (mechanism or self.mechanism).delete(from_json(to_json(self.plan), SnapshotPlan))
+        for reader in self.readers:
+            reader.close()
+
+
+def live(
+    rig: SnapshotRig,
+    until: str = "settle",
+    mechanism: SnapshotMechanism | None = None,
+    tag: str = "",
+    plan: SnapshotPlan | None = None,
+) -> Life:
+    """Live a snapshot's life up to a step, the writer paused as a guest would be."""
+    mechanism = mechanism or rig.mechanism()
+    if plan is None:
+        plan = mechanism.plan(rig.vm, rig.disks(), tag or f"vmsnap-{os.getpid()}-{next(_tags)}", Window.FREE)
+    life = Life(mechanism, plan)
+    wanted = STEPS[: STEPS.index(until) + 1]
+    if "prepare" in wanted:
+        mechanism.prepare(plan)
+    if "snapshot" in wanted:
+        rig.pause()
+        try:
+            life.contents = tuple(rig.content(disk) for disk in plan.disks)
+            life.snapshots = mechanism.snapshot(plan)
+        finally:
+            rig.resume()
+    if "settle" in wanted:
+        mechanism.settle(life.snapshots)
+    if "reader" in wanted:
+        for snapshot in life.snapshots:
+            life.readers.append(mechanism.reader(snapshot))
+            life.readers[-1].read_into(0, memoryview(bytearray(BLOCK)))
+    return life
+
+
+def scribble(rig: SnapshotRig, disk: Disk, seed: int = 1) -> None:
+    """Write here and there over the whole disk: over data, and where nothing was."""
+    chance = random.Random(seed)
+    for _ in range(40):
+        block = chance.randrange(disk.size_bytes // BLOCK)
+        rig.write(disk, block * BLOCK, chance.randbytes(BLOCK))
+
+
+def contents_of(mechanism: SnapshotMechanism, life: Life) -> list[bytes]:
+    """All disks of a snapshot, as the mechanism gives them."""
+    found = []
+    for snapshot in life.snapshots:
+        with mechanism.reader(snapshot) as reader:
+            found.append(read_all(reader))
+    return found
+
+
+class SnapshotContract:
+    """All scenarios of the role."""
+
+    @pytest.fixture
+    def rig(self) -> SnapshotRig:
+        """The mechanism's rig; to be overridden."""
+        raise TypeError(f"{type(self).__name__} has no fixture 'rig'")
+
+    # -- planning
+
+    def test_01_handles_its_disks_and_no_others(self, rig: SnapshotRig) -> None:
+        """`handles`: "Quick, no side effects, never raises." """
+        mechanism, before = rig.mechanism(), rig.traces()
+        for disk in rig.disks():
+            assert mechanism.handles(disk)
+            for wrong in ("", "/nowhere/at/all", "\0", "iscsi://nobody/iqn.x/1", "relative", "/" + "x" * 5000):
+                assert not mechanism.handles(replace(disk, address=wrong, handle={}))
+        assert rig.traces() == before
+
+    def test_02_a_plan_has_no_side_effects(self, rig: SnapshotRig) -> None:
+        """ "`plan` has no side effects and its result holds the names of all that will be made"."""
+        before = rig.traces()
+        life = live(rig, "plan")
+        assert rig.traces() == before
+        assert life.plan.disks == rig.disks() and life.plan.mechanism == life.mechanism.name
+        assert life.plan.vm == rig.vm
+
+    def test_03_everything_survives_being_kept(self, rig: SnapshotRig) -> None:
+        """ "Plain data: it is written to the journal before `SnapshotMechanism.prepare`"."""
+        life = live(rig)
+        assert from_json(to_json(life.plan), SnapshotPlan) == life.plan
+        for snapshot in life.snapshots:
+            assert from_json(to_json(snapshot), DiskSnapshot) == snapshot
+        life.end()
+
+    def test_04_every_name_that_is_made_carries_the_tag(self, rig: SnapshotRig) -> None:
+        """ "`tag` … is unique and is part of every name"; two plans at once do not meet."""
+        lives = [live(rig, tag=f"vmsnap-twin-{index}") for index in range(2)]
+        owned = lives[0].mechanism.list_owned()
+        for life in lives:
+            mine = [entry for entry in owned if entry.tag == life.plan.tag]
+            assert mine and all(entry.driver == life.mechanism.name for entry in mine)
+            assert all(life.plan.tag in entry.name for entry in mine)
+        for life in lives:
+            assert contents_of(rig.mechanism(), life) == list(life.contents)
+            life.end()
+        assert not rig.mechanism().list_owned()
+
+    def test_05_doctor_changes_nothing(self, rig: SnapshotRig) -> None:
+        """`doctor`: "Changes nothing." """
+        before = rig.traces()
+        for finding in rig.mechanism().doctor():
+            assert finding.severity in ("ok", "note", "missing") and "\n" not in finding.message
+        assert rig.traces() == before
+
+    # -- the instant
+
+    def test_10_a_snapshot_is_what_the_disks_held_at_the_instant(self, rig: SnapshotRig) -> None:
+        """**One point in time.** "writes that the guest completed before the call are in, writes that it begins after
+        the return are not"."""
+        for disk in rig.disks():
+            scribble(rig, disk)
+        life = live(rig, "snapshot")
+        for disk in rig.disks():
+            scribble(rig, disk, seed=2)
+        life.mechanism.settle(life.snapshots)
+        assert [snapshot.disk for snapshot in life.snapshots] == list(life.plan.disks)
+        assert contents_of(life.mechanism, life) == list(life.contents)
+        assert [rig.content(disk) for disk in rig.disks()] != list(life.contents), "the oracle's writer does not write"
+        life.end()
+
+    def test_11_what_was_written_between_prepare_and_snapshot_is_in(self, rig: SnapshotRig) -> None:
+        """`prepare`: "The guest runs." What it writes then belongs to the snapshot."""
+        life = live(rig, "prepare")
+        for disk in rig.disks():
+            scribble(rig, disk, seed=3)
+        rig.pause()
+        contents = [rig.content(disk) for disk in rig.disks()]
+        life.snapshots = life.mechanism.snapshot(life.plan)
+        rig.resume()
+        life.mechanism.settle(life.snapshots)
+        assert contents_of(life.mechanism, life) == contents
+        life.end()
+
+    def test_12_several_disks_show_one_instant(self, rig: SnapshotRig) -> None:
+        """ "fixes all disks of the plan at one instant between its call and its return", with a writer that writes to
+        all disks in turn whenever it may."""
+        written = [itertools.count(1) for _ in rig.disks()]
+        running, ended = threading.Event(), threading.Event()
+        gate = threading.Lock()
+
+        def write() -> None:
+            while not ended.is_set():
+                for disk, numbers in zip(rig.disks(), written, strict=True):
+                    with gate:
+                        rig.write(disk, 0, next(numbers).to_bytes(8, "little") * (BLOCK // 8))
+                running.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            mechanism = rig.mechanism()
+            plan = mechanism.plan(rig.vm, rig.disks(), "vmsnap-instant", Window.FREE)
+            mechanism.prepare(plan)
+            assert running.wait(10)
+            with gate:
+                rig.pause()
+                contents = [rig.content(disk) for disk in rig.disks()]
+                life = Life(mechanism, plan, mechanism.snapshot(plan))
+                rig.resume()
+            running.clear()
+            assert running.wait(10)
+            mechanism.settle(life.snapshots)
+            assert contents_of(mechanism, life) == contents
+        finally:
+            ended.set()
+            writer.join()
+        mechanism.delete(plan)
+
+    def test_13_moments_lie_between_call_and_return(self, rig: SnapshotRig) -> None:
+        """The evidence: each disk's `instant`, by this host's clock."""
+        life = live(rig, "prepare")
+        rig.pause()
+        begin = time.monotonic_ns()
+        life.snapshots = life.mechanism.snapshot(life.plan)
+        end = time.monotonic_ns()
+        rig.resume()
+        assert all(begin <= snapshot.instant.monotonic_ns <= end for snapshot in life.snapshots)
+        life.end()
+
+    def test_14_the_disks_are_not_changed(self, rig: SnapshotRig) -> None:
+        """**The guest is never harmed.** Its disks hold what it wrote, before, during and after."""
+        contents = [rig.content(disk) for disk in rig.disks()]
+        life = live(rig, "reader")
+        assert [rig.content(disk) for disk in rig.disks()] == contents
+        life.end()
+        assert [rig.content(disk) for disk in rig.disks()] == contents
+        scribble(rig, rig.disks()[0])
+        assert rig.content(rig.disks()[0]) != contents[0]
+
+    # -- reading
+
+    def test_20_extents_cover_the_disk_exactly_and_zeros_are_zeros(self, rig: SnapshotRig) -> None:
+        """`extents`: "the whole disk from 0 to `size_bytes`, without gap or overlap, in ascending order. A range is
+        marked `zero` only where it surely reads as zeros." """
+        life = live(rig)
+        for snapshot, content in zip(life.snapshots, life.contents, strict=True):
+            with life.mechanism.reader(snapshot) as reader:
+                assert reader.size_bytes == snapshot.disk.size_bytes == len(content)
+                at = 0
+                extents = list(reader.extents())
+                for extent in extents:
+                    assert extent.offset == at and extent.length > 0
+                    at += extent.length
+                    if extent.zero:
+                        assert not any(content[extent.offset : at]), f"{extent} is not zero"
+                assert at == reader.size_bytes
+                assert list(reader.extents()) == extents
+        life.end()
+
+    def test_21_any_range_can_be_read(self, rig: SnapshotRig) -> None:
+        """`read_into`: "Fill all of `buffer` … from `offset`", also at odd offsets, over zeros, and to the end."""
+        life = live(rig)
+        chance = random.Random(4)
+        with life.mechanism.reader(life.snapshots[0]) as reader:
+            size, content = reader.size_bytes, life.contents[0]
+            ranges = [(0, 0), (0, 1), (size - 1, 1), (0, size), (size, 0), (1, BLOCK)]
+            ranges += [(chance.randrange(size // 2), chance.randrange(size // 2)) for _ in range(20)]
+            for offset, length in ranges:
+                buffer = bytearray(b"\xff" * length)
+                reader.read_into(offset, memoryview(buffer))
+                assert buffer == content[offset : offset + length]
+            for offset, length in ((size, 1), (size - 1, 2), (-1, 1), (size * 2, 1)):
+                with pytest.raises(SnapshotError):
+                    reader.read_into(offset, memoryview(bytearray(length)))
+        life.end()
+
+    def test_22_readers_of_all_disks_work_at_once(self, rig: SnapshotRig) -> None:
+        """`reader`: "Several readers at once are allowed, one a disk." """
+        life = live(rig)
+        readers = [life.mechanism.reader(snapshot) for snapshot in life.snapshots]
+        for at in range(0, min(reader.size_bytes for reader in readers), 16 * BLOCK):
+            for reader, content in zip(readers, life.contents, strict=True):
+                buffer = bytearray(min(16 * BLOCK, reader.size_bytes - at))
+                reader.read_into(at, memoryview(buffer))
+                assert buffer == content[at : at + len(buffer)]
+        for reader in readers:
+            reader.close()
+            reader.close()
+        life.end()
+
+    def test_23_a_lost_snapshot_is_said_to_be_lost(self, rig: SnapshotRig) -> None:
+        """ "the snapshot is lost (`SnapshotError` on reading), not a write of the guest"."""
+        life = live(rig)
+        rig.lose(life.plan.disks[0], life.mechanism)
+        with pytest.raises(SnapshotError), rig.mechanism().reader(life.snapshots[0]) as reader:
+            read_all(reader)
+        scribble(rig, rig.disks()[0])
+        life.end()
+
+    def test_24_another_process_can_read(self, rig: SnapshotRig) -> None:
+        """A snapshot is plain data: a fresh instance reads it."""
+        life = live(rig)
+        life.mechanism.close()
+        kept = Life(rig.mechanism(), life.plan, tuple(from_json(to_json(s), DiskSnapshot) for s in life.snapshots))
+        assert contents_of(kept.mechanism, kept) == list(life.contents)
+        kept.mechanism.delete(life.plan)
+
+    # -- removing
+
+    @pytest.mark.parametrize("step", STEPS)
+    @pytest.mark.parametrize("fresh", [False, True], ids=["same", "fresh"])
+    def test_30_delete_leaves_nothing_after_any_step(self, rig: SnapshotRig, step: str, fresh: bool) -> None:
+        """`delete`: "Remove all that was made for `plan`, whatever of it exists, from whatever step; idempotent." """
+        before = rig.traces()
+        contents = [rig.content(disk) for disk in rig.disks()]
+        life = live(rig, step)
+        mechanism = rig.mechanism() if fresh else life.mechanism
+        for _ in range(2):
+            life.end(mechanism)
+            assert rig.traces() == before
+        assert not mechanism.list_owned()
+        assert [rig.content(disk) for disk in rig.disks()] == contents
+
+    @pytest.mark.parametrize("step", ["prepare", "snapshot", "settle"])
+    def test_31_a_killed_process_leaves_nothing_that_delete_does_not_remove(self, rig: SnapshotRig, step: str) -> None:
+        """ "`delete(plan)` is therefore enough, in any process, after any crash"."""
+        before = rig.traces()
+        tag = f"vmsnap-crash-{step}"
+        plan = rig.mechanism().plan(rig.vm, rig.disks(), tag, Window.FREE)
+        child = os.fork()
+        if child == 0:
+            try:
+                live(rig, step, plan=plan)
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+        mechanism = rig.mechanism()
+        assert tag in {entry.tag for entry in mechanism.list_owned()}
+        mechanism.delete(plan)
+        assert rig.traces() == before and not mechanism.list_owned()
+
+    def test_32_delete_touches_nothing_that_does_not_stand_in_the_plan(self, rig: SnapshotRig) -> None:
+        """**Deletes** "touch nothing that does not stand in the plan": tags that begin alike are not the same."""
+        kept = live(rig, tag="vmsnap-one-1")
+        with_kept = rig.traces()
+        gone = live(rig, tag="vmsnap-one")
+        other = live(rig, tag="vmsnap-one-11")
+        rig.mechanism().delete(gone.plan)
+        rig.mechanism().delete(other.plan)
+        assert rig.traces() == with_kept
+        assert contents_of(rig.mechanism(), kept) == list(kept.contents)
+        rig.mechanism().delete(kept.plan)
+
+    def test_33_many_rounds_leave_nothing(self, rig: SnapshotRig) -> None:
+        """Backups come every hour for years."""
+        before = rig.traces()
+        for seed in range(5):
+            scribble(rig, rig.disks()[0], seed)
+            life = live(rig, "reader")
+            assert contents_of(life.mechanism, life) == list(life.contents)
+            life.end()
+            assert rig.traces() == before
+
+    # -- cloning
+
+    def test_40_a_clone_is_writable_and_independent(self, rig: SnapshotRig) -> None:
+        """`clone`: "Make a writable disk, independent of the original, with the snapshot's content"."""
+        mechanism = rig.mechanism()
+        if not mechanism.clones:
+            life = live(rig, mechanism=mechanism)
+            with pytest.raises(SnapshotError):
+                mechanism.clone(life.snapshots[0], "bk001")
+            mechanism.delete(life.plan)
+            return
+        life = live(rig, mechanism=mechanism)
+        clones = [mechanism.clone(snapshot, "bk001") for snapshot in life.snapshots]
+        again = [mechanism.clone(snapshot, "bk002") for snapshot in life.snapshots]
+        assert len({clone.address for clone in (*clones, *again, *life.plan.disks)}) == 3 * len(clones)
+        for clone, disk, content in zip(clones, life.plan.disks, life.contents, strict=True):
+            assert clone.device == disk.device and clone.size_bytes == disk.size_bytes and not clone.read_only
+            assert rig.content(clone) == content
+            scribble(rig, clone, seed=5)
+            assert rig.content(disk) == content
+        assert contents_of(mechanism, life) == list(life.contents)
+        assert [rig.content(clone) for clone in again] == list(life.contents)
+        fingerprints = [digest(clone.address) for clone in clones]
+        for disk in rig.disks():
+            scribble(rig, disk, seed=6)
+        mechanism.delete(life.plan)
+        assert [digest(clone.address) for clone in clones] == fingerprints
