@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the lab needs on a Debian 12 machine: QEMU 7.2, a C compiler, busybox and cpio from
+# Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, busybox, cpio and xfsprogs from
 # the machine's own suites; and, in the cache folder, the guest's kernel and QEMU 10.0 from
 # bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is
 # there; says nothing unless it fails.
@@ -9,7 +9,7 @@ set -eu
 
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev'
+packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev xfsprogs'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
 mkdir -p "$cache"
