@@ -47,7 +47,7 @@ class ImageKind(enum.Enum):
     """What an image holds; decides its chunk size."""
 
     DISK = "disk"
-    MEMORY = "memory"
+    RAM = "ram"
     STATE = "state"
 
 
@@ -61,13 +61,13 @@ class ChunkSizes:
     """
 
     disk: int = 256 << 10
-    memory: int = 64 << 10
+    ram: int = 64 << 10
     state: int = 64 << 10
     fanout: int = 256
 
     def of(self, kind: ImageKind) -> int:
         """The chunk size of images of that kind."""
-        return {ImageKind.DISK: self.disk, ImageKind.MEMORY: self.memory, ImageKind.STATE: self.state}[kind]
+        return {ImageKind.DISK: self.disk, ImageKind.RAM: self.ram, ImageKind.STATE: self.state}[kind]
 
     def checked(self) -> ChunkSizes:
         """Return these sizes if they are possible ones.
@@ -75,7 +75,7 @@ class ChunkSizes:
         :raises UsageError: a size that is no power of two from `MIN_CHUNK_BYTES` to `MAX_CHUNK_BYTES`, or a fan-out
             that is none from 2 to 65536
         """
-        for size in (self.disk, self.memory, self.state):
+        for size in (self.disk, self.ram, self.state):
             if not is_chunk_size(size):
                 raise UsageError(f"{size} is no chunk size", cure="use a power of two from 4 KiB to 16 MiB")
         if not is_fanout(self.fanout):

@@ -75,16 +75,34 @@ class ChunkIndex:
             self._recent = {}
             self._merge([(at, b"".join(entries)) for at, entries in by_pack.items()])
 
+    def extended(self, packs: Iterable[IndexedPack]) -> ChunkIndex:
+        """A new index that has these packs too; this one stays as it is. Not for one with packs added singly."""
+        longer = ChunkIndex()
+        longer._packs, longer._sizes = self._packs.copy(), self._sizes.copy()
+        longer._heads, longer._tails = self._heads, self._tails
+        longer._columns, longer._flags = self._columns, self._flags
+        longer._merge([(longer._number(pack), pack.entries) for pack in packs])
+        return longer
+
     def find(self, chunk_id: bytes) -> Location | None:
         """Where the chunk lies; None if it is not here."""
-        recent = self._recent.get(chunk_id)
-        if recent:
-            return Location(self._packs[recent[0]], *recent[1:])
-        row = int(self._rows(chunk_id)[0])
-        if row < 0:
-            return None
-        number, offset, sealed, raw = self._columns[row].tolist()
-        return Location(self._packs[number], offset, sealed, raw, int(self._flags[row]))
+        return self.find_many([chunk_id])[0]
+
+    def find_many(self, ids: Sequence[bytes]) -> list[Location | None]:
+        """Where each of the chunks lies; quicker than asking one by one."""
+        if not ids:
+            return []
+        rows = self._rows(b"".join(ids))
+        there = rows >= 0
+        found: list[Location | None] = [None] * len(ids)
+        columns = zip(self._columns[rows[there]].tolist(), self._flags[rows[there]].tolist(), strict=True)
+        for at, ((number, offset, sealed, raw), flags) in zip(np.flatnonzero(there).tolist(), columns, strict=True):
+            found[at] = Location(self._packs[number], offset, sealed, raw, flags)
+        if self._recent:
+            for at, chunk_id in enumerate(ids):
+                if recent := self._recent.get(chunk_id):
+                    found[at] = Location(self._packs[recent[0]], *recent[1:])
+        return found
 
     def contains(self, ids: Sequence[bytes]) -> list[bool]:
         """For each id whether it is here; quicker than asking one by one."""

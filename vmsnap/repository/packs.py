@@ -92,8 +92,8 @@ def read_trailer(storage: StorageBackend, vault: Vault, pack: bytes, pack_bytes:
     return _open_trailer(vault, pack, offset, memoryview(storage.get(key, offset, length)))
 
 
-def open_pack(vault: Vault, pack: bytes, data: bytes) -> tuple[bytes, Iterator[tuple[Entry, bool]]]:
-    """Check a whole pack, every byte of it: its entries, packed, and for each entry whether its blob is intact.
+def open_pack(vault: Vault, pack: bytes, data: bytes) -> bytes:
+    """Check the frame of a whole pack, that is, all but its blobs, and return its entries, packed.
 
     :raises DamageFound: the pack's frame or trailer is damaged
     """
@@ -102,17 +102,18 @@ def open_pack(vault: Vault, pack: bytes, data: bytes) -> tuple[bytes, Iterator[t
         raise DamageFound(f"{key} is damaged: it does not begin as a pack does")
     length = _trailer_bytes(key, data[-FOOTER.size :], len(data))
     offset = len(data) - FOOTER.size - length
-    entries = _open_trailer(vault, pack, offset, memoryview(data)[offset : offset + length])
-    return entries, _checked_blobs(vault, pack, memoryview(data), entries)
+    return _open_trailer(vault, pack, offset, memoryview(data)[offset : offset + length])
 
 
-def _checked_blobs(vault: Vault, pack: bytes, data: memoryview, entries: bytes) -> Iterator[tuple[Entry, bool]]:
+def check_blobs(vault: Vault, pack: bytes, data: bytes, entries: bytes) -> Iterator[tuple[Entry, bool]]:
+    """Yield for each of `entries` whether its blob is intact in the whole pack `data`."""
+    view = memoryview(data)
     cipher = vault.pack_cipher(pack)
     for fields in ENTRY.iter_unpack(entries):
         entry = Entry(*fields)
         bound = vault.blob_bound(entry.id, entry.flags, entry.raw_bytes)
         try:
-            cipher.open(entry.offset, data[entry.offset : entry.offset + entry.sealed_bytes], bound)
+            cipher.open(entry.offset, view[entry.offset : entry.offset + entry.sealed_bytes], bound)
         except BrokenSeal:
             yield entry, False
         else:

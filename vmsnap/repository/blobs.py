@@ -1,0 +1,167 @@
+"""Reads blobs from packs, and hands out nothing that is not authenticated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
+
+from vmsnap.errors import DamageFound, ObjectNotFound, StorageError
+from vmsnap.repository.format import MAX_CHUNK_BYTES, BlobKind, Codec, pack_key
+from vmsnap.repository.index import ChunkIndex, Location
+from vmsnap.repository.seal import BrokenSeal, Cipher, Vault
+from vmsnap.roles.storage import StorageBackend
+
+# One read takes in gaps up to this, and gets this long at most.
+_GAP_BYTES = 128 << 10
+_READ_BYTES = 8 << 20
+_CIPHERS_KEPT = 1024
+_DECOMPRESSION = {int(DecompressionParameter.window_log_max): MAX_CHUNK_BYTES.bit_length() - 1}
+
+
+class Wanted(NamedTuple):
+    """A blob to be read, and how long its content must be."""
+
+    id: bytes
+    raw_bytes: int
+
+
+class BlobReader:
+    """Reads blobs of one repository as `index` knows it. May be used by several threads at once."""
+
+    def __init__(self, storage: StorageBackend, vault: Vault, index: ChunkIndex) -> None:
+        self.index = index
+        self._storage = storage
+        self._vault = vault
+        self._ciphers: dict[bytes, Cipher] = {}
+
+    def read(self, kind: BlobKind, chunk_id: bytes, raw_bytes: int) -> bytes | memoryview:
+        """The content of one blob. Blocks.
+
+        :raises DamageFound: it is missing or not what was written
+        """
+        _, content = next(self.read_many(kind, [Wanted(chunk_id, raw_bytes)]))
+        if isinstance(content, DamageFound):
+            raise content
+        return content
+
+    def read_many(
+        self, kind: BlobKind, wanted: Sequence[Wanted]
+    ) -> Iterator[tuple[int, bytes | memoryview | DamageFound]]:
+        """Yield the content of each blob with its position in `wanted`, in the order in which they lie in the packs.
+
+        A blob that is missing or not what was written comes as a `DamageFound`, so that the others are not lost.
+
+        :raises StorageError: the storage failed
+        """
+        places: list[tuple[Location, int]] = []
+        found = self.index.find_many([want.id for want in wanted])
+        for position, (want, place) in enumerate(zip(wanted, found, strict=True)):
+            if place is None:
+                yield position, DamageFound(f"chunk {want.id.hex()[:16]} is missing: no pack that is known has it")
+            else:
+                places.append((place, position))
+        for group in _neighbours(sorted(places)):
+            yield from self._read_group(kind, wanted, group)
+
+    def _read_group(
+        self, kind: BlobKind, wanted: Sequence[Wanted], group: Sequence[tuple[Location, int]]
+    ) -> Iterator[tuple[int, bytes | memoryview | DamageFound]]:
+        start = group[0][0].offset
+        end = max(place.offset + place.sealed_bytes for place, _ in group)
+        key = pack_key(group[0][0].pack)
+        try:
+            data = memoryview(self._storage.get(key, start, end - start))
+        except (ObjectNotFound, StorageError) as e:
+            trouble = self._damage_behind(key, end, e)
+            if len(group) == 1:
+                yield group[0][1], trouble
+                return
+            # The pack may have been cut off behind some of them.
+            for one in group:
+                yield from self._read_group(kind, wanted, [one])
+            return
+        for place, position in group:
+            at = place.offset - start
+            try:
+                yield position, self._open(kind, wanted[position], place, data[at : at + place.sealed_bytes])
+            except DamageFound as e:
+                yield position, e
+
+    def _damage_behind(self, key: str, end: int, error: ObjectNotFound | StorageError) -> DamageFound:
+        """What a failed read says about the pack.
+
+        :raises StorageError: nothing, the storage failed
+        """
+        if isinstance(error, StorageError):
+            try:
+                size = self._storage.stat(key).size_bytes
+            except ObjectNotFound:
+                size = -1
+            if size >= end:
+                raise error
+            if size >= 0:
+                return DamageFound(f"{key} is cut off: it has {size} bytes")
+        return DamageFound(f"{key} is missing")
+
+    def _open(self, kind: BlobKind, want: Wanted, place: Location, sealed: memoryview) -> bytes | memoryview:
+        vault = self._vault
+        cipher = self._ciphers.get(place.pack)
+        if cipher is None:
+            if len(self._ciphers) >= _CIPHERS_KEPT:
+                self._ciphers.clear()
+            cipher = self._ciphers[place.pack] = vault.pack_cipher(place.pack)
+        where = f"{pack_key(place.pack)}, the blob at {place.offset}"
+        if place.flags & 0xF != kind or place.raw_bytes != want.raw_bytes:
+            raise DamageFound(f"{where}, is listed as something else than what belongs here")
+        try:
+            plain = cipher.open(place.offset, sealed, vault.blob_bound(want.id, place.flags, place.raw_bytes))
+        except BrokenSeal as e:
+            raise DamageFound(f"{where}, is not what was written") from e
+        try:
+            content = decompressed(plain, Codec(place.flags >> 4), want.raw_bytes)
+        except ValueError as e:
+            raise DamageFound(f"{where}, cannot be decompressed: {e}") from e
+        # The seal shows that it was written so; the id, that it was right when it was written.
+        if vault.chunk_id(kind, content) != want.id:
+            raise DamageFound(f"{where}, has another content than its id says")
+        return content
+
+
+def decompressed(plain: bytes | memoryview, codec: Codec, raw_bytes: int) -> bytes | memoryview:
+    """The content of a blob, never more than `raw_bytes` of it.
+
+    :raises ValueError: it is not exactly that long, or no content at all
+    """
+    if codec is Codec.RAW:
+        content = plain
+    else:
+        unpack = ZstdDecompressor(options=_DECOMPRESSION)
+        try:
+            content = unpack.decompress(plain, max_length=raw_bytes)
+        except ZstdError as e:
+            raise ValueError(str(e)) from e
+        if not unpack.eof or unpack.unused_data:
+            raise ValueError("it holds more than it should")
+    if len(content) != raw_bytes:
+        raise ValueError(f"it has {len(content)} bytes instead of {raw_bytes}")
+    return content
+
+
+def _neighbours(places: Sequence[tuple[Location, int]]) -> Iterator[list[tuple[Location, int]]]:
+    """Group places that are worth one read; `places` is sorted."""
+    group: list[tuple[Location, int]] = []
+    start = end = 0
+    for item in places:
+        place = item[0]
+        stop = place.offset + place.sealed_bytes
+        if group and (place.pack != group[0][0].pack or place.offset > end + _GAP_BYTES or stop - start > _READ_BYTES):
+            yield group
+            group = []
+        if not group:
+            start, end = place.offset, stop
+        group.append(item)
+        end = max(end, stop)
+    if group:
+        yield group
