@@ -166,7 +166,9 @@ class LiveBackup:
                 disks=disks,
                 tags=self._order.tags,
             )
-            self._manifest = writer.commit(fields, seconds=time.monotonic() - self._begun)
+            self._manifest = writer.commit(
+                fields, seconds=time.monotonic() - self._begun, instant_ns=instant.duplicated.wall_ns
+            )
 
     def _store_memory(self, writer: BackupWriter, image: RamImage, bars: Bars) -> MemoryImage:
         with SparseFileReader(image.path, image.size_bytes) as source:

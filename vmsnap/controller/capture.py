@@ -24,6 +24,7 @@ from vmsnap.model import (
     to_json,
 )
 from vmsnap.protocol import Compensation, Instruction
+from vmsnap.repository import check_device
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, SnapshotMechanism
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
@@ -187,6 +188,8 @@ class Capture:
         if description.state not in (VmState.EXECUTING, VmState.STOPPED):
             raise VmGone(f"VM {self.row.vm!r} is {description.state.value}", cure="start it, then back it up")
         self.executing = description.state is VmState.EXECUTING
+        for disk in description.disks:
+            check_device(disk.device)
         disks = choose_mechanisms(self._drivers, description.disks, self.row.disks)
         self._table.set_disks(self.row.vm, disks)
         self._table.set_state(self.row.vm, description.state.value)

@@ -1,0 +1,5 @@
+"""The hypervisor driver "qemu"."""
+
+from vmsnap_drivers.hypervisors.qemu.driver import QemuHypervisor
+
+__all__ = ["QemuHypervisor"]
