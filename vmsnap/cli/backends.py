@@ -1,0 +1,118 @@
+"""The console scripts of the drivers: the same commands, the driver preset, its options shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vmsnap import __version__
+from vmsnap.cli import output
+from vmsnap.cli.lazy import CommandLine, LazyCommand
+from vmsnap.cli.main import BACKUPS, COMMANDS, LATER
+from vmsnap.cli.options import driver_options
+from vmsnap.cli.session import DriverCommand, Session, pass_session, write_driver_options
+from vmsnap.cli.version import version_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MACHINES = "Machines"
+PLACES = "Commands"
+
+_WITH_VMS = {name: command for name, command in COMMANDS.items() if name != "demo"}
+
+
+class HypervisorCommandLine(CommandLine):
+    """The console script of one hypervisor; its help shows the driver's options."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The driver's options, then the examples."""
+        write_driver_options(ctx, formatter)
+        super().format_epilog(ctx, formatter)
+
+
+@click.command("list-vms", cls=DriverCommand, epilog="vmsnap-qemu list-vms")
+@driver_options
+@pass_session
+def list_vms(session: Session, options: dict[str, str]) -> None:
+    """List the VMs that the driver sees on this host, registered or not."""
+    with session.controller() as controller:
+        registered = {row.vm for row in controller.vms() if row.hypervisor == session.hypervisor}
+        seen = _seen(session, options)
+    names = sorted({*seen, *registered})
+    document = [{"vm": name, "seen": name in seen, "registered": name in registered} for name in names]
+    rows = [(e["vm"], "yes" if e["seen"] else "no", "yes" if e["registered"] else "no") for e in document]
+    session.emit(document, lambda: output.table(("vm", "seen", "registered"), rows))
+
+
+def _seen(session: Session, options: dict[str, str]) -> Sequence[str]:
+    from dataclasses import replace
+
+    from vmsnap import registry
+    from vmsnap.roles import check_options
+
+    driver = registry.hypervisor(session.hypervisor or "")
+    # What reaches one VM is not needed to look for all of them.
+    declared = [replace(option, required=False) for option in driver.options]
+    instance = driver("list-vms", session.folders().context(), check_options(driver.name, declared, options))
+    try:
+        return instance.list_vms()
+    finally:
+        instance.close()
+
+
+vmsnap_qemu = HypervisorCommandLine(
+    "vmsnap-qemu",
+    {
+        "list-vms": LazyCommand("vmsnap.cli.backends:list_vms", "List the QEMU VMs of this host.", MACHINES),
+        **_WITH_VMS,
+    },
+    hypervisor="qemu",
+    later=LATER,
+    params=[version_option(__version__)],
+    help="vmsnap for VMs that QEMU runs, reached by their QMP sockets.",
+    epilog="""\
+        vmsnap-qemu vm add web1 -o qmp=/run/web1.qmp
+        vmsnap-qemu doctor web1
+        vmsnap-qemu backup web1 -r /srv/backups""",
+)
+"""The entry point ``vmsnap-qemu``."""
+
+vmsnap_sim = HypervisorCommandLine(
+    "vmsnap-sim",
+    {
+        "start": LazyCommand("vmsnap.cli.simulated:start", "Start a simulated VM and register it.", MACHINES),
+        "stop": LazyCommand("vmsnap.cli.simulated:stop", "Shut a simulated VM down.", MACHINES),
+        "list": LazyCommand("vmsnap.cli.simulated:list_running", "List the simulated VMs.", MACHINES),
+        "list-vms": LazyCommand("vmsnap.cli.backends:list_vms", "List them as every driver does.", MACHINES),
+        **{name: command for name, command in COMMANDS.items() if name != "list"},
+        "backups": LazyCommand("vmsnap.cli.listing:list_backups", "List the backups.", BACKUPS),
+    },
+    hypervisor="simulated",
+    later=LATER,
+    params=[version_option(__version__)],
+    help="vmsnap for simulated VMs: real processes with RAM, disks and a workload, to try everything out.",
+    epilog="""\
+        vmsnap-sim start vm001 --memory 64M --disk 256M
+        vmsnap-sim backup vm001 -r /srv/backups
+        vmsnap-sim stop vm001""",
+)
+"""The entry point ``vmsnap-sim``."""
+
+vmsnap_local = CommandLine(
+    "vmsnap-local",
+    {
+        "init": LazyCommand("vmsnap.cli.storage:init", "Make a repository.", PLACES),
+        "list": LazyCommand("vmsnap.cli.storage:list_backups", "List its backups.", PLACES),
+        "check": LazyCommand("vmsnap.cli.storage:check", "Check it.", PLACES),
+        "doctor": LazyCommand("vmsnap.cli.storage:doctor", "Say whether the place can be used.", PLACES),
+        "bench": LazyCommand("vmsnap.cli.storage:bench", "Measure how fast the place is.", PLACES),
+    },
+    params=[version_option(__version__)],
+    help="vmsnap repositories in folders of this host, or of anything that is mounted on it.",
+    epilog="""\
+        vmsnap-local init /srv/backups
+        vmsnap-local bench file:///srv/backups""",
+)
+"""The entry point ``vmsnap-local``."""

@@ -1,0 +1,117 @@
+"""``vmsnap drivers``: what is installed, whether it can be used, which options it has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vmsnap.cli import output
+from vmsnap.cli.session import Session, SessionGroup, pass_session
+from vmsnap.errors import DriverUnavailable
+
+if TYPE_CHECKING:
+    from vmsnap.registry import InstalledDriver
+
+
+@click.group(cls=SessionGroup, invoke_without_command=True, epilog="vmsnap drivers\nvmsnap drivers show qemu")
+@click.pass_context
+def drivers(ctx: click.Context) -> None:
+    """List the installed drivers; a broken one is shown with what is wrong."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from vmsnap.registry import installed
+
+    session = ctx.ensure_object(Session)
+    found = installed()
+    session.emit([_document(driver) for driver in found], lambda: _list(found))
+
+
+@drivers.command()
+@click.argument("name")
+@pass_session
+def show(session: Session, name: str) -> None:
+    """Show the driver NAME: what it does and which options it takes with -o."""
+    from vmsnap.registry import installed
+
+    found = [driver for driver in installed() if driver.name == name]
+    if not found:
+        raise DriverUnavailable(f"no driver {name!r} is installed", cure="see: vmsnap drivers")
+    # A list, since one name can stand for a driver of each kind.
+    documents = [_full_document(driver) for driver in found]
+    session.emit(documents, lambda: _show(documents))
+
+
+def option_rows(driver: type[Any]) -> list[tuple[str, str]]:
+    """The options of a driver's class, each with what the help says of it."""
+    rows = []
+    for option in driver.options:
+        value = "|".join(option.choices) if option.choices else "VALUE"
+        about = option.help
+        if option.required:
+            about += " [required]"
+        elif option.default is not None:
+            about += f" [default: {option.default}]"
+        rows.append((f"-o {option.name}={value}", about))
+    return rows
+
+
+def _document(driver: InstalledDriver) -> dict[str, Any]:
+    return {
+        "name": driver.name,
+        "kind": driver.kind,
+        "version": driver.version,
+        "distribution": driver.distribution,
+        "usable": driver.driver is not None,
+        "problem": driver.problem,
+    }
+
+
+def _full_document(driver: InstalledDriver) -> dict[str, Any]:
+    options = [] if driver.driver is None else driver.driver.options
+    return {
+        **_document(driver),
+        "summary": "" if driver.driver is None else _first_paragraph(driver.driver),
+        "options": [
+            {
+                "name": option.name,
+                "help": option.help,
+                "default": option.default,
+                "choices": list(option.choices),
+                "required": option.required,
+            }
+            for option in options
+        ],
+        "usage": [] if driver.driver is None else option_rows(driver.driver),
+    }
+
+
+def _first_paragraph(driver: type[Any]) -> str:
+    return " ".join((driver.__doc__ or "").strip().partition("\n\n")[0].split())
+
+
+def _list(found: list[InstalledDriver]) -> None:
+    output.table(
+        ("kind", "name", "version", "distribution", "usable"),
+        [(d.kind, d.name, d.version, d.distribution, "yes" if d.driver else f"no: {d.problem}") for d in found],
+    )
+
+
+def _show(documents: list[dict[str, Any]]) -> None:
+    for position, document in enumerate(documents):
+        if position:
+            click.echo()
+        output.fields(
+            [
+                ("driver", document["name"]),
+                ("kind", document["kind"]),
+                ("distribution", f"{document['distribution']} {document['version']}"),
+                ("usable", "yes" if document["usable"] else f"no: {document['problem']}"),
+                ("about", document["summary"]),
+            ]
+        )
+        if document["usage"]:
+            click.echo()
+            output.table(("option", "meaning"), document["usage"])
+        elif document["usable"]:
+            click.echo("\nIt has no options.")

@@ -1,0 +1,46 @@
+"""The console script ``vmsnap``: which commands there are, and where. Imports nothing that a command needs."""
+
+from __future__ import annotations
+
+from vmsnap import __version__
+from vmsnap.cli.lazy import CommandLine, LazyCommand
+from vmsnap.cli.version import version_option
+
+BEGIN = "Begin"
+BACKUPS = "Backups"
+CARE = "Care"
+
+COMMANDS = {
+    "demo": LazyCommand("vmsnap.cli.demo:demo", "See the whole story on a simulated VM, in under a minute.", BEGIN),
+    "init": LazyCommand("vmsnap.cli.init:init", "Make a repository.", BEGIN),
+    "vm": LazyCommand("vmsnap.cli.vm:vm", "Register VMs, list them, remove them.", BEGIN),
+    "backup": LazyCommand("vmsnap.cli.backup:backup", "Back up a running VM whole: RAM, vCPUs and disks.", BACKUPS),
+    "list": LazyCommand("vmsnap.cli.listing:list_backups", "List the backups.", BACKUPS),
+    "show": LazyCommand("vmsnap.cli.listing:show", "Show one backup with its evidence.", BACKUPS),
+    "restore": LazyCommand("vmsnap.cli.restore:restore", "Bring a backup up as a new VM.", BACKUPS),
+    "export": LazyCommand("vmsnap.cli.export:export", "Write a backup's disks as image files.", BACKUPS),
+    "verify": LazyCommand("vmsnap.cli.integrity:verify", "Read and authenticate all of one backup.", CARE),
+    "check": LazyCommand("vmsnap.cli.integrity:check", "Check the repository.", CARE),
+    "doctor": LazyCommand("vmsnap.cli.doctor:doctor", "Say what works on this host, and what is missing.", CARE),
+    "drivers": LazyCommand("vmsnap.cli.drivers:drivers", "List the installed drivers, show their options.", CARE),
+    "recover": LazyCommand("vmsnap.cli.recover:recover", "Finish or undo what a crash left.", CARE),
+}
+"""The commands of every console script that works with VMs."""
+
+LATER = ("consolidate", "failover", "duplicate", "gc", "prune", "key", "repair")
+"""Commands of a later version."""
+
+vmsnap = CommandLine(
+    "vmsnap",
+    COMMANDS,
+    later=LATER,
+    params=[version_option(__version__)],
+    help="Back up running virtual machines whole - RAM, vCPUs and every disk from one instant - and bring them back.",
+    epilog="""\
+        vmsnap demo
+        vmsnap init -r /srv/backups
+        vmsnap vm add web1 --hypervisor qemu -o qmp=/run/web1.qmp
+        vmsnap backup web1 -r /srv/backups
+        vmsnap restore web1-20260101T120000Z-1a2b3c --as web1-copy --run -r /srv/backups""",
+)
+"""The entry point."""

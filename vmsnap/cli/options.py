@@ -1,0 +1,81 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from vmsnap.configuration import parse_size
+from vmsnap.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def size_option(*declaration: str, default: str, help: str) -> Callable[[F], F]:
+    """An option that takes a size such as ``64M``, as bytes."""
+
+    def convert(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
+        return parse_size(value)
+
+    return click.option(*declaration, metavar="SIZE", default=default, show_default=True, callback=convert, help=help)
+
+
+def driver_options(function: F) -> F:
+    """``-o key=value``, any number of times, as the argument `options`, a dict."""
+    return click.option(
+        "-o",
+        "options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_pairs,
+        help="An option of the driver; see: vmsnap drivers show NAME.",
+    )(function)
+
+
+def mechanism_choices(function: F) -> F:
+    """``--mechanism DISK=NAME``, any number of times, as the argument `mechanisms`, a dict."""
+    return click.option(
+        "--mechanism",
+        "mechanisms",
+        metavar="DISK=NAME",
+        multiple=True,
+        callback=_mechanisms,
+        help="The snapshot mechanism for one disk; without it the first that can is chosen.",
+    )(function)
+
+
+def not_yet(*declaration: str, **attributes: Any) -> Callable[[F], F]:
+    """An option of a later version: it is known, and refused in one clear line."""
+
+    def refuse(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+        if value:
+            raise UsageError(f"{declaration[0]} is not available in this version of vmsnap")
+
+    return click.option(*declaration, hidden=True, expose_value=False, callback=refuse, **attributes)
+
+
+def _pairs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        _add(found, key, equals, value, text, "-o key=value")
+    return found
+
+
+def _mechanisms(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in values:
+        # A device may hold "=", a mechanism's name never does.
+        device, equals, name = text.rpartition("=")
+        _add(found, device, equals, name, text, "--mechanism DISK=NAME")
+    return found
+
+
+def _add(found: dict[str, str], key: str, equals: str, value: str, text: str, shape: str) -> None:
+    if not equals or not key:
+        raise UsageError(f"{text!r} is not {shape}")
+    if key in found:
+        raise UsageError(f"{key!r} is given twice", cure=f"give {shape} once for each")
+    found[key] = value

@@ -1,0 +1,222 @@
+"""What every command shares: the options of all commands, the configuration, and how controller and repository are
+opened from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vmsnap.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmsnap.configuration import Configuration
+    from vmsnap.controller import Controller
+    from vmsnap.host import HostFolders
+    from vmsnap.repository import Repository
+
+
+@dataclass
+class Session:
+    """One call of a console script. `hypervisor` is preset by the scripts of one backend."""
+
+    program: str = "vmsnap"
+    hypervisor: str | None = None
+    repository: str | None = None
+    state_dir: Path | None = None
+    config: Path | None = None
+    json: bool = False
+    debug: bool = False
+    passphrase_given: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """The configuration file, read when it is first needed.
+
+        :raises UsageError: it is wrong
+        """
+        from vmsnap.configuration import load
+
+        return load(self.config)
+
+    def folders(self) -> HostFolders:
+        """The host's folders, by ``--state-dir``, ``VMSNAP_STATE_DIR``, the configuration, or the default."""
+        from vmsnap.host import HostFolders
+
+        configured = self.configuration
+        state_dir = self.state_dir
+        if state_dir is None and not os.environ.get("VMSNAP_STATE_DIR"):
+            state_dir = configured.state_dir
+        return HostFolders.find(
+            state_dir, spool_dir=configured.spool_dir, memory_budget_bytes=configured.memory_budget_bytes
+        )
+
+    @contextmanager
+    def controller(self) -> Iterator[Controller]:
+        """The controller of this host's state."""
+        from vmsnap.controller import Controller, Drivers
+
+        folders = self.folders()
+        drivers = Drivers(folders.context(), self.configuration.mechanism_options)
+        with Controller(folders, drivers=drivers) as controller:
+            yield controller
+
+    def repository_url(self) -> str:
+        """The repository by ``-r``, ``VMSNAP_REPOSITORY`` or the configuration.
+
+        :raises UsageError: none of them names one
+        """
+        url = self.repository or os.environ.get("VMSNAP_REPOSITORY") or self.configuration.repository
+        if not url:
+            raise UsageError(
+                "no repository was named",
+                cure="give -r URL, set VMSNAP_REPOSITORY, or write 'repository' into the configuration file",
+            )
+        return url
+
+    def open_repository(self) -> Repository:
+        """Open the repository; the passphrase is looked for only when it is encrypted.
+
+        :raises NotARepository: there is none
+        :raises UsageError: no repository or passphrase was given, or the passphrase is wrong
+        """
+        from vmsnap.places import open_repository
+
+        return open_repository(self.repository_url(), self.passphrase)
+
+    def passphrase(self) -> str:
+        """The passphrase of the repository, from wherever the user keeps it, at last from a prompt.
+
+        :raises UsageError: there is none and nobody can be asked
+        """
+        from vmsnap.cli.passphrase import ask, find_passphrase
+
+        found = find_passphrase(self.passphrase_given, self.configuration)
+        return ask() if found is None else found
+
+    def emit(self, document: object, people: Callable[[], None]) -> None:
+        """Report: `document` as JSON with ``--json``, else whatever `people` writes."""
+        if not self.json:
+            people()
+            return
+        import json
+
+        # ASCII, so that any byte a path can hold comes through whatever the locale is.
+        click.echo(json.dumps(document, indent=2))
+
+    def note(self, text: str) -> None:
+        """A message for people, beside the report: on standard error."""
+        from vmsnap.cli.failures import one_line
+
+        click.echo(f"{self.program}: {one_line(text)}", err=True)
+
+
+pass_session = click.make_pass_decorator(Session)
+
+
+def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    # Given before or after the subcommand; the later one counts, and an absent one takes nothing back.
+    session = ctx.find_object(Session)
+    if session is not None and value is not None and value is not False:
+        setattr(session, str(parameter.name), value)
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+def _session_options() -> list[click.Option]:
+    common: dict[str, Any] = {"expose_value": False, "callback": _keep}
+    return [
+        click.Option(
+            ["-r", "--repository"],
+            metavar="URL",
+            help="Where the backups are: file:///path or a plain path. [env: VMSNAP_REPOSITORY]",
+            **common,
+        ),
+        click.Option(
+            ["--state-dir"],
+            metavar="DIR",
+            type=click.Path(path_type=Path),
+            help="VM table, journal and spool of this host. [env: VMSNAP_STATE_DIR]",
+            **common,
+        ),
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="Configuration file. [env: VMSNAP_CONFIG]",
+            **common,
+        ),
+        click.Option(["--json"], is_flag=True, help="Report as one JSON document on standard output.", **common),
+        click.Option(["--debug"], is_flag=True, help="Show tracebacks of errors.", **common),
+    ]
+
+
+class SessionCommand(click.Command):
+    """A command that takes the options of all commands, shown below its own."""
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self._own = list(self.params)
+        self.params = [*self.params, *_session_options()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Its own options first, then those of all commands."""
+        every = [parameter for parameter in self.get_params(ctx) if parameter not in self._own]
+        for heading, parameters in (("Options", self._own), ("Options of every command", every)):
+            records = [p.get_help_record(ctx) for p in parameters if isinstance(p, click.Option)]
+            rows = [record for record in records if record is not None]
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each on its own line as it is typed."""
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+class DriverCommand(SessionCommand):
+    """A command that takes ``-o``: where the driver is preset, its options are shown."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The driver's options, then the examples."""
+        write_driver_options(ctx, formatter)
+        super().format_epilog(ctx, formatter)
+
+
+def write_driver_options(ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write the options of the driver that the console script presets; nothing where it presets none."""
+    from vmsnap.errors import DriverUnavailable
+
+    session = ctx.find_object(Session)
+    if session is None or session.hypervisor is None:
+        return
+    from vmsnap import registry
+    from vmsnap.cli.drivers import option_rows
+
+    with formatter.section(f"Options of the driver {session.hypervisor}"):
+        try:
+            formatter.write_dl(option_rows(registry.hypervisor(session.hypervisor)))
+        except DriverUnavailable as e:
+            formatter.write_text(str(e))
+
+
+class SessionGroup(SessionCommand, click.Group):
+    """A group that takes the options of all commands; its commands do so too."""
+
+    command_class = SessionCommand
+    group_class = type
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options and commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)

@@ -1,0 +1,173 @@
+"""The configuration file: TOML, read strictly, so that a misspelt key is an error and not a silent default.
+
+::
+
+    repository = "file:///srv/backups"        # what -r would say
+    state_dir = "/var/lib/vmsnap"
+    spool_dir = "/srv/spool"                  # allows guest RAM on a disk when memory is short
+    memory_budget = "8GiB"                    # what duplicates may take in memory together
+    passphrase_file = "/etc/vmsnap/passphrase"
+    passphrase_command = "pass show backups"  # instead of passphrase_file; run without a shell
+
+    [mechanism.qcow2]                         # options of a snapshot mechanism
+    some_option = "value"
+
+Paths are absolute or begin with ``~``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmsnap.errors import UsageError
+
+SYSTEM_FILE = Path("/etc/vmsnap/config.toml")
+
+_SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the file says; None where it says nothing. `source` is the file, None where there is none."""
+
+    source: Path | None = None
+    repository: str | None = None
+    state_dir: Path | None = None
+    spool_dir: Path | None = None
+    memory_budget_bytes: int | None = None
+    passphrase_file: Path | None = None
+    passphrase_command: str | None = field(default=None, repr=False)
+    mechanism_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def parse_size(text: str) -> int:
+    """The bytes that a size such as ``64M``, ``8GiB`` or ``4096`` means; K, M, G and T are powers of 1024.
+
+    :raises UsageError: it is no size
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{text!r} is no size", cure="write it as 4096, 64M or 8GiB")
+    return int(found[1]) * _FACTORS[(found[2] or "").upper()]
+
+
+def find_file(given: Path | None = None) -> Path | None:
+    """The configuration file: the one `given`, that of ``VMSNAP_CONFIG``, the user's own, the system's; or None.
+
+    :raises UsageError: a file that was named does not exist
+    """
+    named = given or (Path(os.environ["VMSNAP_CONFIG"]) if os.environ.get("VMSNAP_CONFIG") else None)
+    if named is not None:
+        if not named.is_file():
+            raise UsageError(f"there is no configuration file {named}", cure="see --config and VMSNAP_CONFIG")
+        return named
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "vmsnap" / "config.toml"
+    return next((path for path in (own, SYSTEM_FILE) if path.is_file()), None)
+
+
+def load(given: Path | None = None) -> Configuration:
+    """Read the configuration file that `find_file` finds; where there is none, nothing is configured.
+
+    :raises UsageError: it cannot be read, is no TOML, or holds an unknown key or a wrong value
+    """
+    path = find_file(given)
+    if path is None:
+        return Configuration()
+    import tomllib
+
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as e:
+        raise UsageError(f"cannot read the configuration file {path}: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"the configuration file {path} is no TOML: {e}") from e
+    return _Reader(path, values).configuration()
+
+
+class _Reader:
+    """Takes the known keys out of the file's values, and refuses what is left."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self._path = path
+        self._values = dict(values)
+
+    def configuration(self) -> Configuration:
+        found = Configuration(
+            source=self._path,
+            repository=self._repository(),
+            state_dir=self._folder("state_dir"),
+            spool_dir=self._folder("spool_dir"),
+            memory_budget_bytes=self._size("memory_budget"),
+            passphrase_file=self._folder("passphrase_file"),
+            passphrase_command=self._text("passphrase_command"),
+            mechanism_options=self._mechanisms(),
+        )
+        if self._values:
+            raise self._wrong(f"unknown key {sorted(self._values)[0]!r}", "see the documentation of the configuration")
+        if found.passphrase_file and found.passphrase_command:
+            raise self._wrong("passphrase_file and passphrase_command exclude each other")
+        return found
+
+    def _wrong(self, what: str, cure: str = "") -> UsageError:
+        return UsageError(f"configuration file {self._path}: {what}", cure=cure)
+
+    def _text(self, key: str) -> str | None:
+        value = self._values.pop(key, None)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise self._wrong(f"{key} must be a text that is not empty")
+        return value
+
+    def _folder(self, key: str) -> Path | None:
+        text = self._text(key)
+        return None if text is None else self._absolute(key, text)
+
+    def _absolute(self, key: str, text: str) -> Path:
+        path = Path(text).expanduser()
+        if not path.is_absolute():
+            raise self._wrong(f"{key} must be an absolute path, or begin with ~")
+        return path
+
+    def _repository(self) -> str | None:
+        text = self._text("repository")
+        if text is None or "://" in text:
+            return text
+        return str(self._absolute("repository", text))
+
+    def _size(self, key: str) -> int | None:
+        value = self._values.pop(key, None)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise self._wrong(f"{key} must be a size, such as '8GiB'")
+        try:
+            size = parse_size(str(value))
+        except UsageError as e:
+            raise self._wrong(f"{key}: {e.message}", e.cure) from e
+        if size <= 0:
+            raise self._wrong(f"{key} must be more than 0")
+        return size
+
+    def _mechanisms(self) -> dict[str, dict[str, str]]:
+        tables = self._values.pop("mechanism", {})
+        if not isinstance(tables, dict):
+            raise self._wrong("mechanism must be tables, such as [mechanism.qcow2]")
+        found: dict[str, dict[str, str]] = {}
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise self._wrong(f"mechanism.{name} must be a table, such as [mechanism.{name}]")
+            found[name] = {key: self._option(f"mechanism.{name}.{key}", value) for key, value in table.items()}
+        return found
+
+    def _option(self, key: str, value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, str | int | float):
+            return str(value)
+        raise self._wrong(f"{key} must be a text or a number")
