@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmsnap.controller import BackupResult, Controller, Progress, RecoveryResult, RestoreResult
+    from vmsnap.export import export_disks
     from vmsnap.host import HostFolders
     from vmsnap.places import create_repository, open_repository
 
@@ -32,6 +33,7 @@ __all__ = [
     "RestoreResult",
     "__version__",
     "create_repository",
+    "export_disks",
     "open_repository",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "RecoveryResult": "vmsnap.controller",
     "RestoreResult": "vmsnap.controller",
     "create_repository": "vmsnap.places",
+    "export_disks": "vmsnap.export",
     "open_repository": "vmsnap.places",
 }
 
