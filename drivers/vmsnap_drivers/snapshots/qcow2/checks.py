@@ -1,0 +1,59 @@
+"""What `plan` looks at before anything is made."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmsnap.errors import SnapshotError
+from vmsnap.model import Disk
+from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
+from vmsnap_drivers.snapshots.qcow2.names import DiskNames
+
+_OLDEST: Final = (7, 1, 0)
+
+
+def check_version(graph: BlockGraph) -> None:
+    """See whether QEMU has a copy-before-write filter that spares the guest.
+
+    :raises SnapshotError: it is too old
+    """
+    if graph.monitor.version < _OLDEST:
+        found = ".".join(map(str, graph.monitor.version))
+        raise SnapshotError(f"QEMU {found} is too old for the mechanism qcow2", cure="QEMU 7.1 or later is needed")
+
+
+def check_disk(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
+    """See whether the disk is in the graph as it was described, with nothing on it but what an unfinished plan of the
+    same `names` left there: so that a plan can be made again, to delete it.
+
+    :raises SnapshotError: it is not
+    """
+    wanted = disk.handle["node"]
+    node = graph.node(wanted)
+    if node is None:
+        raise SnapshotError(f"disk {disk.device} has no block node {wanted} any more")
+    if node["drv"] != disk.format:
+        raise SnapshotError(
+            f"on disk {disk.device} stands a block job or filter ({node['drv']})", cure="let it end or cancel it"
+        )
+    size = node["image"]["virtual-size"]
+    if size != disk.size_bytes:
+        raise SnapshotError(f"disk {disk.device} has {size} bytes now, not {disk.size_bytes}")
+    top = graph.top_of(disk)
+    if top is None:
+        raise SnapshotError(f"the VM has no device {disk.handle['qdev']} with a medium any more")
+    if top not in (wanted, names.filter, names.overlay):
+        raise SnapshotError(
+            f"disk {disk.device} is covered by the block node {top}",
+            cure="let the block job end that put it there; if it is vmsnap's: vmsnap recover",
+        )
+
+
+def parse_seconds(text: str) -> int:
+    """The option ``copy_seconds``.
+
+    :raises SnapshotError: it is no whole number from 1 to 3600
+    """
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 3600:
+        raise SnapshotError(f"copy_seconds={text!r} is no whole number from 1 to 3600")
+    return int(text)

@@ -1,0 +1,190 @@
+"""`Qcow2Mechanism`: snapshots of the disks of a running QEMU by its own block layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Final
+
+from vmsnap.errors import Busy, SnapshotError, UnknownVm, UsageError, VmGone
+from vmsnap.model import Disk, DiskSnapshot, Finding, Moment, OwnedResource, SnapshotPlan, Window
+from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.snapshots.qcow2 import fleecing, overlay, record, server
+from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_seconds
+from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
+from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
+from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames, choose_names
+from vmsnap_drivers.snapshots.qcow2.reader import Qcow2Reader
+from vmsnap_drivers.snapshots.qcow2.room import check_room, choose_folder
+from vmsnap_drivers.snapshots.qcow2.teardown import remove_all
+
+_READ_SECONDS: Final = 60.0
+
+
+class Qcow2Mechanism(SnapshotMechanism):
+    """Point-in-time copies of raw and qcow2 disks on any file system, through QEMU's monitor.
+
+    Where the window is free, by fleecing (module `fleecing`); where the hypervisor hands its disks over, by an overlay
+    that is put back at once after the guest runs again, and fleecing from then on (module `overlay`). Either way the
+    guest's device is connected to another node within the pause, one round trip a disk; that nothing is written between
+    the first and the last disk is seen to by refusing a guest that executes.
+
+    A disk is known by its handle: ``qmp`` (the monitor's socket), ``node`` (the node to which the device is connected),
+    ``qdev`` (the device's id or QOM path), ``file``. QEMU 7.1 or later.
+    """
+
+    name: ClassVar[str] = MECHANISM
+    atomic_group: ClassVar[bool] = True
+    options: ClassVar[Sequence[Option]] = (
+        Option("folder", "where blocks that the guest overwrites are kept meanwhile (default: beside each disk)"),
+        Option("copy_seconds", "how long a write of the guest's may wait for its old block to be copied", default="10"),
+        Option("qemu_img", "the program qemu-img", default="qemu-img"),
+    )
+
+    def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
+        super().__init__(context, options)
+        self._options = dict(options)
+        self._folder = context.state_dir / MECHANISM
+        self._image = QemuImg(options.get("qemu_img", "qemu-img"))
+        self._monitor: Monitor | None = None
+
+    def handles(self, disk: Disk) -> bool:
+        """Say whether the disk is one of a QEMU, and raw or qcow2."""
+        known = all(disk.handle.get(key) for key in ("qmp", "node", "qdev", "file"))
+        return known and disk.format in ("raw", "qcow2") and disk.size_bytes > 0
+
+    def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
+        """See `SnapshotMechanism.plan`. Asks QEMU, changes nothing, and keeps no connection.
+
+        :raises SnapshotError: a disk is not as it was described, something stands on it, no room, QEMU too old
+        :raises DriverUnavailable: qemu-img is not installed
+        :raises VmGone: QEMU has ended
+        """
+        chosen = tuple(disks)
+        for disk in chosen:
+            if not self.handles(disk):
+                raise SnapshotError(f"disk {disk.device} is none that QEMU's block layer can snapshot for us")
+        self._copy_seconds()
+        self._image.require()
+        folders = tuple(choose_folder(disk, self._options.get("folder"), self._folder) for disk in chosen)
+        names = choose_names(tag, chosen, folders, self._folder, overlays=window is Window.NO_BLOCK_JOBS)
+        # A plan may be carried out by another process, which then needs the monitor: it serves one.
+        with Monitor.borrow(names.monitor) as monitor:
+            graph = BlockGraph(monitor)
+            check_version(graph)
+            for disk, own in zip(chosen, names.disks, strict=True):
+                check_disk(graph, disk, own)
+        check_room(chosen, folders)
+        return SnapshotPlan(self.name, tag, vm, chosen, window, names.to_data())
+
+    def prepare(self, plan: SnapshotPlan) -> None:
+        """See `SnapshotMechanism.prepare`. Makes the files, adds nodes that nothing uses yet, starts the NBD server.
+
+        :raises SnapshotError: not possible
+        :raises Busy: QEMU's NBD server is in use
+        """
+        names = PlanNames.of(plan)
+        graph = self._graph(names)
+        record.write(plan, Path(names.record))
+        server.start(graph, Path(names.socket))
+        for disk, own in zip(plan.disks, names.disks, strict=True):
+            if disk.read_only:
+                continue
+            owner = Path(disk.handle["file"])
+            owner_file = owner if owner.is_file() else None
+            self._image.create(Path(own.target_file), disk.size_bytes, owner=owner_file, backing=None)
+            if own.overlay_file:
+                backing = (disk.handle["file"], disk.format)
+                self._image.create(Path(own.overlay_file), disk.size_bytes, owner=owner_file, backing=backing)
+                overlay.add_overlay(graph, disk, own)
+            else:
+                fleecing.add_filter(graph, disk, own, self._copy_seconds())
+
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        """See `SnapshotMechanism.snapshot`. One round trip, and one more a disk.
+
+        :raises SnapshotError: QEMU refused, or the guest executes
+        """
+        names = PlanNames.of(plan)
+        graph = self._graph(names)
+        if graph.is_running():
+            raise SnapshotError(f"the VM {plan.vm} executes: its disks would not show one instant")
+        for disk, own in zip(plan.disks, names.disks, strict=True):
+            if disk.read_only:
+                continue
+            if own.overlay_file:
+                overlay.connect_overlay(graph, disk, own)
+            else:
+                fleecing.connect_filter(graph, disk, own)
+        instant = Moment.now("disks")
+        return tuple(DiskSnapshot(plan, disk, instant) for disk in plan.disks)
+
+    def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
+        """Put overlays back and export the disks as they were. To be called as soon as the guest runs again.
+
+        :raises SnapshotError: failed; where an overlay could not be put back, the guest goes on with it
+        """
+        if not snapshots:
+            return
+        plan = snapshots[0].plan
+        names = PlanNames.of(plan)
+        graph = self._graph(names)
+        disks = list(zip(plan.disks, names.disks, strict=True))
+        overlaid = [(disk, own) for disk, own in disks if own.overlay_file and not disk.read_only]
+        for disk, own in overlaid:
+            fleecing.add_filter(graph, disk, own, self._copy_seconds())
+        overlay.put_back(graph, overlaid)
+        for disk, own in disks:
+            fleecing.export(graph, disk, own)
+
+    def reader(self, snapshot: DiskSnapshot) -> DiskReader:
+        """See `SnapshotMechanism.reader`. Needs `settle` before."""
+        names = PlanNames.of(snapshot.plan)
+        own = names.disks[snapshot.plan.disks.index(snapshot.disk)]
+        target = None if snapshot.disk.read_only else own.target
+        return Qcow2Reader(snapshot.disk, Path(names.socket), own.access, target, _READ_SECONDS)
+
+    def delete(self, plan: SnapshotPlan) -> None:
+        """See `SnapshotMechanism.delete`. With or without its QEMU.
+
+        :raises SnapshotError: something is left, above all an overlay that cannot be put back safely: the message says
+            what to do
+        """
+        names = PlanNames.of(plan)
+        self.close()
+        try:
+            monitor = Monitor.borrow(names.monitor)
+        except (VmGone, UnknownVm):
+            remove_all(None, self._image, plan, names)
+            return
+        except (Busy, UsageError) as e:
+            raise SnapshotError(e.message, cure=e.cure) from e
+        with monitor:
+            remove_all(BlockGraph(monitor), self._image, plan, names)
+
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
+        return record.list_owned(self._folder)
+
+    def doctor(self) -> Sequence[Finding]:
+        """See `SnapshotMechanism.doctor`."""
+        program = self._image.find()
+        if program is None:
+            return [Finding("qemu-img", "missing", "it is not installed", INSTALL)]
+        return [Finding("qemu-img", "ok", program)]
+
+    def close(self) -> None:
+        """Give the monitor back; idempotent. Snapshots stay."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def _graph(self, names: PlanNames) -> BlockGraph:
+        if self._monitor is None or self._monitor.path != names.monitor:
+            self.close()
+            self._monitor = Monitor.borrow(names.monitor)
+        return BlockGraph(self._monitor)
+
+    def _copy_seconds(self) -> int:
+        return parse_seconds(self._options.get("copy_seconds", "10"))

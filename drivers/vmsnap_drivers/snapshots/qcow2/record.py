@@ -1,0 +1,45 @@
+"""The record of each plan in vmsnap's state folder: by it, files beside disks are found without asking any VM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmsnap.errors import ProtocolError, SnapshotError
+from vmsnap.model import OwnedResource, SnapshotPlan, from_json, to_json
+from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames
+
+
+def write(plan: SnapshotPlan, path: Path) -> None:
+    """Write the record, 0600.
+
+    :raises SnapshotError: there is one already, or it cannot be written
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(to_json(plan))
+    except OSError as e:
+        raise SnapshotError(f"the record {path} cannot be written: {e.strerror}") from e
+
+
+def list_owned(folder: Path) -> Sequence[OwnedResource]:
+    """List the files that exist of all plans recorded in `folder`, the records included."""
+    found: list[OwnedResource] = []
+    for path in sorted(folder.glob("*.json")):
+        found.append(OwnedResource("record", str(path), path.stem, MECHANISM))
+        try:
+            plan = from_json(path.read_bytes(), SnapshotPlan)
+            names = PlanNames.of(plan)
+        except (OSError, ValueError, ProtocolError):
+            continue  # it is listed itself, and says no more
+        files = [("socket", names.socket)]
+        for own in names.disks:
+            files.append(("old blocks", own.target_file))
+            if own.overlay_file:
+                overlays = (own.overlay_file, own.committing_file, own.pivoting_file)
+                files += [("overlay", name) for name in overlays]
+        found += [OwnedResource(kind, name, plan.tag, MECHANISM) for kind, name in files if Path(name).exists()]
+    return found

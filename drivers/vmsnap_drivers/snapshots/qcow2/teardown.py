@@ -1,0 +1,86 @@
+"""Removing all that was made for a plan, whatever of it exists, whatever is left of its QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from vmsnap.errors import SnapshotError, VmGone
+from vmsnap.model import Disk, SnapshotPlan
+from vmsnap_drivers.snapshots.qcow2 import fleecing, overlay, server
+from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
+from vmsnap_drivers.snapshots.qcow2.image import QemuImg
+from vmsnap_drivers.snapshots.qcow2.names import DiskNames, PlanNames
+from vmsnap_drivers.snapshots.qcow2.salvage import salvage_overlay
+
+
+def remove_all(graph: BlockGraph | None, image: QemuImg, plan: SnapshotPlan, names: PlanNames) -> None:
+    """Bring the block graph and the folders back to what they were. `graph` is None where QEMU is gone. Idempotent.
+
+    What fails for one disk does not keep the others from being cleaned.
+
+    :raises SnapshotError: something is left
+    """
+    disks = [(disk, own) for disk, own in zip(plan.disks, names.disks, strict=True) if not disk.read_only]
+    if graph is not None:
+        try:
+            failures = _with_qemu(graph, image, disks, names)
+        except VmGone:
+            failures = _without_qemu(image, disks, names)
+    else:
+        failures = _without_qemu(image, disks, names)
+    if failures:
+        more = f"; and {len(failures) - 1} more" if len(failures) > 1 else ""
+        raise SnapshotError(f"of {plan.tag} something is left: {failures[0].message}{more}", cure=failures[0].cure)
+    Path(names.record).unlink(missing_ok=True)
+
+
+def _with_qemu(
+    graph: BlockGraph, image: QemuImg, disks: list[tuple[Disk, DiskNames]], names: PlanNames
+) -> list[SnapshotError]:
+    failures = _attempt(partial(_end_exports, graph, names))
+    for disk, own in disks:
+        failures += _attempt(partial(_clean_disk, graph, image, disk, own))
+    return failures
+
+
+def _without_qemu(image: QemuImg, disks: list[tuple[Disk, DiskNames]], names: PlanNames) -> list[SnapshotError]:
+    failures = _attempt(partial(Path(names.socket).unlink, missing_ok=True))
+    for disk, own in disks:
+        failures += _attempt(partial(fleecing.remove_files, own))
+        if own.overlay_file:
+            failures += _attempt(partial(salvage_overlay, image, disk, own))
+    return failures
+
+
+def _end_exports(graph: BlockGraph, names: PlanNames) -> None:
+    exports = graph.exports()
+    for own in names.disks:
+        for export in (own.access, own.target):
+            if export in exports:
+                graph.remove_export(export)
+    server.stop(graph, Path(names.socket))
+
+
+def _clean_disk(graph: BlockGraph, image: QemuImg, disk: Disk, own: DiskNames) -> None:
+    if own.overlay_file:
+        overlay.put_back(graph, [(disk, own)])
+        disposable = overlay.is_pivoted(graph, disk, own)
+        overlay.remove_unconnected(graph, disk, own)
+        if disposable:
+            overlay.remove_files(own)
+    fleecing.take_down(graph, disk, own)
+    fleecing.remove_files(own)
+    if own.overlay_file:
+        salvage_overlay(image, disk, own)
+
+
+def _attempt(step: Callable[[], None]) -> list[SnapshotError]:
+    try:
+        step()
+    except SnapshotError as e:
+        return [e]
+    except OSError as e:
+        return [SnapshotError(f"{e.filename} could not be removed: {e.strerror}")]
+    return []
