@@ -69,9 +69,9 @@ def page() -> str:
     lines = [
         "# Protocols",
         "",
-        "Drawn from `vmsnap/protocol/tables.py` by `python docs/make_protocols.py`; do not edit. In tinted states the",
-        "guest may stand still. An instruction marked *(if)* is passed over unless its condition holds. After a failure",
-        "or a crash the compensations of every instruction that was begun are carried out, the guest first.",
+        "Drawn from `vmsnap/protocol/tables.py` by `python docs/make_protocols.py`; do not edit. In tinted states",
+        "the guest may stand still. An instruction marked *(if)* is passed over unless its condition holds. After a",
+        "failure or a crash the compensations of every instruction that was begun are carried out, the guest first.",
     ]
     for protocol in PROTOCOLS:
         lines += ["", f"## {protocol.name[0].upper()}{protocol.name[1:]}", ""]

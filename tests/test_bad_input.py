@@ -1,4 +1,4 @@
-"""What goes wrong from outside, on simulated VMs: one clear line, the right class, a running VM, nothing lost or left."""
+"""What goes wrong from outside, on simulated VMs: one clear line, the right class, a running VM, nothing lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Linux guest under load, backed up live ten times; each backup brought back beside the first one, which goes on.
+"""A real Linux guest under load, backed up live ten times; each backup brought back beside the first, which goes on.
 
 The guest (tests/lab/guest) writes a counter to its RAM and to both disks all the time and checks that they agree; it
 says so on its serial console. A QEMU monitor of the tests' own looks at the block graph past vmsnap.
