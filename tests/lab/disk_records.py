@@ -25,9 +25,7 @@ _MASK = (1 << 64) - 1
 
 def record(seed: int, count: int, disk: int) -> bytes:
     """The record of `count` on disk number `disk`, as the guest of that seed writes it."""
-    pattern = (
-        (count * 0x9E3779B97F4A7C15 ^ word * 0xBF58476D1CE4E5B9 ^ seed) & _MASK for word in range(4, 512)
-    )
+    pattern = ((count * 0x9E3779B97F4A7C15 ^ word * 0xBF58476D1CE4E5B9 ^ seed) & _MASK for word in range(4, 512))
     return struct.pack("<512Q", _RECORD_MAGIC, seed, count, disk, *pattern)
 
 
@@ -53,9 +51,7 @@ def newest_record(image: Path, disk: int, slots: int = DEFAULT_SLOTS) -> int:
     """
     ring = read_ring(image, slots)
     found = [ring[at : at + RECORD_BYTES] for at in range(0, len(ring), RECORD_BYTES)]
-    _, seed, newest, _ = max(
-        (struct.unpack("<4Q", page[:32]) for page in found), key=lambda head: int(head[2])
-    )
+    _, seed, newest, _ = max((struct.unpack("<4Q", page[:32]) for page in found), key=lambda head: int(head[2]))
     for count in range(max(newest - slots, 0) + 1, newest + 1):
         if found[count % slots] != record(seed, count, disk):
             raise ValueError(f"{image}: record {count} is damaged or missing, the newest is {newest}")

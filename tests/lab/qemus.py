@@ -61,9 +61,7 @@ class QemuBuild:
 
 def _installed_build() -> QemuBuild:
     binary = Path("/usr/bin/qemu-system-x86_64")
-    return QemuBuild(
-        "7.2", binary, img_binary=Path("/usr/bin/qemu-img"), wrapper=binary, loses_dirty_pages=True
-    )
+    return QemuBuild("7.2", binary, img_binary=Path("/usr/bin/qemu-img"), wrapper=binary, loses_dirty_pages=True)
 
 
 def _unpacked_build() -> QemuBuild:
@@ -83,9 +81,7 @@ def _unpacked_build() -> QemuBuild:
 def _reports_its_version(build: QemuBuild) -> bool:
     try:
         argv = build.command("-version")
-        answer = subprocess.run(
-            argv, env=build.start_environment(), capture_output=True, text=True, check=True
-        )
+        answer = subprocess.run(argv, env=build.start_environment(), capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return False
     found = re.search(r"version (\d+\.\d+)", answer.stdout)

@@ -100,7 +100,5 @@ class Oracle:
 
 def seconds_between(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     """The time from one event to another by QEMU's own time stamps, exact to a microsecond."""
-    stamps = [
-        event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6 for event in (first, second)
-    ]
+    stamps = [event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6 for event in (first, second)]
     return float(stamps[1] - stamps[0])
