@@ -1,0 +1,104 @@
+"""What is kept of a VM so that it can be made to exist again: plain data, without secrets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from vmsnap.errors import HypervisorError
+from vmsnap.model import Json
+from vmsnap_drivers.qemu.commandline import Argument, Properties
+
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class DefinedDisk:
+    """A disk of the command line: which argument makes it (None: none does), under which names."""
+
+    device: str
+    argument: int | None
+    node: str
+    address: str
+    format: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A QEMU process and its machine.
+
+    :ivar arguments: name and value of each option of the command line
+    :ivar machine: machine type with its version
+    :ivar default_ram: the RAM block that ``-m`` makes; empty where an ``-object`` makes it
+    """
+
+    format: int
+    exe: str
+    cwd: str
+    environment: Mapping[str, str]
+    version: tuple[int, int, int]
+    machine: str
+    default_ram: str
+    arguments: tuple[tuple[str, str | None], ...]
+    disks: tuple[DefinedDisk, ...]
+
+    def options(self) -> list[Argument]:
+        """The command line as it was."""
+        return [Argument(name, value) for name, value in self.arguments]
+
+    def to_json(self) -> Json:
+        """Plain JSON for `VmDescription.definition`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Json) -> Definition:
+        """The reverse of `to_json`.
+
+        :raises HypervisorError: it is none of ours
+        """
+        try:
+            definition = msgspec.convert(content, cls, strict=False)
+        except msgspec.ValidationError as e:
+            raise HypervisorError(f"the definition of the VM is damaged: {e}") from e
+        if definition.format != FORMAT:
+            raise HypervisorError(f"the definition of the VM has format {definition.format}, written by a newer vmsnap")
+        return definition
+
+
+def without_secrets(arguments: Sequence[Argument]) -> tuple[list[Argument], list[str]]:
+    """The arguments with secrets cut out, and one line for each that a load would miss."""
+    cleaned: list[Argument] = []
+    found: list[str] = []
+    for argument in arguments:
+        changed = argument
+        if argument.name == "object" and argument.properties.get("qom-type") == "secret":
+            properties = argument.properties
+            if properties.get("data"):
+                found.append(
+                    f"secret {properties.get('id')!r} stands in QEMU's command line, where it cannot be kept from"
+                    " (use -object secret,file=… instead of data=…)"
+                )
+                changed = argument.with_properties(properties.without("data"))
+        elif argument.name in ("spice", "iscsi", "vnc") and "password" in (argument.value or ""):
+            properties = Properties.parse(argument.value or "")
+            if properties.get("password", "on") not in ("on", "off"):
+                found.append(f"a password stands in QEMU's option -{argument.name} (use password-secret=…)")
+                changed = Argument(argument.name, properties.without("password").text())
+        elif "://" in (argument.value or "") and "%" in (argument.value or "").partition("@")[0].partition("://")[2]:
+            found.append(f"a password stands in the URL of QEMU's option -{argument.name}")
+            changed = Argument(argument.name, "")
+        cleaned.append(changed)
+    return cleaned, found
+
+
+def absolute(path: str, cwd: str) -> str:
+    """An image's name as an absolute path; URLs and the like stay as they are."""
+    if "://" in path or path.startswith(("json:", "/")) or not path:
+        return path
+    return os.path.normpath(Path(cwd) / path)

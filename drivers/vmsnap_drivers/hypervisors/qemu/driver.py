@@ -1,0 +1,299 @@
+"""`QemuHypervisor`: the role, each step handed to the module that knows it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from vmsnap.errors import (
+    Busy,
+    CannotCapture,
+    HypervisorError,
+    ProtocolError,
+    UnknownVm,
+    UsageError,
+    VmGone,
+)
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    Duplicate,
+    Finding,
+    Moment,
+    Nic,
+    OwnedResource,
+    RamImage,
+    VmDescription,
+    VmState,
+    check_name,
+)
+from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, LoadedVm, LoadRequest, Option
+from vmsnap_drivers.hypervisors.qemu import describe, doctor, launch, network, owned, plan, record, settings
+from vmsnap_drivers.hypervisors.qemu.cow import CowCapture, can_hold
+from vmsnap_drivers.hypervisors.qemu.drain import Drain
+from vmsnap_drivers.hypervisors.qemu.heal import heal, needs_healing
+from vmsnap_drivers.hypervisors.qemu.precopy import CopyCapture, PrecopyCapture
+from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration, make_run
+from vmsnap_drivers.hypervisors.qemu.session import STALL_TIMEOUT_SECONDS, Capture, Session
+from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.ram_image import image_path
+from vmsnap_drivers.qemu.stream import DEVICE_STATE_NAME
+from vmsnap_drivers.qemu.stream_format import CapturedMemory
+from vmsnap_drivers.qemu.unprotect import kept_unprotected
+
+_PROGRESS_SECONDS: Final = 0.1
+
+
+class QemuHypervisor(Hypervisor):
+    """A VM of a QEMU (7.2 to 10.0 tried), reached by its QMP socket."""
+
+    name = "qemu"
+    options = (
+        Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)"),
+        Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
+    )
+    any_order = False
+
+    def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
+        super().__init__(check_name(vm, "VM name"), context, options)
+        self._wanted = options.get("capture", "auto")
+        self._folder = launch.run_folder(context.state_dir, vm)
+        self._socket = options.get("qmp") or str(self._folder / "qmp.sock")
+        self._monitor: Monitor | None = None
+        self._capture: Capture | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """The connection, opened when first used."""
+        if self._monitor is None:
+            with self._unprotected(giving_up=False):
+                self._monitor = Monitor.borrow(self._socket)
+        return self._monitor
+
+    # -- asking
+
+    def describe(self) -> VmDescription:
+        return describe.describe(self.vm, self.monitor)
+
+    def state(self) -> VmState:
+        try:
+            return describe.vm_state(self.monitor)
+        except (UnknownVm, VmGone):
+            self.close()
+            return VmState.ABSENT
+
+    def list_vms(self) -> Sequence[str]:
+        runs = self._folder.parent
+        marks = [launch.read_mark(folder) for folder in sorted(runs.iterdir())] if runs.is_dir() else []
+        return [mark.vm for mark in marks if mark is not None and launch.is_alive(mark)]
+
+    def doctor(self) -> Sequence[Finding]:
+        findings = list(doctor.look_at_host(self.context))
+        if Path(self._socket).exists():
+            findings += doctor.look_at_vm(self.vm, self._socket, self._wanted)
+        return findings
+
+    # -- capturing
+
+    def plan_capture(self, request: CaptureRequest) -> CapturePlan:
+        description = self.describe()
+        chosen = plan.plan_capture(self._wanted, self.monitor, description)
+        plan.choose_folder(self.context, self.vm, description.memory_bytes)
+        return chosen
+
+    def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
+        check_name(request.duplicate, "duplicate name")
+        try:
+            self._prepare(request, plan.capture)
+        except CannotCapture:
+            self.abandon()
+            raise
+
+    def pause(self) -> Moment:
+        return self._going_on().pause()
+
+    def duplicate(self) -> Duplicate:
+        capture = self._going_on()
+        instant = capture.duplicate()
+        capture.is_fixed = True
+        folder = capture.session.folder
+        return Duplicate(folder.name, folder, capture.name, instant, (), folder / DEVICE_STATE_NAME)
+
+    def resume(self) -> Moment:
+        if self._capture is not None and self._capture.is_fixed:
+            try:
+                return self._capture.resume()
+            except HypervisorError:
+                with self._unprotected(giving_up=True):
+                    make_run(self.monitor)
+                raise
+        with self._unprotected(giving_up=True) as broken_off:
+            if broken_off:
+                cancel_migration(self.monitor)
+            return make_run(self.monitor)
+
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        capture = self._going_on()
+        session = capture.session
+        captured = self._drained(capture, progress)
+        session.wait("MIGRATION", status="completed", timeout_seconds=STALL_TIMEOUT_SECONDS)
+        session.drain.stop()
+        settings.restore(session.monitor, session.before)
+        record.place(self.context.state_dir, self.vm).unlink(missing_ok=True)
+        self._capture = None
+        images = tuple(
+            RamImage(
+                block.name, block.length_bytes, image_path(captured.folder, number, block.name), captured.page_bytes
+            )
+            for number, block in enumerate(captured.blocks)
+        )
+        details = {"capture": capture.name, "memory": captured.to_json()}
+        return Duplicate(
+            duplicate.name,
+            duplicate.folder,
+            duplicate.capture,
+            duplicate.instant,
+            images,
+            captured.device_state,
+            details,
+        )
+
+    def abandon(self) -> None:
+        place = record.place(self.context.state_dir, self.vm)
+        left = record.read(place)
+        with self._unprotected(giving_up=True):
+            if self._capture is not None:
+                self._capture.session.drain.stop()
+                self._capture = None
+            if left is not None:
+                if left.qemu_lives() and self.state() is not VmState.ABSENT:
+                    cancel_migration(self.monitor)
+                shutil.rmtree(left.folder, ignore_errors=True)
+        if left is not None and left.qemu_lives():
+            self._restore(left)
+        place.unlink(missing_ok=True)
+
+    def discard_duplicate(self, name: str) -> None:
+        owned.discard(self.context, name)
+
+    # -- bringing back
+
+    def load(self, request: LoadRequest) -> LoadedVm:
+        mark = launch.load(self.vm, self._folder, Path(self._socket), request)
+        return LoadedVm(self.vm, {"qmp": mark.socket})
+
+    def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
+        given = {disk.address for disk in disks}
+        now = self.describe().disks
+        strangers = [disk for disk in now if not disk.read_only and disk.address not in given]
+        if strangers:
+            raise HypervisorError(f"VM {self.vm!r} writes to {strangers[0].address}, which is none of its own disks")
+        return now
+
+    def cut_network(self) -> tuple[Nic, ...]:
+        return network.cut(self.monitor)
+
+    def shut_down(self, timeout_seconds: float) -> None:
+        monitor = self.monitor
+        mark = monitor.mark()
+        if describe.vm_state(monitor) is VmState.ENDED:
+            return
+        monitor.execute("system_powerdown")
+        try:
+            event = monitor.wait_for_event("SHUTDOWN", since=mark, timeout_seconds=timeout_seconds)
+        except VmGone:
+            raise
+        except HypervisorError as e:
+            raise HypervisorError(f"the guest of VM {self.vm!r} did not shut down in {timeout_seconds:g} s") from e
+        if not event.data.get("guest") or event.data.get("reason") != "guest-shutdown":
+            raise HypervisorError(f"VM {self.vm!r} ended without its guest's shutdown ({event.data.get('reason')})")
+
+    def destroy(self) -> None:
+        mark = launch.read_mark(self._folder)
+        if mark is None:
+            if self.state() is not VmState.ABSENT:
+                raise HypervisorError(f"VM {self.vm!r} was not started by vmsnap and is not ended by it")
+            return
+        self.close()
+        launch.destroy(self._folder, mark)
+
+    def list_owned(self) -> Sequence[OwnedResource]:
+        return owned.list_owned(self.context)
+
+    def close(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    # -- within
+
+    @contextmanager
+    def _unprotected(self, *, giving_up: bool) -> Iterator[bool]:
+        """What a capture by copy on write that was broken off may need for QEMU, and its monitor, to go on at all. Says
+        whether there is one. A capture that a living process is at is left alone, unless that is this one, `giving_up`.
+        """
+        left = record.read(record.place(self.context.state_dir, self.vm))
+        if left is not None and left.capture == "cow" and left.qemu_lives():
+            ours = giving_up and left.worker_pid == os.getpid()
+            if ours or not left.worker_lives():
+                with kept_unprotected(left.pid):
+                    yield True
+                return
+        yield False
+
+    def _restore(self, left: record.CaptureRecord) -> None:
+        try:
+            if left.capture == "cow" and needs_healing(self.monitor):
+                heal(self.monitor)
+        except VmGone:
+            return
+        finally:
+            if self.state() is not VmState.ABSENT:
+                settings.restore(self.monitor, left.settings)
+
+    def _going_on(self) -> Capture:
+        if self._capture is None:
+            raise ProtocolError(f"no capture of VM {self.vm!r} was prepared")
+        return self._capture
+
+    def _prepare(self, request: CaptureRequest, way: str) -> None:
+        monitor = self.monitor
+        place = record.place(self.context.state_dir, self.vm)
+        if self._capture is not None or record.read(place) is not None:
+            raise Busy(f"a capture of VM {self.vm!r} is going on", cure=f"vmsnap recover {self.vm}")
+        description = self.describe()
+        folder = plan.choose_folder(self.context, self.vm, description.memory_bytes) / request.duplicate
+        before = settings.Settings.read(monitor)
+        pid = monitor.peer_pid
+        record.write(place, record.CaptureRecord.of_this_process(self.vm, folder, way, pid, before))
+        try:
+            record.make_duplicate_folder(folder, self.vm, way)
+        except FileExistsError as e:
+            place.unlink()
+            raise UsageError(f"a duplicate {request.duplicate!r} exists already") from e
+        held = way == "cow" and description.state is VmState.EXECUTING and can_hold(monitor.version, pid)
+        drain = Drain(folder, stall_timeout_seconds=STALL_TIMEOUT_SECONDS, held=held)
+        session = Session(monitor, folder, request.max_pause_seconds, before, drain)
+        if way == "cow":
+            self._capture = CowCapture(session, held=held)
+        elif way == "precopy":
+            self._capture = PrecopyCapture(session)
+        else:
+            self._capture = CopyCapture(session)
+        self._capture.prepare()
+
+    def _drained(self, capture: Capture, progress: Callable[[int], None]) -> CapturedMemory:
+        drain = capture.session.drain
+        try:
+            while (captured := drain.finish(_PROGRESS_SECONDS)) is None:
+                progress(drain.read_bytes)
+        except HypervisorError as e:
+            if self.state() is VmState.ABSENT:
+                raise VmGone(f"VM {self.vm!r} ended while its memory was copied") from e
+            raise
+        progress(drain.read_bytes)
+        return captured

@@ -1,0 +1,248 @@
+"""Brings a captured machine back: a new QEMU process with its own disks, RAM and files, stopped at the instant.
+
+RAM is not sent: the new process maps the RAM images, and the stream holds what is not RAM. Where a block cannot
+be mapped its pages are sent in the stream.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmsnap.errors import AlreadyExists, HypervisorError, VmGone, VmsnapError
+from vmsnap.model import from_json, to_json
+from vmsnap.roles import LoadRequest
+from vmsnap_drivers.hypervisors.qemu.definition import Definition
+from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.peer import start_time
+from vmsnap_drivers.qemu.ram_image import image_path
+from vmsnap_drivers.qemu.rewrite import NewDisk, NewVm, rewrite
+from vmsnap_drivers.qemu.stream_format import CapturedMemory
+from vmsnap_drivers.qemu.synthesis import write_stream
+
+MARK_NAME: Final = "loaded.json"
+LOG_NAME: Final = "qemu.log"
+_START_SECONDS: Final = 30.0
+_LOAD_SECONDS: Final = 600.0
+_LOOK_EACH_SECONDS: Final = 0.005
+_KILL_SECONDS: Final = 10.0
+_SMALLEST_MAPPED_BYTES: Final = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LoadedMark:
+    """In the run folder of a VM that we loaded: which process it is."""
+
+    vm: str
+    pid: int
+    pid_started: int
+    socket: str
+    notes: tuple[str, ...]
+
+
+def run_folder(state_dir: Path, vm: str) -> Path:
+    """The folder of a loaded VM: its sockets, logs and mark."""
+    return state_dir / "qemu" / "run" / vm
+
+
+def read_mark(folder: Path) -> LoadedMark | None:
+    """Who lives in a run folder, or None where nobody was loaded into it."""
+    try:
+        return from_json((folder / MARK_NAME).read_text(), LoadedMark)
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+
+
+def is_alive(mark: LoadedMark) -> bool:
+    """Whether the very process of the mark still runs."""
+    return start_time(mark.pid) == mark.pid_started
+
+
+def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> LoadedMark:
+    """Start the VM, stopped. All or nothing.
+
+    :raises AlreadyExists: a VM of that name lives, or something is at the socket's path
+    :raises HypervisorError: it did not come up
+    """
+    definition = Definition.from_json(request.definition)
+    captured = CapturedMemory.from_json(request.details["memory"], device_state=request.device_state)
+    old = read_mark(folder)
+    if old is not None and is_alive(old):
+        raise AlreadyExists(f"a VM {vm!r} runs already (process {old.pid})")
+    if qmp_socket.exists() and qmp_socket.parent != folder:
+        raise AlreadyExists(f"there is something at {qmp_socket} already")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, mode=0o700)
+    try:
+        new = _new_vm(vm, folder, qmp_socket, definition, captured, request)
+        rewritten = rewrite(definition.exe, definition.options(), new)
+        process = _start(definition, rewritten.argv, folder)
+        try:
+            mark = LoadedMark(vm, process.pid, start_time(process.pid) or 0, str(qmp_socket), tuple(rewritten.notes))
+            write_whole(folder / MARK_NAME, to_json(mark))
+            _bring_in(process, folder, qmp_socket, captured, _stream_images(folder, request, new), new)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        qmp_socket.unlink(missing_ok=True)
+        raise
+    # The process outlives this one; nobody here waits for it any more.
+    threading.Thread(target=process.wait, name="vmsnap-reaper", daemon=True).start()
+    return mark
+
+
+def destroy(folder: Path, mark: LoadedMark) -> None:
+    """End the process of the mark, if it is still that one, and remove the folder. Idempotent.
+
+    :raises HypervisorError: it does not end
+    """
+    deadline = time.monotonic() + _KILL_SECONDS
+    while is_alive(mark):
+        try:
+            os.kill(mark.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            break
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"the QEMU process {mark.pid} of VM {mark.vm!r} does not end")
+        time.sleep(_LOOK_EACH_SECONDS)
+    Path(mark.socket).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_vm(
+    vm: str, folder: Path, qmp_socket: Path, definition: Definition, captured: CapturedMemory, request: LoadRequest
+) -> NewVm:
+    given = {disk.device: disk for disk in request.disks}
+    disks = []
+    for disk in definition.disks:
+        if disk.read_only:
+            continue
+        if disk.device not in given:
+            raise HypervisorError(f"VM {vm!r} was given no disk for {disk.device!r}")
+        if disk.argument is None:
+            raise HypervisorError(f"disk {disk.device!r} does not stand in the command line of the captured VM")
+        new = given[disk.device]
+        disks.append(NewDisk(disk.argument, disk.node, new.address, new.format))
+    options = definition.options()
+    backends = {a.properties.get("id") for a in options if a.name == "object"} | {definition.default_ram}
+    sizes = {block.name: block.length_bytes for block in captured.blocks}
+    mapped = {
+        image.region: image.path
+        for image in request.images
+        if image.region.removeprefix("/objects/") in backends and sizes.get(image.region, 0) >= _SMALLEST_MAPPED_BYTES
+    }
+    return NewVm(
+        name=vm,
+        run_folder=folder,
+        qmp_socket=qmp_socket,
+        machine=definition.machine,
+        disks=tuple(disks),
+        isolated=request.isolated,
+        images=mapped,
+        take_images=request.images_disposable,
+        block_sizes=sizes,
+        default_ram=definition.default_ram,
+    )
+
+
+def _stream_images(folder: Path, request: LoadRequest, new: NewVm) -> Path:
+    """A folder in which the images of the blocks that are not mapped have the names that `write_stream` looks for."""
+    place = folder / "images"
+    place.mkdir(mode=0o700)
+    blocks = list(new.block_sizes)
+    for image in request.images:
+        if image.region not in new.images and image.region in blocks:
+            target = image_path(place, blocks.index(image.region), image.region)
+            try:
+                target.hardlink_to(image.path)
+            except OSError:
+                shutil.copyfile(image.path, target)
+    return place
+
+
+def _start(definition: Definition, argv: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **definition.environment}
+    cwd = definition.cwd if Path(definition.cwd).is_dir() else str(folder)
+    log = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    except OSError as e:
+        raise HypervisorError(f"QEMU {definition.exe} cannot be started: {e.strerror}") from e
+    finally:
+        os.close(log)
+
+
+def _bring_in(
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    qmp_socket: Path,
+    captured: CapturedMemory,
+    images: Path,
+    new: NewVm,
+) -> None:
+    """Send the state in and wait until QEMU has taken it."""
+    try:
+        with _connected(process, qmp_socket) as monitor:
+            events = {"capability": "events", "state": True}
+            monitor.execute("migrate-set-capabilities", {"capabilities": [events]})
+            mark = monitor.mark()
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                monitor.send_descriptor("vmsnap-incoming", theirs.fileno())
+                monitor.execute("migrate-incoming", {"uri": "fd:vmsnap-incoming"})
+                theirs.close()
+                write_stream(ours.fileno(), captured, images, frozenset(new.images))
+                ours.shutdown(socket.SHUT_WR)
+                monitor.wait_for_event(
+                    "MIGRATION",
+                    since=mark,
+                    timeout_seconds=_LOAD_SECONDS,
+                    match=lambda event: event.data["status"] in ("completed", "failed"),
+                )
+            if monitor.execute("query-migrate").get("status") != "completed":
+                raise HypervisorError("QEMU did not take the state")
+            events["state"] = False
+            monitor.execute("migrate-set-capabilities", {"capabilities": [events]})
+    except VmsnapError as e:
+        raise HypervisorError(f"VM {new.name!r} did not come up: {_last_words(folder) or e.message}") from e
+    shutil.rmtree(images)
+
+
+def _connected(process: subprocess.Popen[bytes], qmp_socket: Path) -> Monitor:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if qmp_socket.exists():
+            try:
+                return Monitor.borrow(qmp_socket)
+            except VmGone:
+                # The socket is bound, and not yet listened on.
+                pass
+        time.sleep(_LOOK_EACH_SECONDS)
+    raise HypervisorError(
+        "its monitor did not answer" if process.poll() is None else f"it ended ({process.returncode})"
+    )
+
+
+def _last_words(folder: Path) -> str:
+    """What QEMU said at last, warnings and the sentence that always comes last set aside."""
+    lines = (folder / LOG_NAME).read_text(errors="replace").strip().splitlines()
+    telling = [line for line in lines if "warning:" not in line and "load of migration failed" not in line]
+    return (telling or lines or [""])[-1]

@@ -1,0 +1,131 @@
+"""Pre-copy: RAM is copied while the guest runs, what it changed meanwhile is copied again, and the last rest is copied
+while it stands still. The instant is at the end.
+
+QEMU's ordinary live migration with ``pause-before-switchover``: at status ``pre-switchover`` the guest is stopped and
+its disks are still QEMU's, which is where they are snapshotted; ``migrate-continue`` finishes. The pause does not
+depend on the size of RAM, but a guest that writes faster than the stream runs never gets there.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from vmsnap.errors import CannotCapture, HypervisorError, PauseExceeded
+from vmsnap.model import Moment, VmState
+from vmsnap_drivers.hypervisors.qemu.describe import vm_state
+from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
+from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration
+from vmsnap_drivers.hypervisors.qemu.session import Capture
+from vmsnap_drivers.hypervisors.qemu.settings import apply
+
+CAPABILITIES: Final = ("pause-before-switchover", "events")
+DOWNTIME_STEPS_MS: Final = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_STEP_SECONDS: Final = 0.4
+_LOOK_EACH_SECONDS: Final = 0.02
+_FIRST_PASS_SECONDS: Final = 10.0
+_BYTES_PER_SECOND: Final = 200 * 1024 * 1024
+"""The slowest copying that is waited for in the first pass."""
+
+
+class PrecopyCapture(Capture):
+    """Capture of a guest that runs, by pre-copy."""
+
+    name = "precopy"
+
+    def prepare(self) -> None:
+        """Copy until a pass is short.
+
+        :raises CannotCapture: the guest writes faster than can be copied
+        """
+        session = self.session
+        apply(session.monitor, session.before, CAPABILITIES, downtime_ms=0)
+        session.drain.hand_over(session.monitor)
+        session.mark = session.monitor.mark()
+        session.monitor.execute("migrate", {"uri": STREAM_URI})
+        session.drain.release()
+        deadline = 0.0
+        while not self._is_stopping():
+            answer = session.monitor.execute("query-migrate")
+            ram = answer.get("ram", {})
+            if answer.get("status") in ("failed", "cancelled"):
+                raise HypervisorError(f"QEMU could not copy the guest's memory: {session.failure()}")
+            if not deadline and ram:
+                deadline = time.monotonic() + _FIRST_PASS_SECONDS + ram["total"] / _BYTES_PER_SECOND
+            if self._rest_is_short(ram):
+                return
+            if deadline and time.monotonic() > deadline:
+                cancel_migration(session.monitor)
+                raise CannotCapture(
+                    "the guest writes to its memory faster than it can be copied", cure="use -o capture=cow"
+                )
+            time.sleep(_LOOK_EACH_SECONDS)
+
+    def pause(self) -> Moment:
+        """Let QEMU stop the guest as soon as the rest of its memory takes 2 ms to copy; allow more, step by step, where
+        that does not come.
+        """
+        session = self.session
+        for limit_ms in DOWNTIME_STEPS_MS:
+            if limit_ms > max(2, session.max_pause_seconds * 500):
+                break
+            session.monitor.execute("migrate-set-parameters", {"downtime-limit": limit_ms})
+            try:
+                session.wait("MIGRATION", status="pre-switchover", timeout_seconds=_STEP_SECONDS)
+            except PauseExceeded:
+                if vm_state(session.monitor) is VmState.EXECUTING:
+                    continue
+                session.wait("MIGRATION", status="pre-switchover")
+            stopped = [e for e in session.monitor.events_since(session.mark) if e.name == "STOP"]
+            session.check_stood_still(["STOP"])
+            session.stopped_at = stopped[0]
+            return stopped[0].moment("pause")
+        cancel_migration(session.monitor)
+        raise PauseExceeded("the guest writes to its memory faster than it can be copied", cure="use -o capture=cow")
+
+    def duplicate(self) -> Moment:
+        session = self.session
+        session.check_stood_still(["STOP"])
+        session.left_seconds()
+        session.monitor.execute("migrate-continue", {"state": "pre-switchover"})
+        return session.wait("MIGRATION", status="completed").moment("duplicate")
+
+    def _is_stopping(self) -> bool:
+        """An idle guest can be at its end at once."""
+        return any(e.name == "STOP" for e in self.session.monitor.events_since(self.session.mark))
+
+    def _rest_is_short(self, ram: dict[str, Any]) -> bool:
+        """Past the first pass, with a rest that takes no longer than the longest step of `pause` allows."""
+        if ram.get("dirty-sync-count", 0) < 2:
+            return False
+        bytes_per_second = ram.get("mbps", 0) * 1e6 / 8
+        rate = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+        return bool(bytes_per_second) and rate < bytes_per_second / 2
+
+
+class CopyCapture(Capture):
+    """Capture of a guest that stands still and has to go on standing still: its memory is copied at leisure.
+
+    QEMU before 9.0 makes the guest run after a background snapshot, whether it ran before or not, so this is an
+    ordinary migration. Afterwards QEMU calls the state ``postmigrate``; ``cont`` works as before.
+    """
+
+    name = "copy"
+
+    def prepare(self) -> None:
+        session = self.session
+        apply(session.monitor, session.before, ("events",), downtime_ms=300)
+        session.drain.hand_over(session.monitor)
+
+    def pause(self) -> Moment:
+        if vm_state(self.session.monitor) is VmState.EXECUTING:
+            raise HypervisorError("somebody resumed the guest before its capture")
+        self.session.mark = self.session.monitor.mark()
+        return Moment.now("pause")
+
+    def duplicate(self) -> Moment:
+        session = self.session
+        session.monitor.execute("migrate", {"uri": STREAM_URI})
+        session.drain.release()
+        session.check_stood_still([])
+        return Moment.now("duplicate")

@@ -1,0 +1,99 @@
+"""What a capture has changed, written down before it is changed, so that any process can undo it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmsnap.errors import HypervisorError
+from vmsnap.model import Json, check_name, from_json, to_json
+from vmsnap_drivers.hypervisors.qemu.settings import Settings
+from vmsnap_drivers.qemu.peer import boot_id, start_time
+
+DUPLICATE_MARK: Final = "qemu-duplicate.json"
+"""A file of this name makes a folder a duplicate of this driver."""
+
+
+@dataclass(frozen=True)
+class CaptureRecord:
+    """One capture that is going on.
+
+    :ivar pid: the QEMU whose settings were changed, with the time of its start
+    :ivar worker_pid: the process that captures, with the time of its start
+    """
+
+    vm: str
+    duplicate: str
+    folder: Path
+    capture: str
+    boot: str
+    pid: int
+    pid_started: int
+    worker_pid: int
+    worker_started: int
+    settings: Settings
+
+    @classmethod
+    def of_this_process(cls, vm: str, folder: Path, capture: str, pid: int, settings: Settings) -> CaptureRecord:
+        """A capture by this process, of the QEMU `pid`, into `folder`, which has the duplicate's name."""
+        us = os.getpid()
+        times = (start_time(pid) or 0, start_time(us) or 0)
+        return cls(vm, folder.name, folder, capture, boot_id(), pid, times[0], us, times[1], settings)
+
+    def qemu_lives(self) -> bool:
+        """Whether the very QEMU of the capture still runs."""
+        return start_time(self.pid) == self.pid_started
+
+    def worker_lives(self) -> bool:
+        """Whether the very process that captures still runs."""
+        return start_time(self.worker_pid) == self.worker_started
+
+
+def place(state_dir: Path, vm: str) -> Path:
+    """Where the record of a VM's capture is."""
+    return state_dir / "qemu" / "captures" / f"{check_name(vm, 'VM name')}.json"
+
+
+def write(path: Path, record: CaptureRecord) -> None:
+    """Write the record, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_whole(path, to_json(record))
+
+
+def read(path: Path) -> CaptureRecord | None:
+    """The record, or None where there is none or it is from before the host's last start.
+
+    :raises HypervisorError: it is damaged
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        record = from_json(text, CaptureRecord)
+    except ValueError as e:
+        raise HypervisorError(f"the record of a capture, {path}, is damaged") from e
+    return record if record.boot == boot_id() else None
+
+
+def make_duplicate_folder(folder: Path, vm: str, details: Json) -> None:
+    """Make the folder of a duplicate, 0700, and mark it as ours.
+
+    :raises FileExistsError: there is one
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(mode=0o700)
+    write_whole(folder / DUPLICATE_MARK, to_json({"vm": vm, "details": details}))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all; 0600."""
+    new = path.with_name(f".{path.name}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

@@ -1,0 +1,70 @@
+"""What of a VM cannot be captured truthfully; looked for while it runs, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vmsnap_drivers.hypervisors.qemu.definition import absolute
+from vmsnap_drivers.hypervisors.qemu.revive import MIGRATION_RUNS, migration_status
+from vmsnap_drivers.qemu.commandline import Argument
+from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.peer import file_system_of, is_memory_file_system
+
+_WRITES_BEHIND_QEMU: Final = ("vfio-", "vhost-user-", "vhost-vdpa", "vhost-scsi", "ivshmem")
+_GOOD_STATES: Final = frozenset(["running", "paused", "postmigrate"])
+_OWN_JOB_PREFIX: Final = "vmsnap"
+_WHY_NOT: Final = {
+    "suspended": "sleeps; wake it first",
+    "io-error": "stands still after an error of its disk; repair that and resume it",
+    "inmigrate": "waits for an incoming migration",
+    "shutdown": "has shut down",
+}
+
+
+def refusals(monitor: Monitor, arguments: Sequence[Argument], cwd: str) -> list[str]:
+    """One line for each reason, an empty list where the VM can be captured."""
+    found = _of_state(monitor)
+    for argument in arguments:
+        found += _of_argument(argument, cwd)
+    if monitor.execute("query-tpm"):
+        found.append("the state of the TPM lies outside of QEMU and cannot be captured")
+    for job in monitor.execute("query-block-jobs"):
+        if not str(job.get("device", "")).startswith(_OWN_JOB_PREFIX):
+            found.append(f"the block job {job.get('device')!r} ({job.get('type')}) of somebody else is going on")
+    return found
+
+
+def _of_state(monitor: Monitor) -> list[str]:
+    status = str(monitor.execute("query-status")["status"])
+    if (migration := migration_status(monitor)) in MIGRATION_RUNS:
+        return [f"a migration of the VM is going on ({migration})"]
+    if status not in _GOOD_STATES:
+        return [f"the VM {_WHY_NOT.get(status, f'is in state {status}')}"]
+    return []
+
+
+def _of_argument(argument: Argument, cwd: str) -> list[str]:
+    if argument.name == "readconfig":
+        return [f"QEMU has read options from the file {argument.value}, which vmsnap does not follow"]
+    if argument.name == "add-fd":
+        return ["QEMU was given open files with -add-fd, which a new one would lack"]
+    if argument.name in ("device", "netdev", "chardev", "object"):
+        properties = argument.properties
+        kind = properties.names and properties.get(
+            {"object": "qom-type", "device": "driver"}.get(argument.name, "type")
+        )
+        is_device = argument.name in ("device", "netdev")
+        if kind == "vhost-user" or (is_device and str(kind).startswith(_WRITES_BEHIND_QEMU)):
+            return [f"{kind} {properties.get('id')!r} writes to memory and disks behind QEMU's back"]
+        if kind == "memory-backend-file":
+            path = absolute(properties.get("mem-path"), cwd)
+            if properties.get("pmem") == "on":
+                return [f"{properties.get('id')!r} is persistent memory ({path}), which outlives the guest"]
+            file_system = file_system_of(Path(path))
+            if not is_memory_file_system(file_system):
+                return [
+                    f"the guest's RAM {properties.get('id')!r} lies in a file on {file_system} ({path}), not in memory"
+                ]
+    return []

@@ -1,0 +1,79 @@
+"""Makes a VM execute, in whatever state a capture left it, from any process."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from vmsnap.errors import HypervisorError, VmGone
+from vmsnap.model import Moment
+from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+
+MIGRATION_RUNS: Final = frozenset(
+    ["setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling", "postcopy-active", "colo"]
+)
+_ENDED: Final = frozenset(["shutdown", "internal-error", "guest-panicked"])
+_BETWEEN_TRIES_SECONDS: Final = 0.001
+
+
+def migration_status(monitor: Monitor) -> str:
+    """What QEMU's migration does now; ``none`` where there was none yet."""
+    return str(monitor.execute("query-migrate").get("status", "none"))
+
+
+def cancel_migration(monitor: Monitor, timeout_seconds: float = 5.0) -> None:
+    """End a migration that is going on and wait until it has ended; the VM may run again by that. Idempotent.
+
+    :raises HypervisorError: it did not end in time
+    """
+    deadline = time.monotonic() + timeout_seconds
+    mark = monitor.mark()
+    while migration_status(monitor) in MIGRATION_RUNS:
+        monitor.execute("migrate_cancel")
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"the migration of the QEMU at {monitor.path} cannot be cancelled")
+        # The capability "events" may be off, so an event is only the quicker of the two ways to hear of the end.
+        _wait_shortly(monitor, mark)
+
+
+def make_run(monitor: Monitor, timeout_seconds: float = 5.0) -> Moment:
+    """Make the VM execute and see that it does; return the moment it began. Idempotent.
+
+    A migration is cancelled only where the VM stands still, so that a copy that goes on beside a running guest is left
+    alone.
+
+    :raises VmGone: QEMU or its guest has ended
+    :raises HypervisorError: it could not be made to run in time
+    """
+    deadline = time.monotonic() + timeout_seconds
+    mark = monitor.mark()
+    refused = ""
+    while True:
+        status = monitor.execute("query-status")
+        if status["running"]:
+            resumed = [event for event in monitor.events_since(mark) if event.name == "RESUME"]
+            return resumed[-1].moment("resume") if resumed else Moment.now("resume")
+        if status["status"] in _ENDED:
+            raise VmGone(f"the guest behind {monitor.path} has ended ({status['status']})")
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"the VM behind {monitor.path} cannot be made to run: {refused or status['status']}")
+        if migration_status(monitor) in MIGRATION_RUNS:
+            cancel_migration(monitor, max(0.1, deadline - time.monotonic()))
+            continue
+        try:
+            monitor.execute("cont")
+        except MonitorError as e:
+            # QEMU 10.0 says "Migration is not finalized yet" for a moment after the end of a migration.
+            refused = e.description
+            time.sleep(_BETWEEN_TRIES_SECONDS)
+
+
+def _wait_shortly(monitor: Monitor, mark: int) -> None:
+    deadline = time.monotonic() + 0.01
+    while time.monotonic() < deadline:
+        ended = [
+            e for e in monitor.events_since(mark) if e.name == "MIGRATION" and e.data["status"] not in MIGRATION_RUNS
+        ]
+        if ended:
+            return
+        time.sleep(_BETWEEN_TRIES_SECONDS)

@@ -1,0 +1,187 @@
+"""The QEMU process behind a monitor, seen from ``/proc``: its command line, environment, memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmsnap.errors import CannotCapture, VmGone
+
+_KEPT_VARIABLES: Final = (
+    "LD_LIBRARY_PATH",
+    "QEMU_MODULE_DIR",
+    "QEMU_AUDIO_DRV",
+    "LD_PRELOAD",
+    "PATH",
+    "LANG",
+    "LC_ALL",
+)
+"""What a second QEMU may need to be the same as the first; nothing else of an environment is looked at, as secrets may
+stand in it.
+"""
+
+_TMPFS: Final = frozenset({"tmpfs", "ramfs"})
+_RAM_AT_LEAST: Final = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A QEMU process. Made by :func:`look_at`."""
+
+    pid: int
+    exe: str
+    cwd: str
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class MappedMemory:
+    """What of a process's large anonymous and shared mappings, its guest RAM, is in memory.
+
+    :ivar small_bytes: in pages of the processor's smallest size
+    :ivar huge_bytes: in huge pages
+    """
+
+    small_bytes: int
+    huge_bytes: int
+
+
+def look_at(pid: int) -> Peer:
+    """Read what ``/proc`` shows of a process.
+
+    :raises VmGone: it has ended
+    :raises CannotCapture: it belongs to somebody else
+    """
+    folder = Path("/proc", str(pid))
+    try:
+        argv = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        exe = str((folder / "exe").readlink())
+        cwd = str((folder / "cwd").readlink())
+        environment = _environment(folder)
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise VmGone(f"the QEMU process {pid} has ended") from e
+    except PermissionError as e:
+        raise CannotCapture(f"the QEMU process {pid} belongs to another user", cure="run vmsnap as root") from e
+    return Peer(pid, exe.removesuffix(" (deleted)"), cwd, tuple(os.fsdecode(word) for word in argv), environment)
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since the host's; with the pid it names a process for good. None where
+    there is no such process, or only its zombie.
+    """
+    try:
+        text = Path("/proc", str(pid), "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def mapped_memory(pid: int) -> MappedMemory:
+    """Sum up the process's mappings of 16 MiB and more. Takes some milliseconds a GiB of small pages.
+
+    :raises VmGone: it has ended
+    """
+    small = huge = 0
+    for size, fields in _mappings(pid):
+        if size >= _RAM_AT_LEAST:
+            in_huge = fields.get("AnonHugePages", 0) + fields.get("ShmemPmdMapped", 0) + fields.get("FilePmdMapped", 0)
+            in_huge += fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
+            small += max(0, fields.get("Rss", 0) - in_huge)
+            huge += in_huge
+    return MappedMemory(small, huge)
+
+
+def large_mappings(pid: int) -> list[tuple[int, int]]:
+    """Start and length of the process's writable private mappings without a file, 16 MiB and more.
+
+    :raises VmGone: it has ended
+    """
+    found = []
+    try:
+        text = Path("/proc", str(pid), "maps").read_text()
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise VmGone(f"the QEMU process {pid} has ended") from e
+    for line in text.splitlines():
+        span, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+        start, end = (int(number, 16) for number in span.split("-"))
+        if end - start >= _RAM_AT_LEAST and permissions == "rw-p" and inode == "0":
+            found.append((start, end - start))
+    return found
+
+
+def thread_waiting_on(pid: int, inode: int) -> bool:
+    """Whether a thread of the process stands in a system call on the socket `inode`.
+
+    :raises PermissionError: this user may not look
+    """
+    tasks = Path("/proc", str(pid), "task")
+    target = f"socket:[{inode}]"
+    for task in tasks.iterdir():
+        try:
+            words = (task / "syscall").read_text().split()
+            if len(words) < 3 or int(words[1], 16) > 1_000_000:
+                continue
+            if str(Path("/proc", str(pid), "fd", str(int(words[1], 16))).readlink()) == target:
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return False
+
+
+def file_system_of(path: Path) -> str:
+    """Type of the file system that `path` (or the nearest folder above it that exists) lies on, such as ``tmpfs``."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if left.split()[2] == wanted:
+            return right.split()[0]
+    return "unknown"
+
+
+def is_memory_file_system(kind: str) -> bool:
+    """Whether files on a file system of this kind are pages of memory and nothing else."""
+    return kind in _TMPFS or kind == "hugetlbfs"
+
+
+def available_memory_bytes() -> int:
+    """What the host can still give out without swapping, by its own estimate."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def boot_id() -> str:
+    """What tells this start of the host from any other."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    for entry in (folder / "environ").read_bytes().split(b"\0"):
+        name, _, value = os.fsdecode(entry).partition("=")
+        if name in _KEPT_VARIABLES:
+            kept[name] = value
+    return kept
+
+
+def _mappings(pid: int) -> list[tuple[int, dict[str, int]]]:
+    try:
+        text = Path("/proc", str(pid), "smaps").read_text()
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise VmGone(f"the QEMU process {pid} has ended") from e
+    found: list[tuple[int, dict[str, int]]] = []
+    for line in text.splitlines():
+        name, colon, rest = line.partition(":")
+        if " " in name or not colon:
+            start, _, end = line.split()[0].partition("-")
+            found.append((int(end, 16) - int(start, 16), {}))
+        elif rest.endswith(" kB"):
+            found[-1][1][name] = int(rest.split()[0]) * 1024
+    return found

@@ -1,0 +1,299 @@
+"""The command line of a VM that is brought back, made from the one it was captured with.
+
+The guest's hardware must be the same to the last detail, or QEMU refuses the device state; everything through which
+the VM touches the host must be its own: disks, RAM, sockets, files, ports, networks. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from vmsnap_drivers.qemu.commandline import Argument, Properties, to_argv
+from vmsnap_drivers.qemu.disk_arguments import children, with_image
+
+_DROPPED_WORDS: Final = """
+    S incoming loadvm daemonize mem-prealloc mem-path gdb s qmp qmp-pretty monitor mon vnc spice display sdl curses
+    full-screen nographic chroot D d trace name preconfig
+"""
+_DROPPED: Final = frozenset(_DROPPED_WORDS.split())
+_CHARACTER_DEVICES: Final = frozenset(["serial", "parallel", "virtioconsole", "debugcon", "fdc-serial"])
+_OWN_PATH_KEYS: Final = ("path", "logfile", "input-path")
+_QUIET_BACKENDS: Final = frozenset(["null", "ringbuf", "memory", "vc", "pty", "mux", "hub"])
+
+
+@dataclass(frozen=True)
+class NewDisk:
+    """Where a disk of the command line lies now."""
+
+    argument: int
+    node: str
+    address: str
+    format: str
+
+
+@dataclass(frozen=True)
+class NewVm:
+    """What is different in the VM that is brought back.
+
+    :ivar run_folder: its sockets and files go there
+    :ivar machine: the machine type with its version, such as ``pc-i440fx-7.2``
+    :ivar images: for each RAM block, by name, the file that is its RAM
+    :ivar take_images: the VM's writes go into those files; else each VM has its own copy of what it writes
+    :ivar block_sizes: bytes of each RAM block, by name
+    :ivar default_ram: the RAM block that ``-m`` makes where no ``-object`` does (``pc.ram``); empty where one does
+    """
+
+    name: str
+    run_folder: Path
+    qmp_socket: Path
+    machine: str
+    disks: tuple[NewDisk, ...]
+    isolated: bool
+    images: Mapping[str, Path] = field(default_factory=dict)
+    take_images: bool = False
+    block_sizes: Mapping[str, int] = field(default_factory=dict)
+    default_ram: str = ""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A command line, and one line for each thing that could not be kept."""
+
+    argv: list[str]
+    notes: list[str]
+
+
+def rewrite(program: str, arguments: Sequence[Argument], new: NewVm) -> Rewritten:
+    """Make the command line that brings the VM back: stopped, and waiting for its state (``-incoming defer -S``)."""
+    return _Rewriter(new).run(program, arguments)
+
+
+class _Rewriter:
+    def __init__(self, new: NewVm) -> None:
+        self.new = new
+        self.notes: list[str] = []
+        self._hub = 0
+        self._added: list[Argument] = []
+        self._names = {new.qmp_socket.name}
+
+    def run(self, program: str, arguments: Sequence[Argument]) -> Rewritten:
+        new = self.new
+        disks = {disk.argument: disk for disk in new.disks}
+        roots = [disk.node for disk in new.disks if arguments[disk.argument].name == "blockdev"]
+        unused = children(arguments, roots) - children(arguments, self._kept_roots(arguments, set(roots)))
+        kept: list[Argument] = []
+        for number, argument in enumerate(arguments):
+            if number in disks:
+                kept.append(with_image(argument, disks[number].address, disks[number].format))
+            elif argument.name == "blockdev" and argument.properties.get("node-name") in unused:
+                continue
+            elif argument.name not in _DROPPED:
+                changed = self._change(argument)
+                if changed is not None:
+                    kept.append(changed)
+        names = {argument.name for argument in arguments}
+        kept += self._added + self._implied(names)
+        kept = self._with_machine(self._with_ram(kept))
+        kept += [
+            Argument("name", self._name(arguments)),
+            Argument("display", "none"),
+            Argument("qmp", Properties([(f"unix:{new.qmp_socket}", None), ("server", "on"), ("wait", "off")]).text()),
+            Argument("incoming", "defer"),
+            Argument("S"),
+        ]
+        return Rewritten(to_argv(program, kept), self.notes)
+
+    def _kept_roots(self, arguments: Sequence[Argument], replaced: set[str]) -> list[str]:
+        nodes = [a.properties.get("node-name") for a in arguments if a.name == "blockdev"]
+        below = children(arguments, nodes)
+        return [node for node in nodes if node not in replaced and node not in below]
+
+    def _change(self, argument: Argument) -> Argument | None:
+        if argument.name == "chardev":
+            return argument.with_properties(self._chardev(argument.properties))
+        if argument.name in _CHARACTER_DEVICES and argument.value is not None:
+            return Argument(argument.name, self._legacy_chardev(argument.value))
+        if argument.name in ("netdev", "nic"):
+            return argument.with_properties(self._netdev(argument.properties))
+        if argument.name == "net":
+            return self._net(argument)
+        if argument.name == "pidfile":
+            return Argument("pidfile", str(self._own(argument.value or "qemu.pid")))
+        return argument
+
+    def _own(self, path: str) -> Path:
+        """A path of that base name in the VM's own folder, each given out once."""
+        name = Path(path).name
+        number = 1
+        while name in self._names:
+            number += 1
+            name = f"{number}-{Path(path).name}"
+        self._names.add(name)
+        return self.new.run_folder / name
+
+    def _chardev(self, old: Properties) -> Properties:
+        backend = old.get("backend")
+        changed = old
+        for key in _OWN_PATH_KEYS:
+            if old.get(key):
+                changed = changed.set(key, str(self._own(old.get(key))))
+        if backend in _QUIET_BACKENDS:
+            return changed
+        is_server = old.get("server", "off") == "on"
+        if backend == "socket" and old.get("path") and is_server:
+            return _listening(changed)
+        if backend in ("file", "pipe") and old.get("path"):
+            return changed if backend == "file" else _null(old)
+        self.notes.append(f"character device {old.get('id')!r} ({backend}) is connected to nothing")
+        return _null(old)
+
+    def _legacy_chardev(self, value: str) -> str:
+        kind, colon, rest = value.partition(":")
+        if kind == "mon":
+            return self._legacy_chardev(rest)
+        if kind in ("chardev", "none", "null", "vc", "pty", "msmouse", "braille"):
+            return value
+        properties = Properties.parse(rest)
+        path = properties.names[0] if properties.names else ""
+        if kind == "unix" and properties.get("server", "off") == "on":
+            moved = Properties([(f"unix:{self._own(path)}", None), ("server", "on"), ("wait", "off")])
+            return moved.text()
+        if kind == "file" and colon:
+            return Properties([(f"file:{self._own(path)}", None)]).text()
+        self.notes.append(f"character device {value.partition(',')[0]!r} is connected to nothing")
+        return "null"
+
+    def _netdev(self, old: Properties) -> Properties:
+        kind = old.get("type")
+        if kind == "none":
+            return old
+        if self.new.isolated or old.get("fd") or old.get("fds"):
+            if not self.new.isolated:
+                self.notes.append(
+                    f"network {old.get('id')!r} was handed over as a descriptor: it is connected to nothing"
+                )
+            return self._unconnected(old, kind)
+        if any(key in ("hostfwd", "guestfwd") for key in old.names):
+            self.notes.append(
+                f"network {old.get('id')!r}: its forwarded ports are left out, the original may have them"
+            )
+            return old.without("hostfwd", "guestfwd")
+        return old
+
+    def _unconnected(self, old: Properties, kind: str) -> Properties:
+        kept = [(key, old.get(key)) for key in ("id", "model", "mac", "macaddr", "addr", "vectors") if old.get(key)]
+        if kind in ("tap", "bridge"):
+            # The device state asks for the header of TAP (virtio_net_vnet_post_load), which a hub port has not. This
+            # TAP is on no bridge, and down.
+            return Properties(
+                [("type", "tap"), *kept, ("script", "no"), ("downscript", "no"), ("vhost", "off")], "type"
+            )
+        if kind == "user":
+            # The stream has a section "slirp" (net/slirp.c), which somebody must take. This one is connected to no NIC.
+            taker = [("type", "user"), ("id", f"vmsnap-slirp{self._hub}"), ("restrict", "on")]
+            self._added.append(Argument("netdev", Properties(taker, "type").text()))
+        self._hub += 1
+        return Properties([("type", "hubport"), ("hubid", str(1000 + self._hub)), *kept], "type")
+
+    def _net(self, argument: Argument) -> Argument | None:
+        if argument.properties.get("type") in ("nic", "none"):
+            return argument
+        return None if self.new.isolated else Argument(argument.name, self._netdev(argument.properties).text())
+
+    def _implied(self, names: set[str]) -> list[Argument]:
+        """What QEMU makes by itself when its options do not say otherwise, as far as it touches the host."""
+        if "nodefaults" in names:
+            return []
+        added = []
+        if "serial" not in names and "nographic" in names:
+            added.append(Argument("serial", "null"))
+        if "parallel" not in names and "nographic" in names:
+            added.append(Argument("parallel", "null"))
+        if not names & {"net", "netdev", "nic"} and self.new.isolated:
+            added.append(Argument("net", "nic"))
+        return [*added, Argument("monitor", "none")]
+
+    def _with_machine(self, arguments: list[Argument]) -> list[Argument]:
+        found = False
+        changed: list[Argument] = []
+        for argument in arguments:
+            if argument.name in ("machine", "M"):
+                properties = (
+                    argument.properties.without("type") if found else argument.properties.set("type", self.new.machine)
+                )
+                if not found and properties.names[0] != "type":
+                    properties = Properties.parse(f"type={self.new.machine},{properties.without('type').text()}")
+                if self.new.default_ram in self.new.images and not found:
+                    properties = properties.set("memory-backend", self.new.default_ram)
+                found = True
+                argument = argument.with_properties(properties)
+            changed.append(argument)
+        if not found:
+            properties = Properties([("type", self.new.machine)], "type")
+            if self.new.default_ram in self.new.images:
+                properties = properties.set("memory-backend", self.new.default_ram)
+            changed.append(Argument("machine", properties.text()))
+        return changed
+
+    def _with_ram(self, arguments: list[Argument]) -> list[Argument]:
+        changed: list[Argument] = []
+        for argument in arguments:
+            properties = argument.properties if argument.name == "object" else None
+            if properties is not None and properties.get("qom-type").startswith("memory-backend-"):
+                identity = properties.get("id")
+                changed.append(Argument("object", self._backend(identity, properties)))
+            else:
+                changed.append(argument)
+        if self.new.default_ram in self.new.images:
+            changed.append(Argument("object", self._backend(self.new.default_ram, None)))
+        return changed
+
+    def _backend(self, identity: str, old: Properties | None) -> str:
+        kept = [
+            (key, old.get(key))
+            for key in ("x-use-canonical-path-for-ramblock-id", "size")
+            if old is not None and old.get(key)
+        ]
+        image = next(
+            (path for name, path in self.new.images.items() if name in (identity, f"/objects/{identity}")), None
+        )
+        if image is None:
+            return Properties([("qom-type", "memory-backend-ram"), ("id", identity), *kept], "qom-type").text()
+        size = next(size for name, size in self.new.block_sizes.items() if name in (identity, f"/objects/{identity}"))
+        kept = [pair for pair in kept if pair[0] != "size"]
+        share = "on" if self.new.take_images else "off"
+        pairs = [("id", identity), ("mem-path", str(image)), ("share", share), ("size", str(size)), *kept]
+        return Properties([("qom-type", "memory-backend-file"), *pairs], "qom-type").text()
+
+    def _name(self, arguments: Sequence[Argument]) -> str:
+        old = next((a.properties for a in arguments if a.name == "name"), Properties([], "guest"))
+        return Properties([("guest", self.new.name)], "guest").text() + (
+            f",debug-threads={old.get('debug-threads')}" if old.get("debug-threads") else ""
+        )
+
+
+def _listening(properties: Properties) -> Properties:
+    return (
+        properties.without("wait", "server", "reconnect", "reconnect-ms", "fd").set("server", "on").set("wait", "off")
+    )
+
+
+def _null(old: Properties) -> Properties:
+    return Properties([("backend", "null"), ("id", old.get("id"))], "backend")
+
+
+def default_ram_block(arguments: Sequence[Argument], block_names: Sequence[str]) -> str:
+    """The RAM block that ``-m`` makes (``pc.ram``), or an empty text where ``-object`` and ``memory-backend`` or
+    ``-numa …,memdev`` name it.
+    """
+    for argument in arguments:
+        if argument.name in ("machine", "M") and argument.properties.get("memory-backend"):
+            return ""
+        if argument.name == "numa" and argument.properties.get("memdev"):
+            return ""
+    plain = [name for name in block_names if re.fullmatch(r"[A-Za-z0-9_.-]+ram", name) and "/" not in name]
+    return plain[0] if plain else ""

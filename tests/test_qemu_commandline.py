@@ -1,0 +1,273 @@
+"""QEMU command lines as people write them: parsed, and rewritten for a VM that is brought back."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vmsnap.errors import UsageError
+from vmsnap_drivers.hypervisors.qemu.definition import without_secrets
+from vmsnap_drivers.qemu.commandline import Argument, Properties, parse, split, to_argv
+from vmsnap_drivers.qemu.disk_arguments import find_argument, with_image
+from vmsnap_drivers.qemu.rewrite import NewDisk, NewVm, Rewritten, rewrite
+
+RUN = Path("/run/vmsnap/vm002")
+
+
+def arguments(text: str) -> list[Argument]:
+    return parse(shlex.split(f"qemu-system-x86_64 {text}"))
+
+
+def rewritten(
+    text: str,
+    *disks: NewDisk,
+    isolated: bool = True,
+    images: dict[str, Path] | None = None,
+    default_ram: str = "pc.ram",
+    take_images: bool = False,
+) -> Rewritten:
+    new = NewVm(
+        name="vm002",
+        run_folder=RUN,
+        qmp_socket=RUN / "qmp.sock",
+        machine="pc-q35-7.2",
+        disks=disks,
+        isolated=isolated,
+        images=images or {},
+        take_images=take_images,
+        block_sizes={name: 1 << 30 for name in images or {}},
+        default_ram=default_ram,
+    )
+    return rewrite("qemu-system-x86_64", arguments(text), new)
+
+
+def values(result: Rewritten, name: str) -> list[str | None]:
+    return [argument.value for argument in parse(result.argv) if argument.name == name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-name vm001,debug-threads=on -S -m 512 -nodefaults",
+        "-drive file=/a,,b.img,if=virtio,format=raw -cdrom /x.iso",
+        "disk.img -snapshot -hdb other.img",
+        """-blockdev '{"driver":"file","node-name":"f","filename":"/a b"}' -device '{"driver":"virtio-blk-pci"}'""",
+        "-chardev socket,id=c,path=/s,server,nowait -mon chardev=c,mode=control -enable-kvm -smp 2",
+        "-append 'console=ttyS0 root=/dev/vda' -kernel k -initrd i",
+    ],
+)
+def test_what_is_parsed_is_written_as_it_was(text: str) -> None:
+    argv = ["qemu", *shlex.split(text)]
+    assert to_argv("qemu", parse(argv)) == argv
+
+
+def test_two_dashes_are_as_good_as_one() -> None:
+    assert arguments("--name vm --nodefaults") == [Argument("name", "vm"), Argument("nodefaults")]
+
+
+def test_an_option_without_its_value_is_refused() -> None:
+    with pytest.raises(UsageError, match="-drive lacks its value"):
+        arguments("-S -drive")
+
+
+def test_doubled_commas_are_commas_of_the_value() -> None:
+    assert split("file=/a,,b,,,id=x") == ["file=/a,b,", "id=x"]
+    properties = Properties.parse("file=/a,,b,if=none")
+    assert properties.get("file") == "/a,b"
+    assert properties.text() == "file=/a,,b,if=none"
+
+
+def test_switches_implied_keys_and_nested_keys() -> None:
+    properties = Properties.parse("socket,id=c,server,nowait", "backend")
+    assert properties.get("backend") == "socket"
+    assert properties.get("server") == "on"
+    assert properties.get("wait") == "off"
+    assert properties.without("wait").set("path", "/p").text() == "socket,id=c,server,path=/p"
+    tree = Properties.parse('{"driver": "qcow2", "file": {"driver": "file", "filename": "/a"}, "read-only": true}')
+    assert tree.get("file.filename") == "/a"
+    assert tree.get("read-only") == "on"
+    assert tree.names == ["driver", "file.driver", "file.filename", "read-only"]
+    assert json.loads(tree.set("file.filename", "/b").without("read-only").text())["file"]["filename"] == "/b"
+
+
+def test_damaged_json_is_refused() -> None:
+    with pytest.raises(UsageError, match="damaged JSON"):
+        Properties.parse('{"driver"')
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "node", "filename", "expected"),
+    [
+        ("-drive file=/a,id=d0,if=none -drive file=/b,id=d1,if=none", "d1", "#block1", "/b", 1),
+        ("-drive file=/a,if=virtio -drive file=/b,if=virtio", "virtio1", "#block3", "/b", 1),
+        ("-m 1G -hda /a", "ide0-hd0", "#block1", "/a", 1),
+        ("/a -m 1G", "ide0-hd0", "#block1", "/a", 0),
+        ("-blockdev file,node-name=f,filename=/a -blockdev raw,node-name=d,file=f", "", "d", "/a", 1),
+        ("""-blockdev '{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"/a"}}'""", "", "d", "/a", 0),
+        ("-drive file=/a,if=none -drive file=/a,if=none", "none0", "#block1", "/a", None),
+        ("-m 1G", "", "hotplugged", "/a", None),
+    ],
+)
+def test_a_disk_is_found_in_the_command_line(
+    text: str, device: str, node: str, filename: str, expected: int | None
+) -> None:
+    assert find_argument(arguments(text), device, node, filename) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("-drive file=/a,format=qcow2,if=virtio,id=x,cache=none", "file=/new,,1,format=raw,if=virtio,id=x,cache=none"),
+        ("-hdb /a", "file=/new,,1,format=raw,media=disk,index=1"),
+        ("/a", "file=/new,,1,format=raw,media=disk,index=0"),
+        ("-pflash /a", "file=/new,,1,format=raw,if=pflash"),
+        ("-fda /a", "file=/new,,1,format=raw,if=floppy,index=0"),
+    ],
+)
+def test_a_drive_gets_another_image_and_stays_the_same_device(text: str, expected: str) -> None:
+    (argument,) = arguments(text)
+    assert with_image(argument, "/new,1", "raw") == Argument("drive", expected)
+
+
+def test_a_node_gets_another_image_under_its_name() -> None:
+    (argument,) = arguments("-blockdev driver=qcow2,node-name=d,file.driver=file,file.filename=/a,discard=unmap")
+    node = json.loads(with_image(argument, "/dev/vg0/new", "raw").value or "")
+    assert node == {
+        "node-name": "d",
+        "driver": "raw",
+        "discard": "unmap",
+        "file": {"driver": "host_device", "filename": "/dev/vg0/new"},
+    }
+    remote = json.loads(with_image(argument, "iscsi://host:3260/iqn.2009-12.com.example:001/1", "raw").value or "")
+    assert remote["file"] == {
+        "driver": "iscsi",
+        "transport": "tcp",
+        "portal": "host:3260",
+        "target": "iqn.2009-12.com.example:001",
+        "lun": 1,
+    }
+
+
+def test_nodes_below_a_replaced_disk_are_left_out_and_shared_ones_stay() -> None:
+    result = rewritten(
+        "-blockdev file,node-name=f0,filename=/a -blockdev raw,node-name=d0,file=f0"
+        " -blockdev file,node-name=base,filename=/base -blockdev qcow2,node-name=d1,file.driver=file,backing=base"
+        " -blockdev file,node-name=iso,filename=/iso,read-only=on",
+        NewDisk(1, "d0", "/new/a", "raw"),
+    )
+    names = [Properties.parse(value or "").get("node-name") for value in values(result, "blockdev")]
+    assert names == ["d0", "base", "d1", "iso"]
+
+
+def test_it_waits_stopped_under_its_own_name_and_monitor() -> None:
+    result = rewritten("-name guest=vm001,debug-threads=on -qmp unix:/old.sock,server=on,wait=off -daemonize -S")
+    assert values(result, "name") == ["vm002,debug-threads=on"]
+    assert values(result, "qmp") == ["unix:/run/vmsnap/vm002/qmp.sock,server=on,wait=off"]
+    assert values(result, "incoming") == ["defer"]
+    assert values(result, "S") == [None]
+    assert "-daemonize" not in result.argv
+
+
+@pytest.mark.parametrize(
+    "text", ["-machine q35,accel=kvm", "-M q35,accel=kvm", "-machine type=q35,accel=kvm", "-machine accel=kvm,type=q35"]
+)
+def test_the_machine_type_gets_its_version(text: str) -> None:
+    (machine,) = [a for a in parse(rewritten(text).argv) if a.name in ("machine", "M")]
+    assert machine.properties.get("type") == "pc-q35-7.2"
+    assert machine.properties.get("accel") == "kvm"
+
+
+def test_the_machine_type_is_named_where_it_was_not() -> None:
+    assert values(rewritten("-m 1G"), "machine") == ["pc-q35-7.2"]
+
+
+def test_ram_is_mapped_from_its_image() -> None:
+    result = rewritten("-machine q35 -m 1G -mem-prealloc -mem-path /dev/hugepages", images={"pc.ram": Path("/i,m")})
+    assert values(result, "machine") == ["pc-q35-7.2,memory-backend=pc.ram"]
+    assert values(result, "object") == ["memory-backend-file,id=pc.ram,mem-path=/i,,m,share=off,size=1073741824"]
+    assert "-mem-prealloc" not in result.argv
+    assert "-mem-path" not in result.argv
+
+
+def test_ram_of_a_backend_is_never_the_originals() -> None:
+    text = "-machine q35,memory-backend=m0 -object memory-backend-file,id=m0,mem-path=/dev/shm/old,size=1G,share=on"
+    assert values(rewritten(text, default_ram=""), "object") == ["memory-backend-ram,id=m0,size=1G"]
+    mapped = rewritten(text, default_ram="", images={"m0": Path("/image")}, take_images=True)
+    assert values(mapped, "object") == ["memory-backend-file,id=m0,mem-path=/image,share=on,size=1073741824"]
+
+
+def test_sockets_and_files_move_into_its_own_folder() -> None:
+    result = rewritten(
+        "-chardev socket,id=a,path=/old/qmp.sock,server,nowait -chardev socket,id=b,path=/else/a.sock,server=on"
+        " -chardev file,id=c,path=/old/log,logfile=/old/log2 -pidfile /old/pid -serial unix:/old/ser,server,nowait"
+        " -serial file:/old/serial.txt"
+    )
+    chardevs = [Properties.parse(value or "", "backend") for value in values(result, "chardev")]
+    assert [c.get("path") for c in chardevs] == [f"{RUN}/2-qmp.sock", f"{RUN}/a.sock", f"{RUN}/log"]
+    assert chardevs[0].get("server") == chardevs[1].get("server") == "on"
+    assert chardevs[0].get("wait") == chardevs[1].get("wait") == "off"
+    assert chardevs[2].get("logfile") == f"{RUN}/log2"
+    assert values(result, "pidfile") == [f"{RUN}/pid"]
+    assert values(result, "serial") == [f"unix:{RUN}/ser,server=on,wait=off", f"file:{RUN}/serial.txt"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["socket,id=a,path=/srv.sock", "socket,id=a,host=h,port=1", "udp,id=a,port=1", "pipe,id=a,path=/p", "stdio,id=a"],
+)
+def test_a_character_device_that_reaches_out_is_connected_to_nothing(text: str) -> None:
+    assert values(rewritten(f"-chardev {text}"), "chardev") == ["null,id=a"]
+
+
+def test_legacy_monitors_displays_and_debuggers_are_dropped() -> None:
+    result = rewritten(
+        "-monitor stdio -vnc :1 -spice port=1 -gdb tcp::1 -s -nographic -D /log -loadvm x -incoming tcp:0:1"
+    )
+    assert {argument.name for argument in parse(result.argv)} == {
+        "serial", "parallel", "net", "monitor", "machine", "name", "display", "qmp", "incoming", "S",
+    }  # fmt: skip
+    assert values(result, "serial") == ["null"]
+    assert values(result, "display") == ["none"]
+
+
+def test_an_isolated_vm_has_no_way_out() -> None:
+    result = rewritten(
+        "-netdev user,id=n0,hostfwd=tcp::22-:22 -netdev tap,id=n1,ifname=vnet0,vhost=on -nic bridge,br=br0,model=e1000"
+        ' -netdev \'{"type":"vde","id":"n2"}\' -net user -net nic -nic none'
+    )
+    assert values(result, "netdev") == [
+        "hubport,hubid=1001,id=n0",
+        "tap,id=n1,script=no,downscript=no,vhost=off",
+        "hubport,hubid=1002,id=n2",
+        "user,id=vmsnap-slirp0,restrict=on",
+    ]
+    assert values(result, "nic") == ["tap,model=e1000,script=no,downscript=no,vhost=off", "none"]
+    assert values(result, "net") == ["nic"]
+
+
+def test_a_vm_that_is_not_isolated_keeps_its_network_without_forwarded_ports() -> None:
+    result = rewritten("-netdev user,id=n0,hostfwd=tcp::22-:22 -netdev tap,id=n1,fd=5", isolated=False)
+    assert values(result, "netdev") == ["user,id=n0", "tap,id=n1,script=no,downscript=no,vhost=off"]
+    assert len(result.notes) == 2
+
+
+def test_what_the_guest_sees_stays() -> None:
+    hardware = (
+        "-uuid 1 -smp 2 -cpu host -m 1G -device virtio-net-pci,netdev=n,mac=52:54:00:00:00:01,addr=0x5 -rtc base=utc"
+    )
+    assert " ".join(rewritten(hardware).argv).startswith(f"qemu-system-x86_64 {hardware}")
+
+
+def test_secrets_are_cut_out_and_named() -> None:
+    cleaned, found = without_secrets(
+        arguments(
+            "-object secret,id=k,data=hunter2 -object secret,id=f,file=/key -spice port=1,password=hunter2"
+            " -drive file=iscsi://me%hunter2@host/iqn/1"
+        )
+    )
+    assert len(found) == 3
+    assert "hunter2" not in " ".join(str(argument) for argument in cleaned) + "".join(found)
+    assert cleaned[1].value == "secret,id=f,file=/key"

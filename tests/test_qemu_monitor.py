@@ -1,0 +1,252 @@
+"""The shared QMP connection: answers, events, descriptors, and everything that can be wrong with a socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import available_qemus
+from vmsnap.errors import Busy, HypervisorError, UnknownVm, UsageError, VmGone
+from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+
+pytestmark = pytest.mark.qemu
+
+
+class Machine:
+    """An empty machine without a guest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "qmp.sock"
+        build = available_qemus()[0]
+        arguments = (
+            "-nodefaults",
+            "-display",
+            "none",
+            "-machine",
+            "none",
+            "-qmp",
+            f"unix:{self.socket},server=on,wait=off",
+        )
+        self.process = subprocess.Popen(
+            build.command(*arguments), env=build.start_environment(), stdin=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                Monitor.borrow(self.socket).close()
+                return
+            except (UnknownVm, VmGone):
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp(prefix="vmsnap-test-"))
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def machine(folder: Path) -> Iterator[Machine]:
+    machine = Machine(folder)
+    yield machine
+    machine.kill()
+
+
+@pytest.fixture
+def monitor(machine: Machine) -> Iterator[Monitor]:
+    with Monitor.borrow(machine.socket) as monitor:
+        yield monitor
+
+
+def listener(path: Path, *, greeting: bytes = b"") -> socket.socket:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen(4)
+
+    def serve() -> None:
+        try:
+            client, _ = server.accept()
+        except OSError:
+            return
+        client.sendall(greeting)
+        threading.Event().wait(5)
+        client.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server
+
+
+def test_knows_version_and_process(machine: Machine, monitor: Monitor) -> None:
+    assert monitor.version >= (7, 2, 0)
+    assert monitor.peer_pid == machine.process.pid
+    assert monitor.path == str(machine.socket)
+
+
+def test_a_round_trip_takes_less_than_a_third_of_a_millisecond(monitor: Monitor) -> None:
+    taken = []
+    for _ in range(200):
+        begin = time.perf_counter()
+        monitor.execute("query-status")
+        taken.append(time.perf_counter() - begin)
+    assert statistics.median(taken) < 0.0003
+
+
+def test_an_error_of_qemu_keeps_its_class(monitor: Monitor) -> None:
+    with pytest.raises(MonitorError, match="QEMU refused no-such-command") as caught:
+        monitor.execute("no-such-command")
+    assert caught.value.error_class == "CommandNotFound"
+    assert monitor.execute("query-name") == {}
+
+
+def test_borrowers_share_one_connection_until_the_last_gives_it_back(machine: Machine, monitor: Monitor) -> None:
+    second = Monitor.borrow(f"{machine.socket.parent}/../{machine.socket.parent.name}/qmp.sock")
+    assert second.execute("query-status")["running"] is True
+    second.close()
+    second.close()
+    assert monitor.execute("query-status")["running"] is True
+    monitor.close()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(2)
+        other.connect(str(machine.socket))
+        assert b"QMP" in other.recv(4096)
+
+
+def test_events_are_kept_in_order_with_qemus_own_time(monitor: Monitor) -> None:
+    mark = monitor.mark()
+    before = time.time_ns()
+    monitor.execute("stop")
+    monitor.execute("cont")
+    resumed = monitor.wait_for_event("RESUME", since=mark, timeout_seconds=1)
+    assert [event.name for event in monitor.events_since(mark)] == ["STOP", "RESUME"]
+    assert before - 1000 <= resumed.wall_ns <= time.time_ns()
+    assert abs(resumed.moment("resume").monotonic_ns - time.monotonic_ns()) < 10**9
+    assert monitor.events_since(monitor.mark()) == []
+
+
+def test_an_event_is_waited_for_by_name_and_content(monitor: Monitor) -> None:
+    mark = monitor.mark()
+    monitor.execute("stop")
+    with pytest.raises(HypervisorError, match="no event RESUME"):
+        monitor.wait_for_event("RESUME", since=mark, timeout_seconds=0.05)
+    with pytest.raises(HypervisorError, match="no event STOP"):
+        monitor.wait_for_event("STOP", since=mark, timeout_seconds=0.05, match=lambda event: event.wall_ns == 0)
+
+
+def test_one_thread_waits_while_another_works(monitor: Monitor) -> None:
+    mark = monitor.mark()
+    found = []
+    waiter = threading.Thread(
+        target=lambda: found.append(monitor.wait_for_event("RESUME", since=mark, timeout_seconds=5).name)
+    )
+    waiter.start()
+    begin = time.monotonic()
+    for _ in range(50):
+        monitor.execute("query-status")
+    assert time.monotonic() - begin < 1
+    monitor.execute("stop")
+    monitor.execute("cont")
+    waiter.join(5)
+    assert found == ["RESUME"]
+
+
+def test_a_descriptor_reaches_qemu(monitor: Monitor) -> None:
+    reading, writing = os.pipe()
+    monitor.send_descriptor("ours", writing)
+    os.close(writing)
+    monitor.execute("closefd", {"fdname": "ours"})
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+def test_a_qemu_that_dies_ends_every_wait(machine: Machine, monitor: Monitor) -> None:
+    threading.Timer(0.1, machine.kill).start()
+    begin = time.monotonic()
+    with pytest.raises(VmGone):
+        monitor.wait_for_event("STOP", timeout_seconds=30)
+    with pytest.raises(VmGone):
+        monitor.execute("query-status")
+    assert time.monotonic() - begin < 5
+    with pytest.raises((VmGone, UnknownVm)):
+        Monitor.borrow(machine.socket)
+
+
+def test_a_new_qemu_on_the_same_socket_is_a_new_connection(machine: Machine, monitor: Monitor, folder: Path) -> None:
+    machine.kill()
+    second = Machine(folder)
+    try:
+        with Monitor.borrow(second.socket) as fresh:
+            assert fresh.peer_pid == second.process.pid
+    finally:
+        second.kill()
+
+
+def test_a_qemu_that_does_not_answer_is_given_up(machine: Machine, monitor: Monitor) -> None:
+    os.kill(machine.process.pid, 19)
+    with pytest.raises(HypervisorError, match=r"did not answer query-status within 0\.2 s"):
+        monitor.execute("query-status", timeout_seconds=0.2)
+    os.kill(machine.process.pid, 18)
+    assert monitor.execute("query-name") == {}
+
+
+def test_a_socket_that_is_missing(folder: Path) -> None:
+    with pytest.raises(UnknownVm, match="there is no QMP socket"):
+        Monitor.borrow(folder / "none.sock")
+
+
+def test_a_file_that_is_no_socket(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(UsageError, match="is no socket"):
+        Monitor.borrow(folder / "file")
+
+
+def test_a_socket_that_nobody_listens_on(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "dead.sock"))
+        server.listen()
+    with pytest.raises(VmGone, match="no QEMU listens"):
+        Monitor.borrow(folder / "dead.sock")
+
+
+def test_a_socket_that_serves_somebody_else(machine: Machine) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(machine.socket))
+        other.recv(4096)
+        with pytest.raises(Busy, match="serves another client"):
+            Monitor.borrow(machine.socket)
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH\r\n", b"{}\n", b'{"QMP": 1}\n', b"x" * 100_000])
+def test_a_socket_that_speaks_something_else(folder: Path, greeting: bytes) -> None:
+    server = listener(folder / "other.sock", greeting=greeting)
+    with pytest.raises(UsageError, match="does not speak QMP"):
+        Monitor.borrow(folder / "other.sock")
+    server.close()
+
+
+def test_a_socket_with_a_path_longer_than_addresses_are(folder: Path) -> None:
+    deep = folder / ("d" * 120)
+    deep.mkdir()
+    place = os.open(deep, os.O_PATH)
+    version = {"qemu": {"major": 7, "minor": 2, "micro": 1}}
+    greeting = json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b'\n{"return": {}, "id": 1}\n'
+    server = listener(Path(f"/proc/self/fd/{place}/long.sock"), greeting=greeting)
+    with Monitor.borrow(deep / "long.sock") as monitor:
+        assert monitor.version == (7, 2, 1)
+    server.close()
+    os.close(place)
