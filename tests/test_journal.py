@@ -56,7 +56,7 @@ from vmsnap.vmtable import VmRow, VmTable
 database = Database(Path(sys.argv[1]))
 VmTable(database).add(VmRow("vm001", "simulated", {}, (), "executing"))
 operation = Journal(database).begin("backup, mode live", "vm001", "simulated", {"socket": "/s"})
-operation.was_executing(True)
+operation.must_execute(True)
 operation.will_make("snapshot", "file", '{"a":1}')
 operation.is_gone(operation.will_make("file", "", '"x"'))
 operation.begun("prepare"); operation.ended("prepare", "done")

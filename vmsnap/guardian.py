@@ -1,10 +1,13 @@
 """The guardian: a process outside the worker that sees to it that a paused guest runs again, whatever happens to us.
 
 The worker starts it before the capture begins (a Python start is slow, so never inside the pause), arms it with a
-deadline before the pause and disarms it after the resume. It acts when the worker is gone without having said
-good-bye, or when an armed deadline passes. A monitor may serve one client only, so it first makes sure that the
-worker is gone (SIGKILL to a worker that hangs), and then has a driver instance of its own resume the VM, again and
-again until it executes.
+deadline before the pause, disarms it after the resume, and dismisses it when the copy of the memory is complete:
+until then a hypervisor may depend on the worker (QEMU 7.2 leaves the guest's pages write-protected when their
+reader dies).
+
+It acts when the worker is gone, or has let go of it, without having dismissed it, or when an armed deadline passes.
+A monitor may serve one client only, so it first makes sure that a worker that hangs is gone (SIGKILL), and then has
+a driver instance of its own resume the VM, again and again until it executes, and clean up after the capture.
 
 It runs in a session of its own, so that neither a closed terminal nor a signal to the worker's process group
 reaches it.
@@ -23,13 +26,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.errors import VmGone, VmsnapError
 from vmsnap.model import VmState, from_json, to_json
-from vmsnap.roles.options import DriverContext
+from vmsnap.roles import DriverContext, Hypervisor
 
 START_TIMEOUT_SECONDS = 20.0
 RETRY_SECONDS = 0.2
 GIVE_UP_SECONDS = 3600.0
+KILL_TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Guard(Protocol):
 
     def dismiss(self) -> None:
         """The capture is over, the guardian ends. Idempotent."""
+
+    def hand_over(self) -> None:
+        """The worker cannot set things right: the guardian is to do it, now, and on its own."""
 
 
 class Guardian:
@@ -103,11 +110,15 @@ class Guardian:
         if self._process.poll() is None:
             with contextlib.suppress(VmsnapError):  # gone between the look and the word: what was wanted
                 self._say("dismiss")
+        self.hand_over()
+        self._output().close()
+        self._process.wait()
+
+    def hand_over(self) -> None:
+        """Let go of the guardian, which then resumes the VM; the caller has given its own connection back."""
         if self._process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-        self._output().close()
-        self._process.wait()
 
     def _say(self, line: str) -> None:
         stdin = self._process.stdin
@@ -135,6 +146,9 @@ class NoGuard:
         """Do nothing."""
 
     def dismiss(self) -> None:
+        """Do nothing."""
+
+    def hand_over(self) -> None:
         """Do nothing."""
 
 
@@ -169,20 +183,31 @@ def main() -> None:
             deadline = float(word.removeprefix("arm "))
         else:
             break
-    reason = "the worker is gone" if words.ended else "the pause passed its limit"
-    _log(f"{charge.vm}: {reason}; resuming the VM")
-    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile: what was wanted
-        signal.pidfd_send_signal(worker, signal.SIGKILL)
-    select.select([worker], [], [], 30)
+    if words.ended:
+        _log(f"{charge.vm}: the worker is gone or has given up; resuming the VM")
+    else:
+        _log(f"{charge.vm}: the pause passed its limit; killing the worker and resuming the VM")
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile: what was wanted
+            signal.pidfd_send_signal(worker, signal.SIGKILL)
+        select.select([worker], [], [], KILL_TIMEOUT_SECONDS)
+    _set_right(charge, hypervisor)
+
+
+def _set_right(charge: Charge, hypervisor: Hypervisor) -> None:
+    """Make the VM execute, trying again until it does or is gone; then give the capture up."""
     give_up = time.monotonic() + GIVE_UP_SECONDS
+    executes = False
     while time.monotonic() < give_up:
         try:
-            if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
-                _log(f"{charge.vm}: the VM is not there any more")
-                return
-            hypervisor.resume()
-            _log(f"{charge.vm}: the VM executes")
-            _enter(charge)
+            if not executes:
+                if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
+                    raise VmGone("the VM is not there any more")
+                hypervisor.resume()
+                executes = True
+                _log(f"{charge.vm}: the VM executes")
+                _enter(charge)
+            hypervisor.abandon()
+            _log(f"{charge.vm}: the capture is given up")
             return
         except VmGone as e:
             _log(f"{charge.vm}: {e.message}")
@@ -192,16 +217,21 @@ def main() -> None:
             # right thing is to try again.
             _log(f"{charge.vm}: {e.message}; trying again")
             hypervisor.close()
-            time.sleep(RETRY_SECONDS if isinstance(e, Busy) else RETRY_SECONDS * 2)
+            time.sleep(RETRY_SECONDS)
 
 
 def _enter(charge: Charge) -> None:
+    """Tell the VM table and the journal, so that nobody resumes the VM once more."""
     from vmsnap.database import Database
+    from vmsnap.journal import Journal
     from vmsnap.vmtable import VmTable
 
     path = charge.context.state_dir / "vmsnap.db"
     if path.exists():
-        VmTable(Database(path)).set_state(charge.vm, VmState.EXECUTING.value, resume_flag=False)
+        database = Database(path)
+        VmTable(database).set_state(charge.vm, VmState.EXECUTING.value, resume_flag=False)
+        Journal(database).executes_again(charge.vm, charge.worker_pid)
+        database.close()
 
 
 def _log(line: str) -> None:

@@ -120,6 +120,13 @@ class Journal:
         """All operations, oldest first."""
         return self._select("")
 
+    def executes_again(self, vm: str, worker_pid: int) -> None:
+        """Enter that the VM of a dead worker's operation was made to execute: nobody is to resume it once more."""
+        with self._database.transaction() as db:
+            db.execute(
+                "UPDATE operation SET executing = 0 WHERE vm = ? AND pid = ? AND outcome IS NULL", (vm, worker_pid)
+            )
+
     def _select(self, where: str) -> list[OperationRow]:
         return [
             OperationRow(
@@ -242,8 +249,8 @@ class Operation:
 
     # -- the whole
 
-    def was_executing(self, executing: bool) -> None:
-        """Enter whether the VM executed when the operation began: whatever happens, it is to execute again."""
+    def must_execute(self, executing: bool) -> None:
+        """Enter whether it is for this operation to see to it that the VM executes, whatever happens."""
         with self._database.transaction() as db:
             db.execute("UPDATE operation SET executing = ? WHERE operation = ?", (int(executing), self.name))
 

@@ -133,10 +133,7 @@ class LiveBackup:
         capture.settled()
         self._enter_duplicate()
         bars = Bars(self._progress)
-        duplicate = capture.hypervisor.finish_duplicate(
-            capture.duplicate, lambda done: bars.show("copying memory", done, description.memory_bytes)
-        )
-        capture.duplicate_finished(duplicate)
+        duplicate = capture.finish_duplicate(lambda done: bars.show("copying memory", done, description.memory_bytes))
         instant = capture.instant()
         mechanisms = {row.device: row.mechanism or "" for row in capture.row.disks}
         total_bytes = sum(image.size_bytes for image in duplicate.images)

@@ -171,9 +171,14 @@ class Capture:
         instant.check()
         return instant
 
-    def duplicate_finished(self, duplicate: Duplicate) -> None:
-        """The copy is complete; what the driver added to it is kept."""
-        self._duplicate = duplicate
+    def finish_duplicate(self, progress: Callable[[int], None]) -> Duplicate:
+        """Wait until the copy is complete. From then on the VM does not depend on us, and the guardian has done its
+        duty.
+        """
+        self._duplicate = self.hypervisor.finish_duplicate(self.duplicate, progress)
+        self._operation.must_execute(False)
+        self._dismiss_guardian()
+        return self._duplicate
 
     # -- instructions
 
@@ -194,7 +199,7 @@ class Capture:
         self._table.set_disks(self.row.vm, disks)
         self._table.set_state(self.row.vm, description.state.value)
         self.row = self._table.get(self.row.vm)
-        self._operation.was_executing(self.executing)
+        self._operation.must_execute(self.executing)
 
     def prepare(self) -> None:
         """All that is slow; the guest runs. The guardian watches from here on, since a pre-copy may end in a pause."""
@@ -240,9 +245,9 @@ class Capture:
         self._duplicate = self.hypervisor.duplicate()
 
     def resume(self) -> None:
-        """Let the VM run; the guardian has done its duty."""
+        """Let the VM run."""
         self._resumed = self.hypervisor.resume()
-        self._dismiss_guardian()
+        self._guard.disarm()
 
     def settled(self) -> None:
         """After the pause: the VM table, the evidence, and what the mechanisms had put off."""
@@ -263,12 +268,13 @@ class Capture:
                 self._table.set_state(self.row.vm, VmState.ABSENT.value, resume_flag=False)
                 self._dismiss_guardian()
                 raise
+            self._guard.disarm()
             self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
-        self._dismiss_guardian()
 
     def abandon(self) -> None:
-        """Give the capture of memory up."""
+        """Give the capture of memory up; after it the VM does not depend on us."""
         self.hypervisor.abandon()
+        self._dismiss_guardian()
 
     def delete_snapshots(self) -> None:
         """Remove the snapshots; what cannot be removed stays in the journal.
@@ -292,11 +298,12 @@ class Capture:
             self._operation.is_gone(self._duplicate_position)
 
     def close(self) -> None:
-        """Let go of all connections. The guardian goes with them: nothing is paused any more, or it must act."""
+        """Let go of all connections. A guardian that is still there goes on alone: what it guards was not set right."""
         for mechanism in self.mechanisms.values():
             mechanism.close()
         if self._hypervisor is not None:
             self._hypervisor.close()
+        self._guard.hand_over()
 
     def _dismiss_guardian(self) -> None:
         guard, self._guard = self._guard, NoGuard()

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.results import RecoveryResult
 from vmsnap.errors import Busy, VmGone, VmsnapError
-from vmsnap.journal import Journal, Operation, OperationRow, Resource
+from vmsnap.journal import Journal, OperationRow, Resource
 from vmsnap.locks import vm_lock
 from vmsnap.model import SnapshotPlan, VmState, from_json
 from vmsnap.vmtable import VmTable
@@ -59,11 +59,7 @@ class Recovery:
             else:
                 operation.is_gone(resource.position)
                 self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
-        if resumed:
-            self._end(operation, row)
-
-    def _end(self, operation: Operation, row: OperationRow) -> None:
-        if row.outcome is None:
+        if resumed and row.outcome is None:
             operation.end("recovered")
 
     def _make_it_run(self, row: OperationRow) -> bool:
@@ -73,9 +69,11 @@ class Recovery:
         hypervisor = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
         try:
             state = hypervisor.state()
-            if state is VmState.STOPPED:
+            if state in (VmState.STOPPED, VmState.EXECUTING):
+                # One that executes may still depend on its dead worker: resuming it frees it from that too.
                 hypervisor.resume()
-                self._resumed.append(row.vm)
+                if state is VmState.STOPPED:
+                    self._resumed.append(row.vm)
                 state = VmState.EXECUTING
             self._table.set_state(row.vm, state.value, resume_flag=False)
         except VmGone:
