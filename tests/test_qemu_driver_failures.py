@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import LabMachine, find_qemu
+from tests.lab import LabMachine, QemuBuild, available_qemus, find_qemu
 from tests.qemu_bench import VERSIONS, Bench, bench, folder, machines, nothing_left, with_capture
 from vmsnap.errors import (
     AlreadyExists,
@@ -131,16 +131,36 @@ def test_a_qemu_that_dies_while_its_memory_is_copied(bench: Bench) -> None:
     assert nothing_left(bench)
 
 
-def test_a_vm_that_its_operator_paused_stays_paused(bench: Bench) -> None:
+def test_a_vm_that_its_operator_paused_stays_paused_whether_it_can_be_captured_or_not(bench: Bench) -> None:
     bench.machine.oracle.execute("stop")
-    captured = bench.capture(resume=False)
-    assert captured.plan.capture == {"7.2": "copy", "10.0": "cow"}[bench.machine.qemu.version]
+    if bench.machine.qemu.version == "7.2":
+        with pytest.raises(CannotCapture, match=r"stands still, and QEMU 7\.2.* would make it run"):
+            bench.capture(resume=False)
+    else:
+        captured = bench.capture(resume=False)
+        assert captured.plan.capture == "cow"
+        assert "pc.ram" in [image.region for image in captured.duplicate.images]
+        bench.driver.discard_duplicate("bk001")
     assert bench.driver.state() is VmState.STOPPED
-    names = [image.region for image in captured.duplicate.images]
-    assert "pc.ram" in names
-    bench.driver.discard_duplicate("bk001")
+    assert bench.machine.oracle.status() == "paused"
     bench.machine.oracle.execute("cont")
     assert_well(bench)
+
+
+@pytest.mark.parametrize("build", available_qemus(), ids=lambda build: build.version)
+def test_a_pre_copy_that_could_lose_pages_is_refused(build: QemuBuild, folder: Path) -> None:
+    with LabMachine(folder / "vm", build, round_memory=True) as machine:
+        context = DriverContext(folder / "state", folder / "memory")
+        context.memory_dir.mkdir()
+        driver = QemuHypervisor("vm001", context, {"qmp": str(machine.qmp_socket), "capture": "precopy"})
+        try:
+            if build.version == "7.2":
+                with pytest.raises(CannotCapture, match=r"loses track of written pages.*use -o capture=cow"):
+                    driver.plan_capture(CaptureRequest("bk001", 5.0))
+            else:
+                assert driver.plan_capture(CaptureRequest("bk001", 5.0)).capture == "precopy"
+        finally:
+            driver.close()
 
 
 @pytest.mark.parametrize("capture", ["cow", "precopy"])

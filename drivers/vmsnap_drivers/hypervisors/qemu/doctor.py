@@ -52,14 +52,15 @@ def look_at_vm(vm: str, socket_path: str, wanted: str) -> Sequence[Finding]:
     except VmsnapError as e:
         return [Finding(f"VM {vm}", "missing", e.message, e.cure)]
     findings = [Finding(f"VM {vm}", "ok", f"{version} answers")]
-    if possible.why_no_cow:
-        severity = "missing" if wanted == "cow" else "note"
-        findings.append(Finding(f"VM {vm}: copy on write", severity, possible.why_no_cow))
-    else:
-        message = f"predicted pause {possible.cow_seconds * 1000:.0f} ms and the disks'"
-        findings.append(Finding(f"VM {vm}: copy on write", "ok", message))
-    message = f"predicted pause {possible.precopy_seconds * 1000:.0f} ms and the disks'"
-    findings.append(Finding(f"VM {vm}: pre-copy", "ok", message))
+    for name, way, why_not, seconds in (
+        ("cow", "copy on write", possible.why_no_cow, possible.cow_seconds),
+        ("precopy", "pre-copy", possible.why_no_precopy, possible.precopy_seconds),
+    ):
+        if why_not:
+            findings.append(Finding(f"VM {vm}: {way}", "missing" if wanted == name else "note", why_not))
+        else:
+            message = f"predicted pause {seconds * 1000:.0f} ms and the disks'"
+            findings.append(Finding(f"VM {vm}: {way}", "ok", message))
     return findings
 
 

@@ -36,7 +36,7 @@ from vmsnap_drivers.hypervisors.qemu import describe, doctor, launch, network, o
 from vmsnap_drivers.hypervisors.qemu.cow import CowCapture, can_hold
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
 from vmsnap_drivers.hypervisors.qemu.heal import heal, needs_healing
-from vmsnap_drivers.hypervisors.qemu.precopy import CopyCapture, PrecopyCapture
+from vmsnap_drivers.hypervisors.qemu.precopy import PrecopyCapture
 from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration, make_run
 from vmsnap_drivers.hypervisors.qemu.session import STALL_TIMEOUT_SECONDS, Capture, Session
 from vmsnap_drivers.qemu.monitor import Monitor
@@ -280,10 +280,8 @@ class QemuHypervisor(Hypervisor):
         session = Session(monitor, folder, request.max_pause_seconds, before, drain)
         if way == "cow":
             self._capture = CowCapture(session, held=held)
-        elif way == "precopy":
-            self._capture = PrecopyCapture(session)
         else:
-            self._capture = CopyCapture(session)
+            self._capture = PrecopyCapture(session)
         self._capture.prepare()
 
     def _drained(self, capture: Capture, progress: Callable[[int], None]) -> CapturedMemory:

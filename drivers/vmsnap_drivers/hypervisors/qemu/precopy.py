@@ -101,31 +101,3 @@ class PrecopyCapture(Capture):
         bytes_per_second = ram.get("mbps", 0) * 1e6 / 8
         rate = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
         return bool(bytes_per_second) and rate < bytes_per_second / 2
-
-
-class CopyCapture(Capture):
-    """Capture of a guest that stands still and has to go on standing still: its memory is copied at leisure.
-
-    QEMU before 9.0 makes the guest run after a background snapshot, whether it ran before or not, so this is an
-    ordinary migration. Afterwards QEMU calls the state ``postmigrate``; ``cont`` works as before.
-    """
-
-    name = "copy"
-
-    def prepare(self) -> None:
-        session = self.session
-        apply(session.monitor, session.before, ("events",), downtime_ms=300)
-        session.drain.hand_over(session.monitor)
-
-    def pause(self) -> Moment:
-        if vm_state(self.session.monitor) is VmState.EXECUTING:
-            raise HypervisorError("somebody resumed the guest before its capture")
-        self.session.mark = self.session.monitor.mark()
-        return Moment.now("pause")
-
-    def duplicate(self) -> Moment:
-        session = self.session
-        session.monitor.execute("migrate", {"uri": STREAM_URI})
-        session.drain.release()
-        session.check_stood_still([])
-        return Moment.now("duplicate")
