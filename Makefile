@@ -39,7 +39,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/pip setup.cfg pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[qemu]'
+	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.development: $(VENV)/bin/pip setup.cfg pyproject.toml

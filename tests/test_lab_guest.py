@@ -24,9 +24,7 @@ def qemu(request: pytest.FixtureRequest) -> QemuBuild:
 def raw_machine(tmp_path: Path) -> Iterator[LabMachine]:
     """A running guest whose disks can be tampered with as plain files, past its first turn of the ring."""
     settings = {"slots": 64, "check_every": 50, "count_every": 1}
-    with LabMachine(
-        tmp_path, find_qemu("7.2"), memory_mib=256, disks=RAW_DISKS, settings=settings
-    ) as machine:
+    with LabMachine(tmp_path, find_qemu("7.2"), memory_mib=256, disks=RAW_DISKS, settings=settings) as machine:
         machine.wait_for_check(100)
         yield machine
 
@@ -64,9 +62,7 @@ def test_the_default_disks_are_what_the_block_graph_shows(tmp_path: Path, qemu: 
 
 
 def test_bulk_memory_is_filled_and_verified(tmp_path: Path, qemu: QemuBuild) -> None:
-    with LabMachine(
-        tmp_path, qemu, settings={"touch_mib": 16, "check_every": 20, "pause_us": 1000}
-    ) as machine:
+    with LabMachine(tmp_path, qemu, settings={"touch_mib": 16, "check_every": 20, "pause_us": 1000}) as machine:
         machine.wait_for_check(100)
         assert serial.bulk_checks(machine.serial_text())
 

@@ -78,7 +78,7 @@ def test_in_a_clean_environment_the_wheel_loads_every_entry_point(wheel: Path, t
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"{wheel}[qemu]"], check=True, capture_output=True)
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local"):
         shown = subprocess.run(

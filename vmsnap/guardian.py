@@ -22,11 +22,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from vmsnap.errors import VmGone, VmsnapError
+from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.locks import GUARDIAN, vm_lock
 from vmsnap.model import VmState, from_json, to_json
 from vmsnap.roles import DriverContext, Hypervisor
 
@@ -34,6 +36,7 @@ START_TIMEOUT_SECONDS = 20.0
 RETRY_SECONDS = 0.2
 GIVE_UP_SECONDS = 3600.0
 KILL_TIMEOUT_SECONDS = 30.0
+LOCK_PATIENCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -194,30 +197,49 @@ def main() -> None:
 
 
 def _set_right(charge: Charge, hypervisor: Hypervisor) -> None:
-    """Make the VM execute, trying again until it does or is gone; then give the capture up."""
+    """Make the VM execute, trying again until it does or is gone; then give the capture up.
+
+    Under the VM's lock, so that a recovery waits for it. The guest comes first, though: where somebody else keeps the
+    lock, the VM is resumed without it, and only the rest waits.
+    """
+    folder = charge.context.state_dir
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(vm_lock(folder, charge.vm, GUARDIAN, patience_seconds=LOCK_PATIENCE_SECONDS))
+            locked = True
+        except Busy as e:
+            _log(f"{charge.vm}: {e.message}; resuming it all the same")
+            locked = False
+        if not _until_done(charge, hypervisor, hypervisor.resume, "the VM executes"):
+            return
+        _enter(charge)
+        if not locked:
+            hypervisor.close()
+            stack.enter_context(vm_lock(folder, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS))
+        _until_done(charge, hypervisor, hypervisor.abandon, "the capture is given up")
+
+
+def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], object], done: str) -> bool:
+    """Try `step` until it succeeds; False where the VM is gone, or after an hour."""
     give_up = time.monotonic() + GIVE_UP_SECONDS
-    executes = False
     while time.monotonic() < give_up:
         try:
-            if not executes:
-                if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
-                    raise VmGone("the VM is not there any more")
-                hypervisor.resume()
-                executes = True
-                _log(f"{charge.vm}: the VM executes")
-                _enter(charge)
-            hypervisor.abandon()
-            _log(f"{charge.vm}: the capture is given up")
-            return
+            if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
+                raise VmGone("the VM is not there any more")
+            step()
         except VmGone as e:
             _log(f"{charge.vm}: {e.message}")
-            return
+            return False
         except VmsnapError as e:
             # Whatever it is (the monitor still held by the worker's last breath, a hypervisor that is slow), the only
             # right thing is to try again.
             _log(f"{charge.vm}: {e.message}; trying again")
             hypervisor.close()
             time.sleep(RETRY_SECONDS)
+        else:
+            _log(f"{charge.vm}: {done}")
+            return True
+    return False
 
 
 def _enter(charge: Charge) -> None:

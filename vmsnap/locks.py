@@ -13,10 +13,17 @@ from pathlib import Path
 from vmsnap.errors import Busy
 from vmsnap.model import check_name
 
+GUARDIAN = "guardian"
+"""The purpose of a guardian that sets a capture right; it takes a second or two and is waited for."""
+GUARDIAN_PATIENCE_SECONDS = 60.0
+_LOOK_EACH_SECONDS = 0.02
+
 
 @contextmanager
-def vm_lock(state_dir: Path, vm: str, purpose: str) -> Iterator[None]:
+def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock of `vm` (flock(2) on a file in the state folder; the kernel drops it when the process ends).
+
+    Waits `patience_seconds` for another holder, and for a guardian as long as that takes.
 
     :raises Busy: another process holds it; who, what for and since when is in the message
     """
@@ -24,11 +31,14 @@ def vm_lock(state_dir: Path, vm: str, purpose: str) -> Iterator[None]:
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{check_name(vm, 'VM name')}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    begun = time.monotonic()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"VM {vm!r} is busy: {_holder(descriptor)}", cure="try again when it is done") from None
+        while not _taken(descriptor):
+            holder = _note(descriptor)
+            guarded = holder.get("purpose") == GUARDIAN
+            if time.monotonic() - begun >= (GUARDIAN_PATIENCE_SECONDS if guarded else patience_seconds):
+                raise Busy(f"VM {vm!r} is busy: {_holder(holder)}", cure="try again when it is done")
+            time.sleep(_LOOK_EACH_SECONDS)
         os.ftruncate(descriptor, 0)
         note = {"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.pwrite(descriptor, json.dumps(note).encode(), 0)
@@ -37,9 +47,23 @@ def vm_lock(state_dir: Path, vm: str, purpose: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _note(descriptor: int) -> dict[str, object]:
     try:
         note = json.loads(os.pread(descriptor, 1000, 0))
-        return f"{note['purpose']} by process {note['pid']} since {note['since']}"
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _holder(note: dict[str, object]) -> str:
+    if not note.keys() >= {"pid", "purpose", "since"}:
         return "another process holds its lock"
+    return f"{note['purpose']} by process {note['pid']} since {note['since']}"

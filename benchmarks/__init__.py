@@ -1,0 +1,1 @@
+"""What is claimed of speed, measured: run each from the top folder with ``python -m benchmarks.NAME``."""

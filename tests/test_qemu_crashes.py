@@ -1,0 +1,94 @@
+"""A worker that is killed or hangs during a live backup of a real guest: the guest goes on, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import LabMachine
+from tests.test_interruption import WORKER
+from tests.test_live_backup_qemu import (
+    block_graph,
+    controller,
+    files_beside,
+    machine,
+    migration_settings,
+    place,
+    repository,
+)
+from vmsnap.controller import Controller
+from vmsnap.repository import Repository
+
+__all__ = ["controller", "machine", "place", "repository"]
+pytestmark = pytest.mark.qemu
+
+MAX_PAUSE_SECONDS = 2
+"""As the worker asks for it."""
+
+
+def worker_at(controller: Controller, place: Path, call: str) -> subprocess.Popen[str]:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(controller.folders.state_dir), str(place / "repository"), call],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for line in worker.stdout or ():
+        if line.strip() == call:
+            return worker
+    raise AssertionError(f"the worker never came to {call}: {worker.wait()}")
+
+
+def goes_on(machine: LabMachine, seconds: float) -> None:
+    """The guest's own counter goes on within so many seconds; it checks itself."""
+    machine.wait_for_count(machine.latest_count() + 20, timeout_seconds=seconds)
+
+
+@pytest.mark.timeout(300)
+def test_killed_anywhere_the_guest_goes_on_and_recover_removes_the_rest(
+    machine: LabMachine, controller: Controller, repository: Repository, place: Path
+) -> None:
+    controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+    graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
+    for call in ("prepare", "snapshot", "duplicate", "resume", "finish_duplicate", "read_into"):
+        worker = worker_at(controller, place, call)
+        worker.kill()
+        worker.wait()
+        goes_on(machine, MAX_PAUSE_SECONDS + 10)
+        assert controller.recover().kept == (), call
+        assert block_graph(machine) == graph, call
+        assert files_beside(machine) == files, call
+        assert migration_settings(machine) == settings, call
+        assert list(controller.folders.memory_dir.rglob("*")) == [], call
+    assert repository.list() == []
+    assert controller.backup("vm001", repository).warnings == ()
+    machine.wait_for_check(machine.latest_check() + 1)
+
+
+def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_guest_goes_on(
+    machine: LabMachine, controller: Controller, repository: Repository, place: Path
+) -> None:
+    controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+    mark = len(machine.oracle.events())
+    worker = worker_at(controller, place, "duplicate")
+    assert worker.wait(timeout=30) == -9
+    goes_on(machine, 20)
+    events = machine.oracle.events()[mark:]
+    stopped = next(event for event in events if event["event"] == "STOP")
+    resumed = next(event for event in events if event["event"] == "RESUME")
+    paused_seconds = _seconds(resumed) - _seconds(stopped)
+    assert paused_seconds < MAX_PAUSE_SECONDS + 1
+    assert controller.recover().kept == ()
+    assert controller.backup("vm001", repository).warnings == ()
+
+
+def _seconds(event: dict[str, object]) -> float:
+    stamp = event["timestamp"]
+    if not isinstance(stamp, dict):
+        raise TypeError(f"no time stamp: {event}")
+    return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
