@@ -19,9 +19,8 @@ from vmsnap_drivers.qemu.peer import available_memory_bytes, mapped_memory
 _COW_FIXED: Final = 0.004
 _PROTECT_SMALL_PER_BYTE: Final = 0.0025 / (1 << 30)
 _TOUCH_PER_BYTE: Final = 0.030 / (1 << 30)
-_PRECOPY_FIXED: Final = 0.015
-_PRECOPY_PER_BYTE: Final = 0.001 / (1 << 30)
-_PRECOPY_PER_BYTE_OLD: Final = 0.007 / (1 << 30)
+_PRECOPY_FIXED: Final = 0.009
+_PRECOPY_PER_BYTE: Final = 0.0005 / (1 << 30)
 _SYNCED_BY_WORDS_BYTES: Final = 256 * 1024
 _ROOM_BESIDE_RAM_BYTES: Final = 64 * 1024 * 1024
 
@@ -47,8 +46,7 @@ def ways(monitor: Monitor, description: VmDescription) -> Ways:
     why_no_cow = why_no_userfaultfd(monitor.peer_pid)
     if not why_no_cow and monitor.version < LEAVES_STOPPED_FROM and not may_trace(monitor.peer_pid):
         why_no_cow = "a capture that breaks off would leave this QEMU stuck, and only root could free it"
-    per_byte = _PRECOPY_PER_BYTE_OLD if monitor.version < LEAVES_STOPPED_FROM else _PRECOPY_PER_BYTE
-    precopy_seconds = _PRECOPY_FIXED + description.memory_bytes * per_byte
+    precopy_seconds = _PRECOPY_FIXED + description.memory_bytes * _PRECOPY_PER_BYTE
     return Ways(seconds, precopy_seconds, held, why_no_cow, why_pages_would_be_lost(monitor, description))
 
 

@@ -9,7 +9,7 @@ depend on the size of RAM, but a guest that writes faster than the stream runs n
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from vmsnap.errors import CannotCapture, HypervisorError, PauseExceeded
 from vmsnap.model import Moment, VmState
@@ -17,15 +17,19 @@ from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
 from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration
 from vmsnap_drivers.hypervisors.qemu.session import Capture
-from vmsnap_drivers.hypervisors.qemu.settings import apply
+from vmsnap_drivers.hypervisors.qemu.settings import UNLIMITED_BYTES_PER_SECOND, apply
 
 CAPABILITIES: Final = ("pause-before-switchover", "events")
-DOWNTIME_STEPS_MS: Final = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+DOWNTIME_STEPS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _STEP_SECONDS: Final = 0.4
-_LOOK_EACH_SECONDS: Final = 0.02
+_LOOK_EACH_SECONDS: Final = 0.005
 _FIRST_PASS_SECONDS: Final = 10.0
 _BYTES_PER_SECOND: Final = 200 * 1024 * 1024
 """The slowest copying that is waited for in the first pass."""
+_TAIL_BYTES: Final = 48 * 1024 * 1024
+"""What is left of the first pass when `prepare` returns."""
+_TAIL_BYTES_PER_SECOND: Final = 16 * 1024 * 1024
+"""How fast the tail is copied until `pause`: slowly enough that QEMU does not come to the end by itself."""
 
 
 class PrecopyCapture(Capture):
@@ -34,12 +38,15 @@ class PrecopyCapture(Capture):
     name = "precopy"
 
     def prepare(self) -> None:
-        """Copy until a pass is short.
+        """Copy nearly all of the first pass, and slow the copying down then, so that the end comes in `pause`.
 
-        :raises CannotCapture: the guest writes faster than can be copied
+        An idle guest with little memory can be at its end, and stopped, all the same.
+
+        :raises HypervisorError: the memory could not be copied, or came too slowly
         """
         session = self.session
-        apply(session.monitor, session.before, CAPABILITIES, downtime_ms=0)
+        # With a limit of 0 QEMU 10.0 ends with the first pass, and copies in the pause all that was written during it.
+        apply(session.monitor, session.before, CAPABILITIES, downtime_ms=DOWNTIME_STEPS_MS[0])
         session.drain.hand_over(session.monitor)
         session.mark = session.monitor.mark()
         session.monitor.execute("migrate", {"uri": STREAM_URI})
@@ -52,24 +59,25 @@ class PrecopyCapture(Capture):
                 raise HypervisorError(f"QEMU could not copy the guest's memory: {session.failure()}")
             if not deadline and ram:
                 deadline = time.monotonic() + _FIRST_PASS_SECONDS + ram["total"] / _BYTES_PER_SECOND
-            if self._rest_is_short(ram):
+            if ram and (ram["remaining"] <= _TAIL_BYTES or ram.get("dirty-sync-count", 0) > 1):
+                session.monitor.execute("migrate-set-parameters", {"max-bandwidth": _TAIL_BYTES_PER_SECOND})
                 return
             if deadline and time.monotonic() > deadline:
                 cancel_migration(session.monitor)
-                raise CannotCapture(
-                    "the guest writes to its memory faster than it can be copied", cure="use -o capture=cow"
-                )
+                raise CannotCapture("the guest's memory is copied too slowly", cure="use -o capture=cow")
             time.sleep(_LOOK_EACH_SECONDS)
 
     def pause(self) -> Moment:
-        """Let QEMU stop the guest as soon as the rest of its memory takes 2 ms to copy; allow more, step by step, where
-        that does not come.
+        """Copy the rest at full speed, and let QEMU stop the guest as soon as what is left takes 1 ms to copy;
+        allow more, step by step, where that does not come.
         """
         session = self.session
         for limit_ms in DOWNTIME_STEPS_MS:
             if limit_ms > max(2, session.max_pause_seconds * 500):
                 break
-            session.monitor.execute("migrate-set-parameters", {"downtime-limit": limit_ms})
+            session.monitor.execute(
+                "migrate-set-parameters", {"max-bandwidth": UNLIMITED_BYTES_PER_SECOND, "downtime-limit": limit_ms}
+            )
             try:
                 session.wait("MIGRATION", status="pre-switchover", timeout_seconds=_STEP_SECONDS)
             except PauseExceeded:
@@ -93,11 +101,3 @@ class PrecopyCapture(Capture):
     def _is_stopping(self) -> bool:
         """An idle guest can be at its end at once."""
         return any(e.name == "STOP" for e in self.session.monitor.events_since(self.session.mark))
-
-    def _rest_is_short(self, ram: dict[str, Any]) -> bool:
-        """Past the first pass, with a rest that takes no longer than the longest step of `pause` allows."""
-        if ram.get("dirty-sync-count", 0) < 2:
-            return False
-        bytes_per_second = ram.get("mbps", 0) * 1e6 / 8
-        rate = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
-        return bool(bytes_per_second) and rate < bytes_per_second / 2
