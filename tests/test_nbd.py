@@ -18,6 +18,8 @@ from vmsnap_drivers.qemu import nbd_wire as wire
 from vmsnap_drivers.qemu.nbd import ALLOCATION, NbdClient, NbdError, NbdRefused
 from vmsnap_drivers.qemu.nbd_wire import STATE_ZERO
 
+pytestmark = pytest.mark.qemu
+
 KIB, MIB = 1 << 10, 1 << 20
 CHANCE = random.Random(7)
 

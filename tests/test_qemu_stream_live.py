@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.lab.initramfs import guest_image
 from tests.lab.qemus import QemuBuild, available_qemus
 from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.stream import MigrationStreamReader
@@ -27,7 +28,8 @@ from vmsnap_drivers.qemu.synthesis import write_stream
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
-RAM_BYTES = 256 * MIB
+# Not a multiple of 256 KiB: a pre-copy of QEMU 7.2 under emulation loses pages of such RAM.
+RAM_BYTES = 256 * MIB + 8192
 FILLED_AT = 96 * MIB
 PATIENCE_SECONDS = 60
 # Guest-physical ranges that are plain RAM on the pc machine: between them lie video memory and firmware.
@@ -107,7 +109,7 @@ class Lab:
     def start(self, name: str, *more: str) -> Vm:
         ours, theirs = socket.socketpair()
         arguments = [
-            *("-display", "none", "-nodefaults", "-net", "none", "-accel", "tcg", "-m", str(RAM_BYTES // MIB)),
+            *("-display", "none", "-nodefaults", "-net", "none", "-accel", "tcg", "-m", f"{RAM_BYTES // 1024}K"),
             *("-vga", "std", "-serial", f"file:{self.folder / name}.serial"),
             *("-kernel", str(self.kernel), "-append", "console=ttyS0 mem=96M panic=0"),
             *("-device", f"loader,file={self.folder / 'filling'},addr={FILLED_AT:#x},force-raw=on"),
@@ -165,11 +167,8 @@ class Lab:
 
 @pytest.fixture(params=available_qemus(), ids=lambda build: f"qemu-{build.version}")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    kernels = sorted(Path("/boot").glob("vmlinuz-*"))
-    if not kernels:
-        pytest.skip("no kernel in /boot: install linux-image-cloud-amd64")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        lab = Lab(request.param, Path(folder), kernels[-1])
+        lab = Lab(request.param, Path(folder), guest_image().kernel)
         yield lab
         for vm in list(lab.vms):
             lab.stop(vm)
