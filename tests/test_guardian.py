@@ -99,7 +99,7 @@ def test_a_worker_that_hangs_is_killed_at_the_deadline_and_the_vm_runs(
     assert vm.state() is VmState.STOPPED
     _soon(lambda: vm.state() is VmState.EXECUTING)
     assert worker.wait() == -signal.SIGKILL
-    assert "the pause passed its limit" in (folders.state_dir / "guardian.log").read_text()
+    _soon(lambda: "its pause passed the limit" in (folders.state_dir / "guardian.log").read_text())
 
 
 def test_a_guardian_that_is_dismissed_does_nothing_more(

@@ -79,7 +79,8 @@ os.kill(os.getpid(), 9)
     assert (row.state, row.resume_flag) == ("stopped", True)
     operation.end("recovered")
     assert journal.unfinished() == [journal.operations()[0]], "its snapshot is still there"
-    operation.all_is_the_users()
+    operation.must_execute(False)
+    operation.hand_to_user(VmRow("vm002", "simulated", {}, ()))
     assert journal.unfinished() == []
     database.close()
 

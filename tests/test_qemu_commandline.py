@@ -210,7 +210,7 @@ def test_sockets_and_files_move_into_its_own_folder() -> None:
     assert chardevs[0].get("server") == chardevs[1].get("server") == "on"
     assert chardevs[0].get("wait") == chardevs[1].get("wait") == "off"
     assert chardevs[2].get("logfile") == f"{RUN}/log2"
-    assert values(result, "pidfile") == [f"{RUN}/pid"]
+    assert values(result, "pidfile") == [f"{RUN}/qemu.pid"]
     assert values(result, "serial") == [f"unix:{RUN}/ser,server=on,wait=off", f"file:{RUN}/serial.txt"]
 
 
@@ -228,6 +228,7 @@ def test_legacy_monitors_displays_and_debuggers_are_dropped() -> None:
     )
     assert {argument.name for argument in parse(result.argv)} == {
         "serial", "parallel", "net", "monitor", "machine", "name", "display", "qmp", "incoming", "S",
+        "netdev", "pidfile",
     }  # fmt: skip
     assert values(result, "serial") == ["null"]
     assert values(result, "display") == ["none"]
@@ -243,6 +244,7 @@ def test_an_isolated_vm_has_no_way_out() -> None:
         "tap,id=n1,script=no,downscript=no,vhost=off",
         "hubport,hubid=1002,id=n2",
         "user,id=vmsnap-slirp0,restrict=on",
+        "user,id=vmsnap-slirp2,restrict=on",
     ]
     assert values(result, "nic") == ["tap,model=e1000,script=no,downscript=no,vhost=off", "none"]
     assert values(result, "net") == ["nic"]
@@ -252,6 +254,48 @@ def test_a_vm_that_is_not_isolated_keeps_its_network_without_forwarded_ports() -
     result = rewritten("-netdev user,id=n0,hostfwd=tcp::22-:22 -netdev tap,id=n1,fd=5", isolated=False)
     assert values(result, "netdev") == ["user,id=n0", "tap,id=n1,script=no,downscript=no,vhost=off"]
     assert len(result.notes) == 2
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_nothing_of_the_original_is_begun_anew_or_taken_over(isolated: bool) -> None:
+    result = rewritten(
+        "-object filter-dump,id=f,netdev=n0,file=/old/orig.pcap -audiodev wav,id=a,path=/old/orig.wav"
+        " -netdev stream,id=n0,server=on,addr.type=unix,addr.path=/run/switch -run-with chroot=/jail,async-teardown=on",
+        isolated=isolated,
+    )
+    assert "/old/" not in " ".join(result.argv)
+    assert "/run/switch" not in " ".join(result.argv)
+    assert values(result, "netdev") == ["hubport,hubid=1001,id=n0"]
+    assert values(result, "run-with") == ["async-teardown=on"]
+
+
+def test_a_shared_folder_is_read_only_for_an_isolated_vm() -> None:
+    (folder,) = values(rewritten("-fsdev local,id=s,path=/srv,security_model=none"), "fsdev")
+    assert Properties.parse(folder or "", "fsdriver").get("readonly") == "on"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-drive file=https://user:word@host/disk.img",
+        "-drive file=rbd:pool/image:id=admin:key=AQ==",
+        '-blockdev {"driver":"iscsi","node-name":"d","password":"word"}',
+        "-drive driver=https,file.password=word",
+        "-iscsi user=u,password=word",
+    ],
+)
+def test_a_password_in_an_option_is_cut_out_and_told(text: str) -> None:
+    cleaned, found = without_secrets(parse(["qemu", *text.split(" ", 1)]))
+    assert len(found) == 1
+    assert "word" not in str(cleaned) + str(found).replace("password", "")
+    assert "AQ==" not in str(cleaned)
+
+
+def test_a_reference_to_a_secret_is_no_secret() -> None:
+    arguments = parse(
+        ["qemu", "-drive", "driver=https,file.password-secret=sec0,file.url=https://host/x", "-vnc", ":1,password=on"]
+    )
+    assert without_secrets(arguments)[1] == []
 
 
 def test_what_the_guest_sees_stays() -> None:

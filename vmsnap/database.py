@@ -50,7 +50,7 @@ CREATE TABLE entry (
     operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
     position      INTEGER NOT NULL,
     instruction   TEXT NOT NULL,
-    status        TEXT NOT NULL,              -- 'begun', 'done', 'passed over', 'failed'
+    status        TEXT NOT NULL,              -- 'begun', 'done', 'passed over', 'failed', 'not reached'
     begun_ns      INTEGER NOT NULL,
     ended_ns      INTEGER,
     message       TEXT NOT NULL DEFAULT '',
@@ -59,7 +59,7 @@ CREATE TABLE entry (
 CREATE TABLE resource (
     operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
     position      INTEGER NOT NULL,
-    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'loaded', 'disk file'
+    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'loaded', 'file'
     driver        TEXT NOT NULL,
     data          TEXT NOT NULL,              -- JSON: all that is needed to remove it
     gone          INTEGER NOT NULL DEFAULT 0,

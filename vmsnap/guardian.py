@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.errors import VmGone, VmsnapError
 from vmsnap.locks import GUARDIAN, vm_lock
 from vmsnap.model import VmState, from_json, to_json
 from vmsnap.roles import DriverContext, Hypervisor
@@ -36,7 +36,6 @@ START_TIMEOUT_SECONDS = 20.0
 RETRY_SECONDS = 0.2
 GIVE_UP_SECONDS = 3600.0
 KILL_TIMEOUT_SECONDS = 30.0
-LOCK_PATIENCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -186,37 +185,30 @@ def main() -> None:
             deadline = float(word.removeprefix("arm "))
         else:
             break
-    if words.ended:
-        _log(f"{charge.vm}: the worker is gone or has given up; resuming the VM")
-    else:
-        _log(f"{charge.vm}: the pause passed its limit; killing the worker and resuming the VM")
+    if not words.ended:
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile: what was wanted
             signal.pidfd_send_signal(worker, signal.SIGKILL)
         select.select([worker], [], [], KILL_TIMEOUT_SECONDS)
-    _set_right(charge, hypervisor)
+    why = "the worker was gone or had given up" if words.ended else "its pause passed the limit"
+    _set_right(charge, hypervisor, why)
 
 
-def _set_right(charge: Charge, hypervisor: Hypervisor) -> None:
-    """Make the VM execute, trying again until it does or is gone; then give the capture up.
+def _set_right(charge: Charge, hypervisor: Hypervisor, why: str) -> None:
+    """Make the VM execute, trying again until it does or is gone; then, under the VM's lock, give the capture up.
 
-    Under the VM's lock, so that a recovery waits for it. The guest comes first, though: where somebody else keeps the
-    lock, the VM is resumed without it, and only the rest waits.
+    The guest comes before everything that could fail or hang: the log, the lock, the database.
     """
-    folder = charge.context.state_dir
+    _until_done(charge, hypervisor, hypervisor.resume, f"made to execute: {why}")
+    # Whoever holds the lock may need the monitor.
+    hypervisor.close()
     with ExitStack() as stack:
         try:
-            stack.enter_context(vm_lock(folder, charge.vm, GUARDIAN, patience_seconds=LOCK_PATIENCE_SECONDS))
-            locked = True
-        except Busy as e:
-            _log(f"{charge.vm}: {e.message}; resuming it all the same")
-            locked = False
-        if not _until_done(charge, hypervisor, hypervisor.resume, "the VM executes"):
-            return
-        _enter(charge)
-        if not locked:
-            hypervisor.close()
-            stack.enter_context(vm_lock(folder, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS))
-        _until_done(charge, hypervisor, hypervisor.abandon, "the capture is given up")
+            stack.enter_context(
+                vm_lock(charge.context.state_dir, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS)
+            )
+            _log(f"{charge.vm}: recovered: {_recover(charge)}")
+        except (VmsnapError, OSError) as e:
+            _log(f"{charge.vm}: {e}; vmsnap recover does the rest")
 
 
 def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], object], done: str) -> bool:
@@ -230,10 +222,8 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
         except VmGone as e:
             _log(f"{charge.vm}: {e.message}")
             return False
-        except VmsnapError as e:
-            # Whatever it is (the monitor still held by the worker's last breath, a hypervisor that is slow), the only
-            # right thing is to try again.
-            _log(f"{charge.vm}: {e.message}; trying again")
+        except Exception as e:  # noqa: BLE001 - whatever it is, the only right thing is to try again
+            _log(f"{charge.vm}: {type(e).__name__}: {e}; trying again")
             hypervisor.close()
             time.sleep(RETRY_SECONDS)
         else:
@@ -242,23 +232,28 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
     return False
 
 
-def _enter(charge: Charge) -> None:
-    """Tell the VM table and the journal, so that nobody resumes the VM once more."""
+def _recover(charge: Charge) -> str:
+    """Undo what the worker left, by the journal: the capture and the snapshots of its disks, since a guest must not go
+    on writing to an overlay that nobody knows of. Returns what was done, one line."""
+    from vmsnap.controller.drivers import Drivers
+    from vmsnap.controller.recovery import Recovery
     from vmsnap.database import Database
     from vmsnap.journal import Journal
     from vmsnap.vmtable import VmTable
 
-    path = charge.context.state_dir / "vmsnap.db"
-    if path.exists():
-        database = Database(path)
-        VmTable(database).set_state(charge.vm, VmState.EXECUTING.value, resume_flag=False)
-        Journal(database).executes_again(charge.vm, charge.worker_pid)
+    database = Database(charge.context.state_dir / "vmsnap.db")
+    try:
+        journal, table = Journal(database), VmTable(database)
+        done = Recovery(Drivers(charge.context), journal, table).run(charge.vm, locked=True)
+    finally:
         database.close()
+    return f"removed {list(done.removed)}, kept {list(done.kept)}"
 
 
 def _log(line: str) -> None:
     text = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} guardian {os.getpid()}: {line}\n"
-    os.write(sys.stderr.fileno(), text.encode())
+    with contextlib.suppress(OSError):  # a full disk must not keep the guest from running
+        os.write(sys.stderr.fileno(), text.encode())
 
 
 class _Words:

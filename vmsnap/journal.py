@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from vmsnap.database import Database
 from vmsnap.host import boot_id, process_start
+from vmsnap.vmtable import VmRow, insert_row
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ class Journal:
         return Operation(self._database, operation)
 
     def unfinished(self, vm: str | None = None) -> list[OperationRow]:
-        """The operations that have not ended, or ended with something left, oldest first; of one VM or of all."""
+        """The operations that have not ended, or ended with something left or a VM that must execute again, oldest
+        first; of one VM or of all."""
         return [
             row
             for row in self._select(
-                "WHERE outcome IS NULL OR EXISTS"
+                "WHERE outcome IS NULL OR executing = 1 OR EXISTS"
                 " (SELECT 1 FROM resource WHERE resource.operation = operation.operation AND gone = 0)"
             )
             if vm is None or row.vm == vm
@@ -119,13 +121,6 @@ class Journal:
     def operations(self) -> list[OperationRow]:
         """All operations, oldest first."""
         return self._select("")
-
-    def executes_again(self, vm: str, worker_pid: int) -> None:
-        """Enter that the VM of a dead worker's operation was made to execute: nobody is to resume it once more."""
-        with self._database.transaction() as db:
-            db.execute(
-                "UPDATE operation SET executing = 0 WHERE vm = ? AND pid = ? AND outcome IS NULL", (vm, worker_pid)
-            )
 
     def _select(self, where: str) -> list[OperationRow]:
         return [
@@ -233,9 +228,14 @@ class Operation:
         with self._database.transaction() as db:
             db.execute("UPDATE resource SET gone = 1 WHERE operation = ? AND position = ?", (self.name, position))
 
-    def all_is_the_users(self) -> None:
-        """Enter, in one transaction, that nothing of what was made is ours to remove any more."""
+    def hand_to_user(self, row: VmRow) -> None:
+        """Enter the VM that was made into the VM table, and that nothing of it is ours to remove any more: in one
+        transaction, since a recovery in between would remove a VM that the user was given.
+
+        :raises AlreadyExists: the name is taken
+        """
         with self._database.transaction() as db:
+            insert_row(db, row)
             db.execute("UPDATE resource SET gone = 1 WHERE operation = ?", (self.name,))
 
     def resources(self) -> list[Resource]:

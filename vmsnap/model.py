@@ -153,7 +153,10 @@ class CapturePlan:
 
     `capture` is the driver's name of the way (``cow``, ``precopy``, ``fork``), `predicted_pause_seconds` what it
     expects, `reason` one line for the manifest and for people. `disks_first` is set where disks must be snapshotted
-    before memory is duplicated; else either order is right.
+    before memory is duplicated; else either order is right. `prepare_seconds` bounds what `prepare` takes, and
+    `lead_seconds` what `pause` takes with the guest still running; the guardian allows for both. `needs_worker`
+    is set where the guest depends on the copying process until the copy is complete, as write faults do that wait for
+    their page.
     """
 
     capture: str
@@ -161,6 +164,9 @@ class CapturePlan:
     disks_first: bool = True
     predicted_pause_seconds: float | None = None
     reason: str = ""
+    prepare_seconds: float = 60.0
+    lead_seconds: float = 0.0
+    needs_worker: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Working VMs and their duplicates have rows alike, so that one look shows who own
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,24 +52,7 @@ class VmTable:
         :raises AlreadyExists: the name is taken
         """
         with self._database.transaction() as db:
-            if db.execute("SELECT 1 FROM vm WHERE vm = ?", (row.vm,)).fetchone():
-                raise AlreadyExists(
-                    f"a VM named {row.vm!r} is already registered", cure="choose another name, or: vmsnap vm remove"
-                )
-            db.execute(
-                "INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    row.vm,
-                    row.kind,
-                    row.hypervisor,
-                    json.dumps(dict(row.options), sort_keys=True),
-                    row.state,
-                    int(row.resume_flag),
-                    row.duplicate_of,
-                    time.time_ns(),
-                ),
-            )
-            db.executemany("INSERT INTO disk VALUES (?, ?, ?, ?, ?)", _disk_values(row.vm, row.disks))
+            insert_row(db, row)
 
     def get(self, vm: str) -> VmRow:
         """The row of `vm`.
@@ -123,3 +107,29 @@ class VmTable:
 
 def _disk_values(vm: str, disks: Sequence[DiskRow]) -> list[tuple[str, int, str, str, str | None]]:
     return [(vm, position, disk.device, disk.address, disk.mechanism) for position, disk in enumerate(disks)]
+
+
+def insert_row(db: sqlite3.Connection, row: VmRow) -> None:
+    """Enter a VM inside a transaction.
+
+    :raises AlreadyExists: the name is taken
+    """
+    if db.execute("SELECT 1 FROM vm WHERE vm = ?", (row.vm,)).fetchone():
+        raise AlreadyExists(
+            f"a VM named {row.vm!r} is already registered", cure="choose another name, or: vmsnap vm remove"
+        )
+    options = json.dumps(dict(row.options), sort_keys=True)
+    db.execute(
+        "INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            row.vm,
+            row.kind,
+            row.hypervisor,
+            options,
+            row.state,
+            int(row.resume_flag),
+            row.duplicate_of,
+            time.time_ns(),
+        ),
+    )
+    db.executemany("INSERT INTO disk VALUES (?, ?, ?, ?, ?)", _disk_values(row.vm, row.disks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from vmsnap.controller.progress import Progress, ProgressCallback, silent
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import BackupDisk, BackupResult, RecoveryResult, RestoreResult
 from vmsnap.database import Database
-from vmsnap.errors import AlreadyExists, UsageError
+from vmsnap.errors import AlreadyExists, Busy, UsageError
 from vmsnap.guardian import start_for
 from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
@@ -94,6 +95,11 @@ class Controller:
         :raises UnknownVm: the hypervisor does not know the VM
         """
         check_name(name, "VM name")
+        if self.journal.unfinished(name):
+            raise Busy(
+                f"an earlier operation on a VM named {name!r} is going on or left something",
+                cure=f"vmsnap recover {name}",
+            )
         if name in {row.vm for row in self.table.rows()}:
             raise AlreadyExists(f"a VM named {name!r} is already registered", cure="choose another name")
         driver = self.drivers.hypervisor(hypervisor, name, options or {})
@@ -167,9 +173,12 @@ class Controller:
         :raises VmsnapError: it failed; nothing is left behind, or it stands in the journal for `recover`
         """
         from vmsnap.controller.backup import BackupOrder, LiveBackup
+        from vmsnap.repository.manifest import check_tag
 
-        if max_pause_seconds <= 0:
-            raise UsageError("the pause must be allowed more than 0 seconds")
+        if not 0 < max_pause_seconds < math.inf:
+            raise UsageError("the pause must be allowed a number of seconds above 0")
+        for tag in tags:
+            check_tag(tag)
         with self.interruption.handled():
             return LiveBackup(
                 BackupOrder(vm, max_pause_seconds, tuple(tags)),
@@ -223,7 +232,8 @@ class Controller:
         """
         if vm is not None and not self.journal.unfinished(vm):
             self.table.get(vm)
-        return Recovery(self.drivers, self.journal, self.table).run(vm)
+        with self.interruption.handled(), self.interruption.deferred():
+            return Recovery(self.drivers, self.journal, self.table).run(vm)
 
     # -- asking
 

@@ -80,9 +80,10 @@ class LiveBackup:
         :raises VmsnapError: the backup failed; the VM runs if it ran, nothing half-stored is listed
         """
         self._begun = time.monotonic()
-        row = self._table.get(self._order.vm)
-        with vm_lock(self._drivers.context.state_dir, row.vm, "backup"):
-            self._recover_first(row.vm)
+        self._table.get(self._order.vm)
+        with vm_lock(self._drivers.context.state_dir, self._order.vm, "backup"):
+            self._recover_first(self._order.vm)
+            row = self._table.get(self._order.vm)
             operation = self._journal.begin(BACKUP_LIVE.name, row.vm, row.hypervisor, row.options)
             capture = self._capture = Capture(
                 row,

@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,12 +31,10 @@ from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 T = TypeVar("T")
 
-GuardianStart = Callable[[DriverContext, str, str, Mapping[str, str]], Guard]
+COPY_STALL_SECONDS = 10.0
+"""How long the copy of the memory may stand still, beyond the pause that is allowed, before the guardian ends it."""
 
-CONVERGENCE_SECONDS = 60.0
-"""How long preparing may take with the guardian watching; the guest runs meanwhile, but a pre-copy that converges
-at once may stop it.
-"""
+GuardianStart = Callable[[DriverContext, str, str, Mapping[str, str]], Guard]
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,8 @@ class Capture:
     ) -> None:
         self.row = row
         self.executing = False
+        self._owes_execution = False
+        self._runs_again = False
         self.mechanisms: dict[str, SnapshotMechanism] = {}
         self.plans: list[tuple[int, SnapshotPlan]] = []
         self.snapshots: list[DiskSnapshot] = []
@@ -175,9 +176,18 @@ class Capture:
         """Wait until the copy is complete. From then on the VM does not depend on us, and the guardian has done its
         duty.
         """
-        self._duplicate = self.hypervisor.finish_duplicate(self.duplicate, progress)
-        self._operation.must_execute(False)
-        self._dismiss_guardian()
+        copied_bytes = -1
+
+        def show(done_bytes: int) -> None:
+            nonlocal copied_bytes
+            if done_bytes > copied_bytes:
+                copied_bytes = done_bytes
+                self._await_copy()
+            progress(done_bytes)
+
+        self._await_copy()
+        self._duplicate = self.hypervisor.finish_duplicate(self.duplicate, show)
+        self._settle_debt()
         return self._duplicate
 
     # -- instructions
@@ -199,6 +209,7 @@ class Capture:
         self._table.set_disks(self.row.vm, disks)
         self._table.set_state(self.row.vm, description.state.value)
         self.row = self._table.get(self.row.vm)
+        self._owes_execution = self.executing
         self._operation.must_execute(self.executing)
 
     def prepare(self) -> None:
@@ -226,14 +237,19 @@ class Capture:
             self._guard = self._start_guardian(
                 self._drivers.context, self.row.vm, self.row.hypervisor, dict(self.row.options)
             )
-            self._guard.arm(CONVERGENCE_SECONDS + self._request.max_pause_seconds)
+            # The guest runs meanwhile, but a pre-copy that is at its end at once may have stopped it.
+            self._guard.arm(self._plan.prepare_seconds + self._request.max_pause_seconds)
         self.hypervisor.prepare(self._request, self._plan)
+        self._guard.arm(self._plan.lead_seconds + self._request.max_pause_seconds)
 
     def pause(self) -> None:
         """Stop the VM."""
-        self._guard.arm(self._request.max_pause_seconds)
+        if not self.executing and self.hypervisor.state() is VmState.EXECUTING:
+            raise CannotCapture(f"VM {self.row.vm!r} stood still and was started meanwhile", cure="try again")
+        self._guard.arm(self.plan.lead_seconds + self._request.max_pause_seconds)
         self._paused = self.hypervisor.pause()
-        self._guard.arm(self._request.max_pause_seconds)
+        paused_seconds = (time.monotonic_ns() - self._paused.monotonic_ns) / 1e9
+        self._guard.arm(max(0.0, self._request.max_pause_seconds - paused_seconds))
 
     def snapshot(self) -> None:
         """Fix all disks."""
@@ -247,7 +263,15 @@ class Capture:
     def resume(self) -> None:
         """Let the VM run."""
         self._resumed = self.hypervisor.resume()
-        self._guard.disarm()
+        self._await_copy()
+
+    def _await_copy(self) -> None:
+        """Where the guest's writes wait for us to copy, a worker that stands still is as bad as a pause; else only its
+        death matters."""
+        if self.plan.needs_worker:
+            self._guard.arm(COPY_STALL_SECONDS + self._request.max_pause_seconds)
+        else:
+            self._guard.disarm()
 
     def settled(self) -> None:
         """After the pause: the VM table, the evidence, and what the mechanisms had put off."""
@@ -260,21 +284,23 @@ class Capture:
     # -- compensations
 
     def make_it_run(self) -> None:
-        """Make the VM execute again if it did; tells the table."""
-        if self.executing:
+        """Make the VM execute again if it did and we may have stopped it; tells the table."""
+        if self._owes_execution:
             try:
                 self._resumed = self.hypervisor.resume()
             except VmGone:
                 self._table.set_state(self.row.vm, VmState.ABSENT.value, resume_flag=False)
-                self._dismiss_guardian()
+                self._settle_debt()
                 raise
+            self._runs_again = True
             self._guard.disarm()
             self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
 
     def abandon(self) -> None:
         """Give the capture of memory up; after it the VM does not depend on us."""
         self.hypervisor.abandon()
-        self._dismiss_guardian()
+        if self._runs_again or not self._owes_execution:
+            self._settle_debt()
 
     def delete_snapshots(self) -> None:
         """Remove the snapshots; what cannot be removed stays in the journal.
@@ -305,7 +331,10 @@ class Capture:
             self._hypervisor.close()
         self._guard.hand_over()
 
-    def _dismiss_guardian(self) -> None:
+    def _settle_debt(self) -> None:
+        """The VM does not depend on us any more: neither the guardian nor a recovery has to see to it."""
+        self._owes_execution = False
+        self._operation.must_execute(False)
         guard, self._guard = self._guard, NoGuard()
         guard.dismiss()
 

@@ -5,10 +5,9 @@ on failure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 
 from vmsnap.controller.interruption import Interruption
-from vmsnap.errors import ProtocolError
+from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Operation
 from vmsnap.protocol import Compensation, Condition, Instruction, Protocol, State
 
@@ -19,8 +18,8 @@ class Execution:
     """One run of `protocol`.
 
     `actions` carry the instructions out, `compensations` set things right; both come from the operation at hand (a
-    backup, a restore). `holds` answers the protocol's conditions when they are met. `around_window` is entered
-    before the first instruction of the pause window and left after the last one, or when it fails.
+    backup, a restore). `holds` answers the protocol's conditions when they are met. Of several allowed
+    instructions those in `prefer` are given first.
     """
 
     def __init__(
@@ -70,17 +69,17 @@ class Execution:
         between.
         """
         executing = self._holds(Condition.EXECUTING)
-        with ExitStack() as stack:
-            stack.enter_context(self._interruption.deferred())
+        with self._interruption.deferred():
             self._operation.open_window(
                 (instruction.value for instruction in self._window_order()), self._vm, executing=executing
             )
-            stack.callback(self._operation.close_window)
             while self.state is not self._protocol.goal:
                 instruction = self._choose()
                 if instruction not in self._protocol.window:
                     break
                 self._give(instruction)
+            # Where an instruction failed the guest comes first, and the journal is written after it: `_set_right`.
+            self._operation.close_window()
 
     def _window_order(self) -> list[Instruction]:
         order, state = [], self.state
@@ -123,4 +122,8 @@ class Execution:
                     self._compensations[compensation]()
                 except Exception as left:  # noqa: BLE001 - one failure must not keep the others from being done
                     error.add_note(f"while it was tried to {compensation.value}: {left}")
-            self._operation.end("failed")
+            try:
+                self._operation.close_window()
+                self._operation.end("failed")
+            except VmsnapError as left:
+                error.add_note(f"the journal could not be written: {left}")

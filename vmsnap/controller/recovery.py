@@ -4,14 +4,16 @@ process.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.results import RecoveryResult
-from vmsnap.errors import Busy, VmGone, VmsnapError
+from vmsnap.errors import VmGone, VmsnapError
 from vmsnap.journal import Journal, OperationRow, Resource
 from vmsnap.locks import vm_lock
 from vmsnap.model import SnapshotPlan, VmState, from_json
+from vmsnap.roles import Hypervisor
 from vmsnap.vmtable import VmTable
 
 
@@ -33,14 +35,14 @@ class Recovery:
     def run(self, vm: str | None = None, *, locked: bool = False) -> RecoveryResult:
         """Recover `vm`, or every VM. `locked`: the caller holds the lock of `vm`. Blocks; idempotent."""
         for row in self._journal.unfinished(vm):
-            if locked:
-                self._recover(row)
-                continue
             try:
-                with vm_lock(self._drivers.context.state_dir, row.vm, "recover"):
-                    self._recover(row)
-            except Busy as e:
-                self._kept.append(f"{row.operation}: {e.message}")
+                with nullcontext() if locked else vm_lock(self._drivers.context.state_dir, row.vm, "recover"):
+                    # What it was may have changed while the lock was waited for.
+                    for present in self._journal.unfinished(row.vm):
+                        if present.operation == row.operation:
+                            self._recover(present)
+            except Exception as e:  # noqa: BLE001 - what is wrong with one VM must not keep the others from recovery
+                self._kept.append(f"{row.operation} (VM {row.vm}): {e}")
         return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
 
     def _recover(self, row: OperationRow) -> None:
@@ -48,9 +50,9 @@ class Recovery:
             self._kept.append(f"{row.operation}: process {row.pid} is still at it")
             return
         operation = self._journal.open_operation(row.operation)
-        resumed = self._make_it_run(row) if row.outcome is None else True
-        if row.outcome is None:
-            self._abandon(row)
+        settled = True
+        if row.protocol.startswith("backup") and (row.outcome is None or row.executing):
+            settled = self._free_vm(row)
         for resource in reversed(operation.resources()):
             try:
                 self._remove(row, resource)
@@ -59,24 +61,20 @@ class Recovery:
             else:
                 operation.is_gone(resource.position)
                 self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
-        if resumed and row.outcome is None:
-            operation.end("recovered")
+        if settled:
+            operation.must_execute(False)
+            if row.outcome is None:
+                operation.end("recovered")
 
-    def _make_it_run(self, row: OperationRow) -> bool:
-        """Make the VM execute if it did before; False where that cannot be said to be settled."""
-        if not row.executing or not row.protocol.startswith("backup"):
-            return True
+    def _free_vm(self, row: OperationRow) -> bool:
+        """Make the VM execute if that is owed, and give the capture up; False where it could not be done now."""
         hypervisor = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
         try:
-            state = hypervisor.state()
-            if state in (VmState.STOPPED, VmState.EXECUTING):
-                # One that executes may still depend on its dead worker: resuming it frees it from that too.
-                hypervisor.resume()
-                if state is VmState.STOPPED:
-                    self._resumed.append(row.vm)
-                state = VmState.EXECUTING
-            self._table.set_state(row.vm, state.value, resume_flag=False)
+            if row.executing:
+                self._make_it_run(row, hypervisor)
+            hypervisor.abandon()
         except VmGone:
+            # With the VM its settings and running copies are gone; its files are resources of their own.
             self._table.set_state(row.vm, VmState.ABSENT.value, resume_flag=False)
         except VmsnapError as e:
             self._kept.append(f"VM {row.vm}: {e}")
@@ -85,18 +83,15 @@ class Recovery:
             hypervisor.close()
         return True
 
-    def _abandon(self, row: OperationRow) -> None:
-        if not row.protocol.startswith("backup"):
-            return
-        hypervisor = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
-        try:
-            hypervisor.abandon()
-        except VmGone:
-            pass  # with the VM its settings and running copies are gone; its files are resources of their own
-        except VmsnapError as e:
-            self._kept.append(f"capture of VM {row.vm}: {e}")
-        finally:
-            hypervisor.close()
+    def _make_it_run(self, row: OperationRow, hypervisor: Hypervisor) -> None:
+        state = hypervisor.state()
+        if state in (VmState.STOPPED, VmState.EXECUTING):
+            # One that executes may still depend on its dead worker: resuming it frees it from that too.
+            hypervisor.resume()
+            if state is VmState.STOPPED:
+                self._resumed.append(row.vm)
+            state = VmState.EXECUTING
+        self._table.set_state(row.vm, state.value, resume_flag=False)
 
     def _remove(self, row: OperationRow, resource: Resource) -> None:
         if resource.kind == "snapshot":
@@ -113,12 +108,17 @@ class Recovery:
                     hypervisor.discard_duplicate(name)
                     self._table.remove(name)
                 else:
+                    if row.vm in {vm.vm for vm in self._table.rows()}:
+                        raise VmsnapError(f"VM {row.vm!r} is registered", cure=f"vmsnap vm remove {row.vm}")
                     hypervisor.destroy()
-                    self._table.remove(row.vm)
             finally:
                 hypervisor.close()
         elif resource.kind == "file":
-            remove_file(Path(from_json(resource.data, str)))
+            path = Path(from_json(resource.data, str))
+            used = [vm.vm for vm in self._table.rows() for disk in vm.disks if disk.address == str(path)]
+            if used:
+                raise VmsnapError(f"{path} is a disk of VM {used[0]!r} now", cure=f"vmsnap vm remove {used[0]}")
+            remove_file(path)
         else:
             raise VmsnapError(f"the journal names a {resource.kind!r}, which this vmsnap does not know")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +13,9 @@ from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.progress import Bars, ProgressCallback
-from vmsnap.controller.recovery import remove_file
+from vmsnap.controller.recovery import Recovery, remove_file
 from vmsnap.controller.results import RestoreResult
-from vmsnap.errors import AlreadyExists, HypervisorError, StorageFull, UnknownVm, UsageError, VmsnapError
+from vmsnap.errors import AlreadyExists, Busy, HypervisorError, StorageFull, UnknownVm, UsageError, VmsnapError
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
 from vmsnap.model import Disk, RamImage, VmState, check_name, to_json
@@ -22,8 +23,6 @@ from vmsnap.protocol import RESTORE, Compensation, Condition, Instruction
 from vmsnap.repository import ImageRecord, Manifest, Repository
 from vmsnap.roles import Hypervisor, LoadedVm, LoadRequest
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
-
-START_TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Restore:
         begun = time.monotonic()
         order = self._order
         with vm_lock(self._drivers.context.state_dir, order.name, f"restore of {self._manifest.backup}"):
+            self._recover_first()
             self._refuse_existing()
             operation = self._operation = self._journal.begin(
                 RESTORE.name, order.name, self._manifest.hypervisor, self._options
@@ -112,6 +112,15 @@ class Restore:
 
     # -- instructions
 
+    def _recover_first(self) -> None:
+        """What an earlier restore of this name left must be gone: its recovery, later, would take this one's for it."""
+        recovered = Recovery(self._drivers, self._journal, self._table).run(self._order.name, locked=True)
+        if recovered.kept:
+            raise Busy(
+                f"an earlier operation on VM {self._order.name!r} left something: {recovered.kept[0]}",
+                cure="see: vmsnap recover; or choose another name with --as",
+            )
+
     def _refuse_existing(self) -> None:
         try:
             self._table.get(self._order.name)
@@ -121,8 +130,13 @@ class Restore:
             raise AlreadyExists(
                 f"a VM named {self._order.name!r} is already registered", cure="choose another name with --as"
             )
+        if self._hypervisor.state() is not VmState.ABSENT:
+            raise AlreadyExists(
+                f"a VM named {self._order.name!r} exists, though it is not registered",
+                cure="choose another name with --as",
+            )
         for path in self._disk_paths().values():
-            if path.exists():
+            if os.path.lexists(path):
                 raise AlreadyExists(f"{path} exists and is not overwritten", cure="choose another --target")
         if not self._order.target and self._folder.exists() and any(self._folder.iterdir()):
             raise AlreadyExists(f"the folder {self._folder} is not empty", cure="choose another --target")
@@ -145,17 +159,22 @@ class Restore:
             self._disks += (Disk(disk.device, str(path), disk.size_bytes, "raw"),)
         images, device_state = self._fetch_memory(operation, bars)
         self._loaded_position = operation.will_make("loaded", manifest.hypervisor, to_json(self._order.name))
-        self._loaded = self._hypervisor.load(
-            LoadRequest(
-                manifest.definition,
-                images,
-                device_state,
-                self._disks,
-                isolated=self._order.isolated,
-                images_disposable=True,
-                details=manifest.duplicate_details,
-            )
+        request = LoadRequest(
+            manifest.definition,
+            images,
+            device_state,
+            self._disks,
+            isolated=self._order.isolated,
+            images_disposable=True,
+            details=manifest.duplicate_details,
         )
+        try:
+            self._loaded = self._hypervisor.load(request)
+        except AlreadyExists:
+            # Somebody else's: nothing of it is ours to destroy.
+            operation.is_gone(self._loaded_position)
+            self._loaded_position = None
+            raise
         self._remove_images()
 
     def _fetch_memory(self, operation: Operation, bars: Bars) -> tuple[tuple[RamImage, ...], Path]:
@@ -167,6 +186,8 @@ class Restore:
             )
         needed = sum(memory.image.size_bytes for memory in manifest.memory)
         free = shutil.disk_usage(self._drivers.context.memory_dir).free
+        if self._drivers.context.memory_budget_bytes is not None:
+            free = min(free, self._drivers.context.memory_budget_bytes)
         if needed > free:
             raise StorageFull(
                 f"the machine has {needed >> 20} MiB of memory,"
@@ -184,9 +205,14 @@ class Restore:
         return tuple(images), device_state
 
     def _fetch(self, image: ImageRecord, label: str, path: Path, bars: Bars) -> None:
-        self._files.append((self._begun_operation().will_make("file", "", to_json(str(path))), path))
-        with self._repository.reader(image, label) as source:
-            source.restore_to_file(path, bars.part)
+        position = self._begun_operation().will_make("file", "", to_json(str(path)))
+        try:
+            with self._repository.reader(image, label) as source:
+                source.restore_to_file(path, bars.part)
+        except AlreadyExists:
+            self._begun_operation().is_gone(position)
+            raise
+        self._files.append((position, path))
         bars.part_done(image.size_bytes)
 
     def _switch_disks(self) -> None:
@@ -208,7 +234,7 @@ class Restore:
         if self._loaded is None:
             raise HypervisorError(f"VM {self._order.name!r} was not loaded")
         state = VmState.EXECUTING if self._order.run else VmState.STOPPED
-        self._table.add(
+        self._begun_operation().hand_to_user(
             VmRow(
                 vm=self._order.name,
                 hypervisor=self._manifest.hypervisor,
@@ -218,13 +244,12 @@ class Restore:
                 duplicate_of=self._manifest.vm,
             )
         )
-        self._begun_operation().all_is_the_users()
 
     # -- compensations
 
     def _destroy(self) -> None:
-        self._hypervisor.destroy()
         if self._loaded_position is not None:
+            self._hypervisor.destroy()
             self._begun_operation().is_gone(self._loaded_position)
 
     def _remove_images(self) -> None:

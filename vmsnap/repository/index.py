@@ -84,6 +84,17 @@ class ChunkIndex:
         longer._merge([(longer._number(pack), pack.entries) for pack in packs])
         return longer
 
+    def without(self, packs: set[bytes]) -> ChunkIndex:
+        """A new index that lacks what lies in these packs. Not for one with packs added singly."""
+        shorter = ChunkIndex()
+        shorter._packs = self._packs.copy()
+        shorter._sizes = {pack: size for pack, size in self._sizes.items() if pack not in packs}
+        numbers = [number for number, pack in enumerate(self._packs) if pack in packs]
+        kept = ~np.isin(self._columns[:, 0], numbers)
+        shorter._heads, shorter._tails = self._heads[kept], self._tails[kept]
+        shorter._columns, shorter._flags = self._columns[kept], self._flags[kept]
+        return shorter
+
     def find(self, chunk_id: bytes) -> Location | None:
         """Where the chunk lies; None if it is not here."""
         return self.find_many([chunk_id])[0]

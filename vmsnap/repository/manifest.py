@@ -119,6 +119,16 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_tag(tag: str) -> str:
+    """Return `tag` if a backup may have it.
+
+    :raises UsageError: control characters, empty, or more than 200 characters
+    """
+    if not _TAG.fullmatch(tag):
+        raise UsageError(f"{tag!r} is not a valid tag", cure="200 characters at most, none of them control ones")
+    return tag
+
+
 def check_fields(fields: BackupFields) -> None:
     """Check names, and that images are possible ones.
 
@@ -126,8 +136,7 @@ def check_fields(fields: BackupFields) -> None:
     """
     check_name(fields.vm, "VM name")
     for tag in fields.tags:
-        if not _TAG.fullmatch(tag):
-            raise UsageError(f"{tag!r} is not a valid tag", cure="200 characters at most, none of them control ones")
+        check_tag(tag)
     for disk in fields.disks:
         check_device(disk.device)
         if disk.image.size_bytes != disk.size_bytes:

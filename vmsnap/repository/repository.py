@@ -29,8 +29,10 @@ from vmsnap.repository.format import (
     FORMAT_VERSION,
     KEYS_PREFIX,
     MANIFESTS_PREFIX,
+    PACKS_PREFIX,
     ChunkSizes,
     manifest_key,
+    pack_of_key,
 )
 from vmsnap.repository.keys import ROOT_BYTES, KeyCost, unwrap_root, wrap_root
 from vmsnap.repository.manifest import Manifest, open_manifest
@@ -191,14 +193,20 @@ class Repository:
         self.storage.delete(key)
 
     def writer(self, *, level: int | None = None) -> BackupWriter:
-        """Begin a backup; see `BackupWriter`. Reads the index.
+        """Begin a backup; see `BackupWriter`. Reads the index, and lists the packs: what lies in a pack that is missing
+        or cut short is stored anew, so that the backup is whole whatever was lost before.
 
         :param level: of zstd
         :raises StorageError: the storage failed
         """
         from vmsnap.repository.writer import BackupWriter
 
-        return BackupWriter(self.storage, self.vault, self.index(refresh=True), self.config.chunks, level=level)
+        index = self.index(refresh=True)
+        sizes = {pack_of_key(info.key): info.size_bytes for info in self.storage.list(PACKS_PREFIX)}
+        lost = {pack for pack, size_bytes in index.pack_sizes.items() if sizes.get(pack) != size_bytes}
+        if lost:
+            index = index.without(lost)
+        return BackupWriter(self.storage, self.vault, index, self.config.chunks, level=level)
 
     def reader(self, image: ImageRecord, label: str = "the image") -> ImageReader:
         """Open an image of a backup for reading.

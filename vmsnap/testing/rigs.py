@@ -176,3 +176,9 @@ def read_all(reader: DiskReader) -> bytes:
             if not extent.zero:
                 reader.read_into(extent.offset, view[extent.offset : extent.offset + extent.length])
     return bytes(content)
+
+
+def same(found: object, expected: object) -> bool:
+    """Whether two contents are equal. Scenarios assert this instead of ``==``: pytest explains a difference between
+    megabytes line by line where it does not shorten it, as on machines that set ``CI``, and that takes minutes."""
+    return bool(found == expected)

@@ -33,6 +33,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, UsageError
 from vmsnap.roles import ObjectInfo, StorageBackend, StorageProperties
+from vmsnap.testing.rigs import same
 
 BAD_KEYS = (
     "",
@@ -108,8 +109,8 @@ class StorageContract:
         for key in ("config", "packs/ab/ab-cd.ef_01", "0", "x" * 200):
             for kind in (bytes, bytearray, memoryview):
                 storage.put(key, kind(data))
-                assert oracle.read(key) == data
-                assert storage.get(key) == data
+                assert same(oracle.read(key), data)
+                assert same(storage.get(key), data)
             assert storage.stat(key) == ObjectInfo(key, len(data))
 
     def test_02_empty_object(self, storage: StorageBackend, oracle: RawObjects) -> None:
@@ -124,18 +125,18 @@ class StorageContract:
         """Objects may have tens of MiB; any part of any buffer can be given."""
         data = os.urandom(self.big_object_bytes)
         storage.put("packs/big", memoryview(data)[1:])
-        assert oracle.read("packs/big") == data[1:]
-        assert storage.get("packs/big") == data[1:]
+        assert same(oracle.read("packs/big"), data[1:])
+        assert same(storage.get("packs/big"), data[1:])
 
     def test_04_reads_what_is_there(self, storage: StorageBackend, oracle: RawObjects) -> None:
         """`get` returns the object, or exactly the range of `length` bytes from `offset` (to its end where None)."""
         data = os.urandom(300_000)
         oracle.write("packs/data", data)
-        assert storage.get("packs/data") == data
+        assert same(storage.get("packs/data"), data)
         for offset, length in ((0, 1), (1, 131_072), (299_999, 1), (0, 300_000), (70_000, 0), (300_000, 0)):
-            assert storage.get("packs/data", offset, length) == data[offset : offset + length]
+            assert same(storage.get("packs/data", offset, length), data[offset : offset + length])
         for offset in (0, 123_456, 300_000):
-            assert storage.get("packs/data", offset) == data[offset:]
+            assert same(storage.get("packs/data", offset), data[offset:])
 
     def test_05_ranges_past_the_end(self, storage: StorageBackend, oracle: RawObjects) -> None:
         """`StorageError` is raised when the range reaches past the end, or the read came short."""
@@ -149,8 +150,8 @@ class StorageContract:
         """An object of that key is replaced, unless `if_absent`; a `get` after a `put` sees it."""
         for data in (b"first, and longer", b"second", b"", b"the third"):
             storage.put("manifests/x", data)
-            assert oracle.read("manifests/x") == data
-            assert storage.get("manifests/x") == data
+            assert same(oracle.read("manifests/x"), data)
+            assert same(storage.get("manifests/x"), data)
             assert storage.stat("manifests/x").size_bytes == len(data)
         assert [info.key for info in storage.list()] == ["manifests/x"]
 
@@ -161,7 +162,7 @@ class StorageContract:
         for key, data in (("keys/new", b"one"), ("keys/old", b"old")):
             with pytest.raises(ObjectExists):
                 storage.put(key, b"another", if_absent=True)
-            assert oracle.read(key) == data
+            assert same(oracle.read(key), data)
 
     def test_08_if_absent_against_other_writers(self, storage: StorageBackend, oracle: RawObjects) -> None:
         """With `conditional_put`, ``put(if_absent=True)`` is atomic against other writers."""
@@ -183,7 +184,7 @@ class StorageContract:
             with ThreadPoolExecutor(writers) as threads:
                 winners = [number for number in threads.map(write, range(writers)) if number is not None]
             assert len(winners) == 1
-            assert oracle.read(key) == bytes(winners) * 50_000
+            assert same(oracle.read(key), bytes(winners) * 50_000)
 
     def test_09_nothing_but_the_objects_is_left(self, storage: StorageBackend, oracle: RawObjects) -> None:
         """Finished calls leave nothing behind, refused ones neither."""
@@ -314,7 +315,7 @@ class StorageContract:
             for turn in range(15):
                 key, data = f"t{number}/{turn}", bytes([number, turn]) * (10_000 + number)
                 storage.put(key, data)
-                assert storage.get(key, 2) == data[2:]
+                assert same(storage.get(key, 2), data[2:])
                 assert storage.stat(key).size_bytes == len(data)
                 assert key in [info.key for info in storage.list(f"t{number}/")]
                 if turn % 3 == 0:
@@ -447,7 +448,7 @@ class _AgainstDictionary(RuleBasedStateMachine):
                 self.backend.get(key, offset, length)
         else:
             end = len(data) if length is None else offset + length
-            assert self.backend.get(key, offset, length) == data[offset:end]
+            assert same(self.backend.get(key, offset, length), data[offset:end])
 
     @rule(prefix=st.sampled_from(["", "b", "b/", "b/c", "bb", "a", "c"]))
     def list(self, prefix: str) -> None:

@@ -17,10 +17,14 @@ from vmsnap_drivers.qemu.disk_arguments import children, with_image
 
 _DROPPED_WORDS: Final = """
     S incoming loadvm daemonize mem-prealloc mem-path gdb s qmp qmp-pretty monitor mon vnc spice display sdl curses
-    full-screen nographic chroot D d trace name preconfig
+    full-screen nographic chroot D d trace name preconfig pidfile
 """
 _DROPPED: Final = frozenset(_DROPPED_WORDS.split())
 _CHARACTER_DEVICES: Final = frozenset(["serial", "parallel", "virtioconsole", "debugcon", "fdc-serial"])
+PID_NAME: Final = "qemu.pid"
+"""In the run folder; so every command line names the folder, and a process without a mark is found by it."""
+_MEETING_POINTS: Final = frozenset(["socket", "stream", "dgram", "vde", "l2tpv3"])
+"""Networks that are an address, where the original is or listens."""
 _OWN_PATH_KEYS: Final = ("path", "logfile", "input-path")
 _QUIET_BACKENDS: Final = frozenset(["null", "ringbuf", "memory", "vc", "pty", "mux", "hub"])
 
@@ -78,7 +82,7 @@ class _Rewriter:
         self.notes: list[str] = []
         self._hub = 0
         self._added: list[Argument] = []
-        self._names = {new.qmp_socket.name}
+        self._names = {new.qmp_socket.name, PID_NAME}
 
     def run(self, program: str, arguments: Sequence[Argument]) -> Rewritten:
         new = self.new
@@ -96,7 +100,9 @@ class _Rewriter:
                 if changed is not None:
                     kept.append(changed)
         names = {argument.name for argument in arguments}
-        kept += self._added + self._implied(names)
+        implied = self._implied(names)
+        kept += [*self._added, *implied]
+        kept.append(Argument("pidfile", str(new.run_folder / PID_NAME)))
         kept = self._with_machine(self._with_ram(kept))
         kept += [
             Argument("name", self._name(arguments)),
@@ -121,9 +127,20 @@ class _Rewriter:
             return argument.with_properties(self._netdev(argument.properties))
         if argument.name == "net":
             return self._net(argument)
-        if argument.name == "pidfile":
-            return Argument("pidfile", str(self._own(argument.value or "qemu.pid")))
+        if argument.name == "run-with":
+            return argument.with_properties(argument.properties.without("chroot"))
+        if argument.name in ("fsdev", "virtfs") and self.new.isolated:
+            self.notes.append(f"the shared folder {argument.properties.get('id')!r} is read-only")
+            return argument.with_properties(argument.properties.set("readonly", "on"))
+        if argument.name == "object" and argument.properties.get("qom-type") == "filter-dump":
+            return argument.with_properties(self._with_own(argument.properties, "file"))
+        if argument.name == "audiodev":
+            return argument.with_properties(self._with_own(argument.properties, "path"))
         return argument
+
+    def _with_own(self, old: Properties, key: str) -> Properties:
+        """The same with a file of the VM's own: QEMU would begin the original's anew."""
+        return old.set(key, str(self._own(old.get(key)))) if old.get(key) else old
 
     def _own(self, path: str) -> Path:
         """A path of that base name in the VM's own folder, each given out once."""
@@ -177,6 +194,11 @@ class _Rewriter:
                     f"network {old.get('id')!r} was handed over as a descriptor: it is connected to nothing"
                 )
             return self._unconnected(old, kind)
+        if kind in _MEETING_POINTS:
+            self.notes.append(
+                f"network {old.get('id')!r} ({kind}) is connected to nothing, as the original may be there"
+            )
+            return self._unconnected(old, kind)
         if any(key in ("hostfwd", "guestfwd") for key in old.names):
             self.notes.append(
                 f"network {old.get('id')!r}: its forwarded ports are left out, the original may have them"
@@ -193,16 +215,24 @@ class _Rewriter:
                 [("type", "tap"), *kept, ("script", "no"), ("downscript", "no"), ("vhost", "off")], "type"
             )
         if kind == "user":
-            # The stream has a section "slirp" (net/slirp.c), which somebody must take. This one is connected to no NIC.
-            taker = [("type", "user"), ("id", f"vmsnap-slirp{self._hub}"), ("restrict", "on")]
-            self._added.append(Argument("netdev", Properties(taker, "type").text()))
+            self._take_slirp()
         self._hub += 1
         return Properties([("type", "hubport"), ("hubid", str(1000 + self._hub)), *kept], "type")
 
     def _net(self, argument: Argument) -> Argument | None:
-        if argument.properties.get("type") in ("nic", "none"):
+        kind = argument.properties.get("type")
+        if kind in ("nic", "none"):
             return argument
-        return None if self.new.isolated else Argument(argument.name, self._netdev(argument.properties).text())
+        if not self.new.isolated:
+            return Argument(argument.name, self._netdev(argument.properties).text())
+        if kind == "user":
+            self._take_slirp()
+        return None
+
+    def _take_slirp(self) -> None:
+        """The stream has a section "slirp" (net/slirp.c), which somebody must take. This one is connected to no NIC."""
+        taker = [("type", "user"), ("id", f"vmsnap-slirp{self._hub}"), ("restrict", "on")]
+        self._added.append(Argument("netdev", Properties(taker, "type").text()))
 
     def _implied(self, names: set[str]) -> list[Argument]:
         """What QEMU makes by itself when its options do not say otherwise, as far as it touches the host."""
@@ -215,6 +245,7 @@ class _Rewriter:
             added.append(Argument("parallel", "null"))
         if not names & {"net", "netdev", "nic"} and self.new.isolated:
             added.append(Argument("net", "nic"))
+            self._take_slirp()
         return [*added, Argument("monitor", "none")]
 
     def _with_machine(self, arguments: list[Argument]) -> list[Argument]:

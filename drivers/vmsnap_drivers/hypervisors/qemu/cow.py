@@ -43,11 +43,12 @@ class CowCapture(Capture):
 
     name = "cow"
 
-    def __init__(self, session: Session, *, held: bool) -> None:
+    def __init__(self, session: Session, *, held: bool, executing: bool) -> None:
+        """`executing`: what the guest did when the capture was begun, and has to do still when it is paused."""
         super().__init__(session)
         self._held = held
+        self._executing = executing
         self._stops_first = session.monitor.version >= LEAVES_STOPPED_FROM
-        self._was_executing = False
 
     def prepare(self) -> None:
         session = self.session
@@ -57,9 +58,9 @@ class CowCapture(Capture):
             self._start_held()
 
     def pause(self) -> Moment:
-        self._was_executing = vm_state(self.session.monitor) is VmState.EXECUTING
-        if not self._was_executing and not self._stops_first:
-            raise HypervisorError("somebody stopped the guest before its capture")
+        if (vm_state(self.session.monitor) is VmState.EXECUTING) is not self._executing:
+            changed = "stopped" if self._executing else "resumed"
+            raise HypervisorError(f"somebody {changed} the guest before its capture")
         return self.stop_now()
 
     def duplicate(self) -> Moment:
@@ -71,6 +72,7 @@ class CowCapture(Capture):
         session.drain.release()
         if self._stops_first:
             self._await_pages()
+            session.check_stood_still(["STOP"] if self._executing else [])
             return Moment.now("duplicate")
         self.resumed = session.wait("RESUME").moment("resume")
         session.check_stood_still(["STOP", "RESUME"])

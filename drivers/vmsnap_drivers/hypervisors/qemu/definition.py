@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,16 @@ class Definition:
         return definition
 
 
+_SECRETS: Final = (
+    # A user with a password in a URL: ":" for curl and ssh, "%" for iSCSI (block/iscsi.c).
+    re.compile(r"://[^/@,\s]*[:%][^/@,\s]*@"),
+    # The key of a Ceph user (block/rbd.c).
+    re.compile(r"\brbd:.*:key="),
+    # Properties and JSON keys such as "password", "proxy-password".
+    re.compile(r"password[\"']?\s*[=:]\s*[\"']?(?!on\b|off\b)[^,\s\"'}]"),
+)
+
+
 def without_secrets(arguments: Sequence[Argument]) -> tuple[list[Argument], list[str]]:
     """The arguments with secrets cut out, and one line for each that a load would miss."""
     cleaned: list[Argument] = []
@@ -90,8 +101,8 @@ def without_secrets(arguments: Sequence[Argument]) -> tuple[list[Argument], list
             if properties.get("password", "on") not in ("on", "off"):
                 found.append(f"a password stands in QEMU's option -{argument.name} (use password-secret=…)")
                 changed = Argument(argument.name, properties.without("password").text())
-        elif "://" in (argument.value or "") and "%" in (argument.value or "").partition("@")[0].partition("://")[2]:
-            found.append(f"a password stands in the URL of QEMU's option -{argument.name}")
+        elif any(pattern.search(argument.value or "") for pattern in _SECRETS):
+            found.append(f"a password stands in QEMU's option -{argument.name} (use password-secret=…)")
             changed = Argument(argument.name, "")
         cleaned.append(changed)
     return cleaned, found

@@ -101,7 +101,7 @@ class QemuHypervisor(Hypervisor):
 
     def plan_capture(self, request: CaptureRequest) -> CapturePlan:
         description = self.describe()
-        chosen = plan.plan_capture(self._wanted, self.monitor, description)
+        chosen = plan.plan_capture(self._wanted, self.monitor, description, request.max_pause_seconds)
         plan.choose_folder(self.context, self.vm, description.memory_bytes)
         return chosen
 
@@ -213,7 +213,7 @@ class QemuHypervisor(Hypervisor):
             raise HypervisorError(f"VM {self.vm!r} ended without its guest's shutdown ({event.data.get('reason')})")
 
     def destroy(self) -> None:
-        mark = launch.read_mark(self._folder)
+        mark = launch.read_mark(self._folder) or launch.find_unmarked(self.vm, self._folder, self._socket)
         if mark is None:
             if self.state() is not VmState.ABSENT:
                 raise HypervisorError(f"VM {self.vm!r} was not started by vmsnap and is not ended by it")
@@ -279,7 +279,7 @@ class QemuHypervisor(Hypervisor):
         drain = Drain(folder, stall_timeout_seconds=STALL_TIMEOUT_SECONDS, held=held)
         session = Session(monitor, folder, request.max_pause_seconds, before, drain)
         if way == "cow":
-            self._capture = CowCapture(session, held=held)
+            self._capture = CowCapture(session, held=held, executing=description.state is VmState.EXECUTING)
         else:
             self._capture = PrecopyCapture(session)
         self._capture.prepare()

@@ -16,9 +16,10 @@ from vmsnap.model import VmState
 from vmsnap_drivers.hypervisors.qemu.cow import CAPABILITIES, LEAVES_STOPPED_FROM
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import DESCRIPTOR_NAME, STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.revive import migration_status
+from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration, migration_status
 from vmsnap_drivers.hypervisors.qemu.settings import Settings, apply
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.unprotect import kept_unprotected
 
 _TIMEOUT_SECONDS: Final = 300.0
 _BUFFER_BYTES: Final = 1024 * 1024
@@ -48,13 +49,19 @@ def heal(monitor: Monitor) -> None:
         reader = threading.Thread(target=_throw_away, args=(near,), name="vmsnap-heal", daemon=True)
         reader.start()
         mark = monitor.mark()
-        monitor.execute("migrate", {"uri": STREAM_URI})
-        ended = monitor.wait_for_event(
-            "MIGRATION",
-            since=mark,
-            timeout_seconds=_TIMEOUT_SECONDS,
-            match=lambda event: event.data["status"] in ("completed", "failed", "cancelled"),
-        )
+        try:
+            monitor.execute("migrate", {"uri": STREAM_URI})
+            ended = monitor.wait_for_event(
+                "MIGRATION",
+                since=mark,
+                timeout_seconds=_TIMEOUT_SECONDS,
+                match=lambda event: event.data["status"] in ("completed", "failed", "cancelled"),
+            )
+        except BaseException:
+            # Broken off, it does what it is to cure.
+            with kept_unprotected(monitor.peer_pid):
+                cancel_migration(monitor)
+            raise
         if ended.data["status"] != "completed":
             raise HypervisorError(
                 f"the QEMU at {monitor.path} cannot migrate any more, after a capture that was broken off",

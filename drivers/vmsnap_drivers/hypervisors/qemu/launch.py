@@ -26,12 +26,13 @@ from vmsnap_drivers.hypervisors.qemu.record import write_whole
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import start_time
 from vmsnap_drivers.qemu.ram_image import image_path
-from vmsnap_drivers.qemu.rewrite import NewDisk, NewVm, rewrite
+from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
 from vmsnap_drivers.qemu.synthesis import write_stream
 
 MARK_NAME: Final = "loaded.json"
 LOG_NAME: Final = "qemu.log"
+_ENVIRONMENT: Final = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "LANG")
 _START_SECONDS: Final = 30.0
 _LOAD_SECONDS: Final = 600.0
 _LOOK_EACH_SECONDS: Final = 0.005
@@ -63,6 +64,22 @@ def read_mark(folder: Path) -> LoadedMark | None:
         return None
     except ValueError as e:
         raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+
+
+def find_unmarked(vm: str, folder: Path, socket_path: str) -> LoadedMark | None:
+    """The process of a VM whose loader died before it could leave its mark: its command line names a file of the
+    folder, which is nobody else's (`rewrite` sees to that). None where there is none.
+    """
+    wanted = os.fsencode(folder / PID_NAME)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if wanted in words and int(process.name) != os.getpid():
+            pid = int(process.name)
+            return LoadedMark(vm, pid, start_time(pid) or 0, socket_path, ())
+    return None
 
 
 def is_alive(mark: LoadedMark) -> bool:
@@ -177,7 +194,8 @@ def _stream_images(folder: Path, request: LoadRequest, new: NewVm) -> Path:
 
 
 def _start(definition: Definition, argv: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **definition.environment}
+    # Not all of ours: a QEMU lives long, runs strangers' guests, and has no use for our secrets.
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | dict(definition.environment)
     cwd = definition.cwd if Path(definition.cwd).is_dir() else str(folder)
     log = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:

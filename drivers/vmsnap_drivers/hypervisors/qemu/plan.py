@@ -11,6 +11,7 @@ from typing import Final
 from vmsnap.errors import CannotCapture, StorageFull
 from vmsnap.model import CapturePlan, VmDescription, VmState, Window
 from vmsnap.roles import DriverContext
+from vmsnap_drivers.hypervisors.qemu import precopy
 from vmsnap_drivers.hypervisors.qemu.cow import LEAVES_STOPPED_FROM, can_hold, may_trace
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes, mapped_memory
@@ -50,7 +51,7 @@ def ways(monitor: Monitor, description: VmDescription) -> Ways:
     return Ways(seconds, precopy_seconds, held, why_no_cow, why_pages_would_be_lost(monitor, description))
 
 
-def plan_capture(wanted: str, monitor: Monitor, description: VmDescription) -> CapturePlan:
+def plan_capture(wanted: str, monitor: Monitor, description: VmDescription, max_pause_seconds: float) -> CapturePlan:
     """Choose. `wanted` is the option ``capture``.
 
     :raises CannotCapture: the VM has something that cannot be captured, or not in the wanted way
@@ -76,10 +77,18 @@ def plan_capture(wanted: str, monitor: Monitor, description: VmDescription) -> C
         how = "its pages touched before the pause" if possible.held else "its pages touched within the pause"
         instead = why_not["precopy"] or f"{possible.precopy_seconds * 1000:.0f} ms"
         reason = f"copy on write, {how}; pre-copy: {instead}"
-        return CapturePlan("cow", Window.FREE, True, possible.cow_seconds, reason)
+        return CapturePlan("cow", Window.FREE, True, possible.cow_seconds, reason, needs_worker=True)
     instead = why_not["cow"] or f"{possible.cow_seconds * 1000:.0f} ms"
     reason = f"pre-copy; copy on write: {instead}"
-    return CapturePlan("precopy", Window.NO_BLOCK_JOBS, True, possible.precopy_seconds, reason)
+    return CapturePlan(
+        "precopy",
+        Window.NO_BLOCK_JOBS,
+        True,
+        possible.precopy_seconds,
+        reason,
+        prepare_seconds=precopy.prepare_seconds(description.memory_bytes),
+        lead_seconds=precopy.lead_seconds(max_pause_seconds),
+    )
 
 
 def _plan_stopped(monitor: Monitor, description: VmDescription) -> CapturePlan:

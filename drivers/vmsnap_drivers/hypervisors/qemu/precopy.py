@@ -32,6 +32,21 @@ _TAIL_BYTES_PER_SECOND: Final = 16 * 1024 * 1024
 """How fast the tail is copied until `pause`: slowly enough that QEMU does not come to the end by itself."""
 
 
+def prepare_seconds(memory_bytes: int) -> float:
+    """What `PrecopyCapture.prepare` takes at most."""
+    return _FIRST_PASS_SECONDS + memory_bytes / _BYTES_PER_SECOND + _STEP_SECONDS
+
+
+def lead_seconds(max_pause_seconds: float) -> float:
+    """What `PrecopyCapture.pause` takes at most with the guest running."""
+    return len(_steps(max_pause_seconds)) * _STEP_SECONDS + _STEP_SECONDS
+
+
+def _steps(max_pause_seconds: float) -> list[int]:
+    """The limits, in milliseconds, that QEMU is given one after the other: not above half of the pause."""
+    return [limit_ms for limit_ms in DOWNTIME_STEPS_MS if limit_ms <= max(2, max_pause_seconds * 500)]
+
+
 class PrecopyCapture(Capture):
     """Capture of a guest that runs, by pre-copy."""
 
@@ -72,9 +87,7 @@ class PrecopyCapture(Capture):
         allow more, step by step, where that does not come.
         """
         session = self.session
-        for limit_ms in DOWNTIME_STEPS_MS:
-            if limit_ms > max(2, session.max_pause_seconds * 500):
-                break
+        for limit_ms in _steps(session.max_pause_seconds):
             session.monitor.execute(
                 "migrate-set-parameters", {"max-bandwidth": UNLIMITED_BYTES_PER_SECOND, "downtime-limit": limit_ms}
             )

@@ -28,6 +28,12 @@ def refusals(monitor: Monitor, arguments: Sequence[Argument], cwd: str) -> list[
     found = _of_state(monitor)
     for argument in arguments:
         found += _of_argument(argument, cwd)
+    if any(argument.name == "daemonize" for argument in arguments):
+        found += [
+            f"QEMU was daemonized, and {path!r} is relative to a folder that is not known any more (give absolute"
+            " paths)"
+            for path in _relative_paths(arguments)
+        ]
     if monitor.execute("query-tpm"):
         found.append("the state of the TPM lies outside of QEMU and cannot be captured")
     for job in monitor.execute("query-block-jobs"):
@@ -58,6 +64,8 @@ def _of_argument(argument: Argument, cwd: str) -> list[str]:
         is_device = argument.name in ("device", "netdev")
         if kind == "vhost-user" or (is_device and str(kind).startswith(_WRITES_BEHIND_QEMU)):
             return [f"{kind} {properties.get('id')!r} writes to memory and disks behind QEMU's back"]
+        if is_device and kind in ("scsi-block", "scsi-generic"):
+            return [f"{kind} {properties.get('id')!r} passes the guest's commands through to a device of the host"]
         if kind == "memory-backend-file":
             path = absolute(properties.get("mem-path"), cwd)
             if properties.get("pmem") == "on":
@@ -68,3 +76,18 @@ def _of_argument(argument: Argument, cwd: str) -> list[str]:
                     f"the guest's RAM {properties.get('id')!r} lies in a file on {file_system} ({path}), not in memory"
                 ]
     return []
+
+
+def _relative_paths(arguments: Sequence[Argument]) -> list[str]:
+    """The files of disks and kernel that are named without their folder."""
+    found = []
+    for argument in arguments:
+        if argument.name in ("drive", "blockdev"):
+            paths = [argument.properties.get(key) for key in ("file", "filename", "file.filename")]
+        elif argument.name in ("hda", "hdb", "hdc", "hdd", "cdrom", "kernel", "initrd"):
+            paths = [argument.value or ""]
+        else:
+            continue
+        nodes = [a.properties.get("node-name") for a in arguments if a.name == "blockdev"]
+        found += [path for path in paths if path and ":" not in path and not path.startswith("/") and path not in nodes]
+    return found
