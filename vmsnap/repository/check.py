@@ -114,7 +114,6 @@ class _Checker:
         self.sizes = self._pack_sizes()
         self.loader = IndexLoader(self.storage, self.vault)
         self.index = self.loader.load()
-        self.blobs = BlobReader(self.storage, self.vault, self.index)
         self.bad_blobs: dict[bytes, tuple[str, str]] = {}
         self.clean_nodes: set[tuple[int, bytes]] = set()
         self.short_packs = {
@@ -122,6 +121,8 @@ class _Checker:
             for pack, size in self.index.pack_sizes.items()
             if self.sizes.get(pack, -1) != size
         }
+        self.index = self.index.behind(set(self.short_packs))
+        self.blobs = BlobReader(self.storage, self.vault, self.index)
 
     def _pack_sizes(self) -> dict[bytes, int]:
         sizes = {}
@@ -272,7 +273,7 @@ def check_repository(repository: Repository, *, read_data: bool, progress: Progr
 def verify_backup(repository: Repository, manifest: Manifest, progress: Progress | None) -> CheckReport:
     """See `Repository.verify`."""
     findings = _Findings()
-    blobs = BlobReader(repository.storage, repository.vault, repository.index(refresh=True))
+    blobs = BlobReader(repository.storage, repository.vault, repository.whole_index())
     total = sum(image.size_bytes for _, image in manifest.images)
     done = 0
     for part, image in manifest.images:

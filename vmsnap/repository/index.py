@@ -84,8 +84,23 @@ class ChunkIndex:
         longer._merge([(longer._number(pack), pack.entries) for pack in packs])
         return longer
 
+    def behind(self, packs: set[bytes]) -> ChunkIndex:
+        """A new index that names a place in these packs only for chunks that lie in no other. Not for one with packs
+        added singly."""
+        if not packs:
+            return self
+        last = np.isin(self._columns[:, 0], [number for number, pack in enumerate(self._packs) if pack in packs])
+        order = np.lexsort((last, self._heads))
+        changed = ChunkIndex()
+        changed._packs, changed._sizes = self._packs.copy(), self._sizes.copy()
+        changed._heads, changed._tails = self._heads[order], self._tails[order]
+        changed._columns, changed._flags = self._columns[order], self._flags[order]
+        return changed
+
     def without(self, packs: set[bytes]) -> ChunkIndex:
         """A new index that lacks what lies in these packs. Not for one with packs added singly."""
+        if not packs:
+            return self
         shorter = ChunkIndex()
         shorter._packs = self._packs.copy()
         shorter._sizes = {pack: size for pack, size in self._sizes.items() if pack not in packs}

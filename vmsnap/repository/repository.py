@@ -202,11 +202,18 @@ class Repository:
         from vmsnap.repository.writer import BackupWriter
 
         index = self.index(refresh=True)
-        sizes = {pack_of_key(info.key): info.size_bytes for info in self.storage.list(PACKS_PREFIX)}
-        lost = {pack for pack, size_bytes in index.pack_sizes.items() if sizes.get(pack) != size_bytes}
-        if lost:
-            index = index.without(lost)
+        index = index.without(self._lost_packs(index))
         return BackupWriter(self.storage, self.vault, index, self.config.chunks, level=level)
+
+    def _lost_packs(self, index: ChunkIndex) -> set[bytes]:
+        """The packs that are missing or have another size than the index says."""
+        sizes = {pack_of_key(info.key): info.size_bytes for info in self.storage.list(PACKS_PREFIX)}
+        return {pack for pack, size_bytes in index.pack_sizes.items() if sizes.get(pack) != size_bytes}
+
+    def whole_index(self) -> ChunkIndex:
+        """The index as it is now, to read by: a chunk that was stored anew, since its pack was lost, is found there."""
+        index = self.index(refresh=True)
+        return index.behind(self._lost_packs(index))
 
     def reader(self, image: ImageRecord, label: str = "the image") -> ImageReader:
         """Open an image of a backup for reading.
@@ -217,7 +224,7 @@ class Repository:
         from vmsnap.repository.reader import ImageReader
 
         # The image may be younger than the index that is in memory.
-        return ImageReader(BlobReader(self.storage, self.vault, self.index(refresh=True)), image, label)
+        return ImageReader(BlobReader(self.storage, self.vault, self.whole_index()), image, label)
 
     # -- integrity
 
