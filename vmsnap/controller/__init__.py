@@ -176,7 +176,7 @@ class Controller:
         from vmsnap.repository.manifest import check_tag
 
         if not 0 < max_pause_seconds < math.inf:
-            raise UsageError("the pause must be allowed a number of seconds above 0")
+            raise UsageError("the pause must be allowed more than 0 seconds, and an end")
         for tag in tags:
             check_tag(tag)
         with self.interruption.handled():
