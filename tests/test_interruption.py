@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.workers import worker_that_waits_at
 from tests.world import World
 from vmsnap_drivers.hypervisors.simulated.control import ask
-
-WORKER = """
-import os, sys
-from pathlib import Path
-from vmsnap.controller import Controller, Drivers
-from vmsnap.errors import Interrupted, VmsnapError
-from vmsnap.host import HostFolders
-from vmsnap.places import open_repository
-from vmsnap.testing.faults import FaultPlan
-from tests.world import FaultyDrivers
-
-class Announced(FaultPlan):
-    def count(self, method):
-        print(method, flush=True)
-        if method == sys.argv[3]:
-            sys.stdin.read(1)
-        return super().count(method)
-
-folders = HostFolders.find(Path(sys.argv[1]))
-controller = Controller(folders, drivers=FaultyDrivers(folders.context(), Announced()))
-try:
-    controller.backup("vm001", open_repository(sys.argv[2]), max_pause_seconds=2)
-except (VmsnapError, Interrupted) as error:
-    print("ERROR", error, flush=True)
-    sys.exit(error.exit_code)
-"""
 
 CALLS = [
     "describe", "plan_capture", "plan", "prepare_disks", "prepare", "pause", "snapshot", "duplicate", "resume",
@@ -53,27 +25,12 @@ def world() -> Iterator[World]:
     made.close()
 
 
-def worker_that_waits_at(world: World, call: str) -> subprocess.Popen[str]:
-    """A worker process that has come to its first call of `call` and waits there for a byte."""
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(world.folders.state_dir), world.url, call],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    for line in worker.stdout or ():
-        if line.strip() == call:
-            return worker
-    raise AssertionError(f"the worker never came to {call}: {worker.wait()}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_signal_stops_the_backup_the_vm_runs_and_nothing_is_left(
     world: World, call: str, number: signal.Signals
 ) -> None:
-    worker = worker_that_waits_at(world, call)
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
     worker.send_signal(number)
     # In the window the signal waits for its end, so the worker must be let go on.
     told = worker.communicate("x", timeout=30)[0]
@@ -84,7 +41,7 @@ def test_a_signal_stops_the_backup_the_vm_runs_and_nothing_is_left(
 
 @pytest.mark.parametrize("call", CALLS)
 def test_killed_at_any_call_the_vm_runs_again_and_recover_removes_the_rest(world: World, call: str) -> None:
-    worker = worker_that_waits_at(world, call)
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
     worker.kill()
     worker.wait()
     deadline = time.monotonic() + 10
@@ -99,7 +56,7 @@ def test_killed_at_any_call_the_vm_runs_again_and_recover_removes_the_rest(world
 
 
 def test_the_next_backup_recovers_by_itself_what_a_killed_one_left(world: World) -> None:
-    worker = worker_that_waits_at(world, "finish_duplicate")
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, "finish_duplicate")
     worker.kill()
     worker.wait()
     with world.controller() as controller:
@@ -109,7 +66,7 @@ def test_the_next_backup_recovers_by_itself_what_a_killed_one_left(world: World)
 
 
 def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_vm_runs_within_the_limit(world: World) -> None:
-    worker = worker_that_waits_at(world, "duplicate")
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, "duplicate")
     assert world.status()["state"] == "stopped"
     begun = time.monotonic()
     assert worker.wait(timeout=30) == -signal.SIGKILL
@@ -122,7 +79,7 @@ def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_vm_runs_within_the_l
 
 
 def test_a_second_signal_ends_the_cleaning_up_and_recover_does_the_rest(world: World) -> None:
-    worker = worker_that_waits_at(world, "delete_snapshots")
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, "delete_snapshots")
     ask(world.socket, "status")
     worker.send_signal(signal.SIGINT)
     worker.send_signal(signal.SIGINT)

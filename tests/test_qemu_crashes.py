@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.lab import LabMachine
-from tests.test_interruption import WORKER
 from tests.test_live_backup_qemu import (
     block_graph,
     controller,
@@ -20,28 +16,12 @@ from tests.test_live_backup_qemu import (
     place,
     repository,
 )
+from tests.workers import MAX_PAUSE_SECONDS, worker_that_waits_at
 from vmsnap.controller import Controller
 from vmsnap.repository import Repository
 
 __all__ = ["controller", "machine", "place", "repository"]
 pytestmark = pytest.mark.qemu
-
-MAX_PAUSE_SECONDS = 2
-"""As the worker asks for it."""
-
-
-def worker_at(controller: Controller, place: Path, call: str) -> subprocess.Popen[str]:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(controller.folders.state_dir), str(place / "repository"), call],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    for line in worker.stdout or ():
-        if line.strip() == call:
-            return worker
-    raise AssertionError(f"the worker never came to {call}: {worker.wait()}")
 
 
 def goes_on(machine: LabMachine, seconds: float) -> None:
@@ -56,7 +36,7 @@ def test_killed_anywhere_the_guest_goes_on_and_recover_removes_the_rest(
     controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
     graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
     for call in ("prepare", "snapshot", "duplicate", "resume", "finish_duplicate", "read_into"):
-        worker = worker_at(controller, place, call)
+        worker = worker_that_waits_at(controller.folders.state_dir, str(place / "repository"), call)
         worker.kill()
         worker.wait()
         goes_on(machine, MAX_PAUSE_SECONDS + 10)
@@ -75,7 +55,7 @@ def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_guest_goes_on(
 ) -> None:
     controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
     mark = len(machine.oracle.events())
-    worker = worker_at(controller, place, "duplicate")
+    worker = worker_that_waits_at(controller.folders.state_dir, str(place / "repository"), "duplicate")
     assert worker.wait(timeout=30) == -9
     goes_on(machine, 20)
     events = machine.oracle.events()[mark:]

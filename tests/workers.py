@@ -1,0 +1,54 @@
+"""Processes that carry out a backup and stop at a call of a driver, to be killed, stopped or let go on there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from vmsnap.controller import Controller, Drivers
+from vmsnap.errors import Interrupted, VmsnapError
+from vmsnap.host import HostFolders
+from vmsnap.places import open_repository
+from vmsnap.testing.faults import FaultPlan
+from tests.world import FaultyDrivers
+
+class Announced(FaultPlan):
+    def count(self, method):
+        print(method, flush=True)
+        if method == sys.argv[3]:
+            sys.stdin.read(1)
+        return super().count(method)
+
+folders = HostFolders.find(Path(sys.argv[1]))
+controller = Controller(folders, drivers=FaultyDrivers(folders.context(), Announced()))
+try:
+    controller.backup("vm001", open_repository(sys.argv[2]), max_pause_seconds=float(sys.argv[4]))
+except (VmsnapError, Interrupted) as error:
+    print("ERROR", error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+MAX_PAUSE_SECONDS = 2
+"""What the workers allow."""
+
+
+def worker_that_waits_at(state_dir: Path, url: str, call: str) -> subprocess.Popen[str]:
+    """A worker that backs up ``vm001`` into the repository at `url`, has come to its first call of the driver method
+    `call`, and waits there for a byte on its standard input.
+    """
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(state_dir), url, call, str(MAX_PAUSE_SECONDS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for line in worker.stdout or ():
+        if line.strip() == call:
+            return worker
+    raise AssertionError(f"the worker never came to {call}: {worker.wait()}")
