@@ -83,10 +83,13 @@ class Session:
     def check_stood_still(self, expected: Sequence[str]) -> None:
         """See that the guest was stopped and resumed as we did it, and not by anybody else.
 
+        :raises VmGone: QEMU ended
         :raises HypervisorError: it was not
         """
         seen = [e.name for e in self.monitor.events_since(self.mark) if e.name in ("STOP", "RESUME")]
         if seen != list(expected):
+            # A QEMU that is gone has sent no event either.
+            self.monitor.execute("query-status")
             raise HypervisorError(
                 f"somebody else stopped or resumed the guest during its capture ({', '.join(seen) or 'no event'})"
             )
