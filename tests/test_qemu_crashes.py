@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,30 @@ def _seconds(event: dict[str, object]) -> float:
     if not isinstance(stamp, dict):
         raise TypeError(f"no time stamp: {event}")
     return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
+
+
+@pytest.mark.parametrize("capture", ["cow", "precopy"])
+def test_memory_that_runs_full_while_it_is_copied_costs_the_backup_and_not_the_guest(
+    machine: LabMachine, controller: Controller, repository: Repository, place: Path, capture: str
+) -> None:
+    """The room was there when it was looked for, and somebody else has taken it since."""
+    controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket), "capture": capture})
+    graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
+    memory = controller.folders.memory_dir
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m,mode=0700", "tmpfs", str(memory)], check=True)
+    try:
+        worker = worker_that_waits_at(controller.folders.state_dir, str(place / "repository"), "prepare")
+        with (memory / "somebody else's").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 600 << 20)
+        told, _ = worker.communicate("x", timeout=120)
+        assert worker.returncode == 1, told
+        assert "ERROR" in told
+        goes_on(machine, 20)
+        assert controller.recover().kept == ()
+        assert [path.name for path in memory.rglob("*")] == ["somebody else's"]
+    finally:
+        subprocess.run(["umount", str(memory)], check=True)
+    assert (block_graph(machine), files_beside(machine), migration_settings(machine)) == (graph, files, settings)
+    assert repository.list() == []
+    assert controller.backup("vm001", repository).warnings == ()
+    machine.wait_for_check(machine.latest_check() + 1)
