@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def _set_right(charge: Charge, hypervisor: Hypervisor, why: str) -> None:
-    """Make the VM execute, trying again until it does or is gone; then, under the VM's lock, give the capture up.
+    """Make the VM execute, trying again until it does or is gone; then, under the VM's lock, recover the rest.
 
     The guest comes before everything that could fail or hang: the log, the lock, the database.
     """
@@ -211,8 +211,8 @@ def _set_right(charge: Charge, hypervisor: Hypervisor, why: str) -> None:
             _log(f"{charge.vm}: {e}; vmsnap recover does the rest")
 
 
-def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], object], done: str) -> bool:
-    """Try `step` until it succeeds; False where the VM is gone, or after an hour."""
+def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], object], done: str) -> None:
+    """Try `step` until it succeeds or the VM is gone, for an hour."""
     give_up = time.monotonic() + GIVE_UP_SECONDS
     while time.monotonic() < give_up:
         try:
@@ -221,15 +221,14 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
             step()
         except VmGone as e:
             _log(f"{charge.vm}: {e.message}")
-            return False
+            return
         except Exception as e:  # noqa: BLE001 - whatever it is, the only right thing is to try again
             _log(f"{charge.vm}: {type(e).__name__}: {e}; trying again")
             hypervisor.close()
             time.sleep(RETRY_SECONDS)
         else:
             _log(f"{charge.vm}: {done}")
-            return True
-    return False
+            return
 
 
 def _recover(charge: Charge) -> str:

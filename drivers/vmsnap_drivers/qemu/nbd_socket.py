@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from pathlib import Path
 from typing import Final
 
 from vmsnap_drivers.qemu.nbd_wire import NbdError
+from vmsnap_drivers.qemu.unix_socket import connect_unix
 
-_LONGEST_ADDRESS: Final = 107
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
@@ -33,7 +32,7 @@ class NbdSocket:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-            _connect(self._socket, path)
+            connect_unix(self._socket, path)
         except OSError as e:
             self._socket.close()
             raise NbdError(f"no NBD server answers on {path}: {e.strerror}") from e
@@ -93,15 +92,3 @@ class NbdSocket:
         if isinstance(error, BlockingIOError):
             return self.broken(f"no answer within {self._timeout_seconds:g} s")
         return self.broken(f"{error.strerror}")
-
-
-def _connect(client: socket.socket, path: Path) -> None:
-    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
-        client.connect(str(path))
-        return
-    # The address of a UNIX socket has room for 107 bytes; a path through its folder's descriptor is short.
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        client.connect(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)

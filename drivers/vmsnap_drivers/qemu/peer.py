@@ -96,24 +96,6 @@ def mapped_memory(pid: int) -> MappedMemory:
     return MappedMemory(small, huge)
 
 
-def large_mappings(pid: int) -> list[tuple[int, int]]:
-    """Start and length of the process's writable private mappings without a file, 16 MiB and more.
-
-    :raises VmGone: it has ended
-    """
-    found = []
-    try:
-        text = Path("/proc", str(pid), "maps").read_text()
-    except (FileNotFoundError, ProcessLookupError) as e:
-        raise VmGone(f"the QEMU process {pid} has ended") from e
-    for line in text.splitlines():
-        span, permissions, _, _, inode, *_ = line.split(maxsplit=5)
-        start, end = (int(number, 16) for number in span.split("-"))
-        if end - start >= _RAM_AT_LEAST and permissions == "rw-p" and inode == "0":
-            found.append((start, end - start))
-    return found
-
-
 def thread_waiting_on(pid: int, inode: int) -> bool:
     """Whether a thread of the process stands in a system call on the socket `inode`.
 

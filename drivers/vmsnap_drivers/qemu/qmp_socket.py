@@ -11,7 +11,6 @@ from __future__ import annotations
 import array
 import errno
 import json
-import os
 import select
 import socket
 import stat
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmsnap.errors import Busy, HypervisorError, UnknownVm, UsageError, VmGone
+from vmsnap_drivers.qemu.unix_socket import connect_unix
 
 GREETING_TIMEOUT_SECONDS: Final = 3.0
 """A QEMU that serves another client leaves a new one in the backlog of its socket, without a greeting."""
 
-_LONGEST_ADDRESS: Final = 107
 _LONGEST_GREETING: Final = 64 * 1024
 _LONGEST_LINE: Final = 256 * 1024 * 1024
 _READ_BYTES: Final = 256 * 1024
@@ -172,7 +171,7 @@ def _connect(path: str) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         client.setblocking(False)
-        _connect_by_short_path(client, place)
+        connect_unix(client, place)
     except OSError as e:
         client.close()
         if e.errno == errno.EAGAIN:
@@ -181,14 +180,3 @@ def _connect(path: str) -> socket.socket:
             raise VmGone(f"no QEMU listens on {path} any more") from e
         raise UsageError(f"the QMP socket {path} cannot be opened: {e.strerror}") from e
     return client
-
-
-def _connect_by_short_path(client: socket.socket, place: Path) -> None:
-    if len(os.fsencode(place)) <= _LONGEST_ADDRESS:
-        client.connect(str(place))
-        return
-    folder = os.open(place.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        client.connect(f"/proc/self/fd/{folder}/{place.name}")
-    finally:
-        os.close(folder)

@@ -6,7 +6,6 @@ the VM touches the host must be its own: disks, RAM, sockets, files, ports, netw
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,16 +314,3 @@ def _listening(properties: Properties) -> Properties:
 
 def _null(old: Properties) -> Properties:
     return Properties([("backend", "null"), ("id", old.get("id"))], "backend")
-
-
-def default_ram_block(arguments: Sequence[Argument], block_names: Sequence[str]) -> str:
-    """The RAM block that ``-m`` makes (``pc.ram``), or an empty text where ``-object`` and ``memory-backend`` or
-    ``-numa …,memdev`` name it.
-    """
-    for argument in arguments:
-        if argument.name in ("machine", "M") and argument.properties.get("memory-backend"):
-            return ""
-        if argument.name == "numa" and argument.properties.get("memdev"):
-            return ""
-    plain = [name for name in block_names if re.fullmatch(r"[A-Za-z0-9_.-]+ram", name) and "/" not in name]
-    return plain[0] if plain else ""

@@ -166,10 +166,6 @@ class MigrationStreamReader:
             device_state=device_state,
         )
 
-    def _peek(self) -> int:
-        self._source.need(1)
-        return self._source.data[self._source.begin]
-
     def _read_start(self, stack: contextlib.ExitStack) -> RamSection:
         source = self._source
         while (kind := source.take_number(1)) == SECTION_COMMAND:

@@ -87,7 +87,7 @@ class Drain:
     def stop(self) -> None:
         """Break the stream off; QEMU's migration fails, if it still runs. Idempotent."""
         self._far.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended by itself already
             self._near.shutdown(socket.SHUT_RDWR)
         if self._released:
             self._thread.join()
