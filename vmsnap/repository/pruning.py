@@ -1,0 +1,85 @@
+"""Removes backups: by a retention policy, or by name. Their data stays until garbage collection."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from vmsnap.errors import DamageFound, ObjectNotFound, StorageError, UnknownBackup, UsageError
+from vmsnap.repository.format import manifest_key
+from vmsnap.repository.retention import RetentionPolicy, Verdict, apply
+
+if TYPE_CHECKING:
+    from vmsnap.repository.repository import Repository
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a prune has done, or would do: `verdicts` of all backups that it looked at, by VM, the oldest first.
+
+    `unread` are the manifests that are damaged or of a newer format: they were left alone.
+    """
+
+    dry_run: bool
+    verdicts: tuple[Verdict, ...]
+    unread: tuple[DamageFound, ...] = ()
+
+    @property
+    def kept(self) -> tuple[Verdict, ...]:
+        """The backups that stay."""
+        return tuple(verdict for verdict in self.verdicts if verdict.kept)
+
+    @property
+    def removed(self) -> tuple[Verdict, ...]:
+        """The backups that are gone, or in a dry run would be."""
+        return tuple(verdict for verdict in self.verdicts if not verdict.kept)
+
+
+def prune_repository(
+    repository: Repository,
+    policy: RetentionPolicy,
+    *,
+    vm: str | None,
+    tags: Collection[str],
+    dry_run: bool,
+    now: datetime | None,
+) -> PruneReport:
+    """See `Repository.prune`."""
+    unread: list[DamageFound] = []
+    wanted = frozenset(tags)
+    backups = [
+        manifest
+        for manifest in repository.list(unread.append)
+        if vm in (None, manifest.vm) and (not wanted or wanted.intersection(manifest.tags))
+    ]
+    report = PruneReport(dry_run, apply(policy, backups, now or datetime.now(UTC)), tuple(unread))
+    if not dry_run:
+        _forget_each(repository, [verdict.backup for verdict in report.removed])
+    return report
+
+
+def forget_backups(repository: Repository, backups: Sequence[str]) -> None:
+    """Remove backups by their whole ids; a damaged one too. Each is removed atomically, one after the other.
+
+    :raises UnknownBackup: one of them is not there; none was removed
+    :raises StorageError: the storage failed; a note says how many were removed
+    """
+    for backup in backups:
+        try:
+            repository.storage.stat(manifest_key(backup))
+        except (ObjectNotFound, UsageError) as e:
+            raise UnknownBackup(f"there is no backup {backup!r}", cure="vmsnap list shows them") from e
+    _forget_each(repository, backups)
+
+
+def _forget_each(repository: Repository, backups: Sequence[str]) -> None:
+    for number, backup in enumerate(backups):
+        try:
+            repository.forget(backup)
+        except UnknownBackup:
+            continue  # somebody else has removed it meanwhile
+        except StorageError as e:
+            e.add_note(f"{number} of {len(backups)} backups were removed before that")
+            raise
