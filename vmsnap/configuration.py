@@ -5,7 +5,9 @@
     repository = "file:///srv/backups"        # what -r would say
     state_dir = "/var/lib/vmsnap"
     spool_dir = "/srv/spool"                  # allows guest RAM on a disk when memory is short
+    cache_dir = "/var/cache/vmsnap"           # where the index of a remote repository is kept
     memory_budget = "8GiB"                    # what duplicates may take in memory together
+    compression_level = 1                     # of zstd, from -7 (fastest) to 19 (smallest)
     passphrase_file = "/etc/vmsnap/passphrase"
     passphrase_command = "pass show backups"  # instead of passphrase_file; run without a shell
 
@@ -32,6 +34,11 @@ _SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+_DURATION_PART = re.compile(r"(\d{1,9})\s*(s|min|h|d|w|y)", re.IGNORECASE)
+_DURATION = re.compile(rf"({_DURATION_PART.pattern}\s*)+", re.IGNORECASE)
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+
+
 @dataclass(frozen=True)
 class Configuration:
     """What the file says; None where it says nothing. `source` is the file, None where there is none."""
@@ -40,7 +47,9 @@ class Configuration:
     repository: str | None = None
     state_dir: Path | None = None
     spool_dir: Path | None = None
+    cache_dir: Path | None = None
     memory_budget_bytes: int | None = None
+    compression_level: int | None = None
     passphrase_file: Path | None = None
     passphrase_command: str | None = field(default=None, repr=False)
     mechanism_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -55,6 +64,18 @@ def parse_size(text: str) -> int:
     if not found:
         raise UsageError(f"{text!r} is no size", cure="write it as 4096, 64M or 8GiB")
     return int(found[1]) * _FACTORS[(found[2] or "").upper()]
+
+
+def parse_duration(text: str) -> int:
+    """The seconds that a duration such as ``90s``, ``30min``, ``12h``, ``30d``, ``2w``, ``1y`` or ``1d12h`` means; a
+    year has 365 days.
+
+    :raises UsageError: it is no duration
+    """
+    parts = _DURATION_PART.findall(text)
+    if not parts or not _DURATION.fullmatch(text.strip()):
+        raise UsageError(f"{text!r} is no duration", cure="write it as 12h, 30d, 2w or 1y; minutes are min")
+    return sum(int(number) * _SECONDS[unit.lower()] for number, unit in parts)
 
 
 def find_file(given: Path | None = None) -> Path | None:
@@ -104,7 +125,9 @@ class _Reader:
             repository=self._repository(),
             state_dir=self._folder("state_dir"),
             spool_dir=self._folder("spool_dir"),
+            cache_dir=self._folder("cache_dir"),
             memory_budget_bytes=self._size("memory_budget"),
+            compression_level=self._level("compression_level"),
             passphrase_file=self._folder("passphrase_file"),
             passphrase_command=self._text("passphrase_command"),
             mechanism_options=self._mechanisms(),
@@ -153,6 +176,12 @@ class _Reader:
         if size <= 0:
             raise self._wrong(f"{key} must be more than 0")
         return size
+
+    def _level(self, key: str) -> int | None:
+        value = self._values.pop(key, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not -7 <= value <= 19):
+            raise self._wrong(f"{key} must be a whole number from -7 to 19")
+        return value
 
     def _mechanisms(self) -> dict[str, dict[str, str]]:
         tables = self._values.pop("mechanism", {})

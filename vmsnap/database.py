@@ -1,5 +1,5 @@
-"""The SQLite database of a host: the VM table and the journal in one file, in WAL mode, shared by all vmsnap
-processes.
+"""The SQLite database of a host: the VM table, the journal and the known repositories in one file, in WAL mode, shared
+by all vmsnap processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmsnap.errors import VmsnapError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -66,6 +66,13 @@ CREATE TABLE resource (
     PRIMARY KEY (operation, position)
 ) STRICT;
 """
+_SINCE_VERSION_2 = """
+CREATE TABLE repository (
+    url           TEXT PRIMARY KEY,
+    id            TEXT NOT NULL,
+    encryption    TEXT NOT NULL               -- when this host last stored a backup there
+) STRICT
+"""
 
 
 class Database:
@@ -101,6 +108,8 @@ class Database:
             if version == 0:
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(statement)
+            if version in (0, 1):
+                connection.execute(_SINCE_VERSION_2)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise VmsnapError(

@@ -12,6 +12,7 @@
     │   ├── ObjectNotFound            a storage backend has no object of that key
     │   └── NotARepository
     ├── DamageFound                4  stored data is not what was written
+    │   └── NewerFormat               one among many objects, and only a newer vmsnap can read it
     ├── Busy                       5  somebody else is at it: try again later
     ├── DriverUnavailable          6  install what the message names
     ├── AlreadyExists              1  would overwrite something: choose another name
@@ -95,6 +96,10 @@ class DamageFound(VmsnapError):
     """Stored data is not what was written; the message names what it touches."""
 
     exit_code = 4
+
+
+class NewerFormat(DamageFound):
+    """A newer vmsnap wrote this one of many objects: it may be whole, and nobody here can say what it holds."""
 
 
 class Busy(VmsnapError):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vmsnap.errors import AlreadyExists, DriverUnavailable, NotFound, StorageError, StorageFull, UsageError, VmsnapError
-from vmsnap.repository import DiskImage, Manifest, Repository
+from vmsnap.errors import AlreadyExists, NotFound, StorageError, StorageFull, UsageError, VmsnapError
+from vmsnap.qcow2target import Qcow2Target, create_qcow2, tool
+from vmsnap.repository import DiskImage, LostRange, Manifest, Repository, accepted_losses
 
 FORMATS = ("raw", "qcow2")
 
@@ -28,30 +27,35 @@ def export_disks(
     *,
     image_format: str = "raw",
     devices: Sequence[str] = (),
+    accept_loss: bool = False,
     progress: Callable[[int, int | None], None] = no_progress,
 ) -> dict[str, Path]:
     """Write the disks of a backup (those of `devices`, or all) into `folder`, one file each, named by its device.
 
     Every file or none: a failure leaves nothing behind. Blocks. `image_format` is one of `FORMATS`; ``qcow2`` needs
-    qemu-img, which is asked for before anything is written. Returns the file of each device.
+    qemu-utils, which is asked for before anything is written. `accept_loss`: what repair noted as lost is zeros.
+    Returns the file of each device.
 
     :raises UnknownBackup: there is none of that id
     :raises NotFound: it has no such disk
     :raises AlreadyExists: a file of that name exists; it is untouched
-    :raises DriverUnavailable: qemu-img is not installed
-    :raises DamageFound: the backup is damaged
+    :raises DriverUnavailable: qemu-utils is not installed
+    :raises DamageFound: the backup is damaged, or one of the disks has lost something and `accept_loss` is not set
     """
     if image_format not in FORMATS:
         raise UsageError(f"{image_format!r} is no format of an image file", cure=f"choose one of: {', '.join(FORMATS)}")
     if image_format == "qcow2":
-        _qemu_img()
-    manifest = repository.manifest(backup)
-    disks = _chosen(manifest, devices)
-    made = _Export(repository, manifest, folder.absolute(), image_format, progress).run(disks)
+        for name in ("qemu-img", "qemu-nbd"):
+            tool(name)
+    with repository.session("read", f"export of {backup}"):
+        manifest = repository.manifest(backup)
+        disks = chosen_disks(manifest, devices)
+        lost = accepted_losses(repository, manifest, [f"disk {disk.device}" for disk in disks], accept=accept_loss)
+        made = _Export(repository, manifest, folder.absolute(), image_format, progress, lost).run(disks)
     return {disk.device: path for disk, path in zip(disks, made, strict=True)}
 
 
-def _chosen(manifest: Manifest, devices: Sequence[str]) -> list[DiskImage]:
+def chosen_disks(manifest: Manifest, devices: Sequence[str]) -> list[DiskImage]:
     known = {disk.device: disk for disk in manifest.disks}
     for device in devices:
         if device not in known:
@@ -71,12 +75,14 @@ class _Export:
         folder: Path,
         image_format: str,
         progress: Callable[[int, int | None], None],
+        lost: Mapping[str, Sequence[LostRange]],
     ) -> None:
         self._repository = repository
         self._manifest = manifest
         self._folder = folder
         self._format = image_format
         self._progress = progress
+        self._lost = lost
 
     def run(self, disks: Sequence[DiskImage]) -> list[Path]:
         """Write `disks`; returns the file of each."""
@@ -107,38 +113,26 @@ class _Export:
     def _write(self, disk: DiskImage, disks: Sequence[DiskImage], on_failure: ExitStack) -> Path:
         total = sum(each.size_bytes for each in disks)
         before = sum(each.size_bytes for each in disks[: disks.index(disk)])
-        raw = self._unfinished(disk, on_failure)
-        reader = self._repository.reader(disk.image, f"disk {disk.device} of {self._manifest.backup}")
-        reader.restore_to_file(raw, lambda done, _: self._progress(before + done, total))
+        path = self._unfinished(disk, on_failure)
+        part = f"disk {disk.device}"
+        lost = self._lost.get(part, ())
+        reader = self._repository.reader(disk.image, f"{part} of {self._manifest.backup}", lost=lost)
+
+        def progress(done_bytes: int, _: int | None) -> None:
+            self._progress(before + done_bytes, total)
+
         if self._format == "raw":
-            return raw
-        converted = self._unfinished(disk, on_failure)
-        _convert(raw, converted)
-        raw.unlink()
-        return converted
+            reader.restore_to_file(path, progress)
+            return path
+        create_qcow2(path, disk.size_bytes)
+        with Qcow2Target(path) as target:
+            reader.write_to_empty(target, progress)
+        return path
 
     def _unfinished(self, disk: DiskImage, on_failure: ExitStack) -> Path:
         path = self._folder / f".{disk.device[:100]}.{secrets.token_hex(4)}.unfinished"
         on_failure.callback(path.unlink, missing_ok=True)
         return path
-
-
-def _qemu_img() -> str:
-    found = shutil.which("qemu-img")
-    if not found:
-        raise DriverUnavailable(
-            "qcow2 needs qemu-img, which is not installed", cure="on Debian: apt install qemu-utils"
-        )
-    return found
-
-
-def _convert(raw: Path, target: Path) -> None:
-    command = [_qemu_img(), "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, umask=0o077)
-    if done.returncode:
-        raise StorageError(f"qemu-img could not make {target}: {' '.join(done.stderr.split())}")
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _publish(partial: Path, target: Path) -> None:

@@ -67,6 +67,16 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "vmsnap"
 
 
+def default_cache_dir() -> Path:
+    """``VMSNAP_CACHE_DIR``, else ``/var/cache/vmsnap`` for root and ``$XDG_CACHE_HOME/vmsnap`` for others."""
+    given = os.environ.get("VMSNAP_CACHE_DIR")
+    if given:
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/var/cache/vmsnap")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmsnap"
+
+
 def boot_id() -> str:
     """The kernel's id of this boot (proc(5), /proc/sys/kernel/random/boot_id): what lay in memory is gone when it
     changed.

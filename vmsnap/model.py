@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from vmsnap.errors import UsageError
@@ -22,6 +23,9 @@ Json = Any
 """What JSON can hold. Drivers keep their own definitions in it; the core passes it on unread."""
 
 T = TypeVar("T")
+
+_decoders: dict[type, Any] = {}
+_decoders_lock = Lock()
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -225,12 +229,15 @@ class SnapshotPlan:
 
 @dataclass(frozen=True)
 class DiskSnapshot:
-    """The content of one disk at `instant`. `data` is the mechanism's own."""
+    """The content of one disk at `instant`. `data` is the mechanism's own. `mark` names this instant of this disk for
+    `SnapshotMechanism.changed_extents` of later snapshots; empty where the mechanism keeps no record of changes.
+    """
 
     plan: SnapshotPlan
     disk: Disk
     instant: Moment
     data: Json = None
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,10 +277,16 @@ def from_json(text: str | bytes, kind: type[T]) -> T:
     """
     import msgspec
 
+    # msgspec looks into a type when it meets it first, and crashes when several threads make it do so at once.
+    with _decoders_lock:
+        decoder = _decoders.get(kind)
+        if decoder is None:
+            decoder = _decoders[kind] = msgspec.json.Decoder(kind, dec_hook=_unplain)
     try:
-        return msgspec.json.decode(text, type=kind, dec_hook=_unplain)
+        value: T = decoder.decode(text)
     except msgspec.MsgspecError as e:
         raise ValueError(f"not a {kind.__name__}: {e}") from e
+    return value
 
 
 def _plain(value: object) -> object:

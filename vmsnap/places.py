@@ -10,6 +10,8 @@ from vmsnap import registry
 from vmsnap.roles import StorageBackend, check_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vmsnap.repository import Repository
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
@@ -31,15 +33,19 @@ def open_repository(
     url: str,
     passphrase: str | Callable[[], str] | None = None,
     options: Mapping[str, str] | None = None,
+    *,
+    cache_dir: Path | None = None,
 ) -> Repository:
     """Open the repository at `url`. `passphrase` may be a callable that is asked only if the repository is encrypted.
 
+    :param cache_dir: below it the index of a remote repository is kept, so that it is not fetched each time; see
+        `vmsnap.host.default_cache_dir`. None: nothing is kept
     :raises NotARepository: there is none
     :raises WrongPassphrase: it does not open
     """
     from vmsnap.repository import Repository
 
-    return Repository.open(storage_for(url, options), passphrase)
+    return Repository.open(storage_for(url, options), passphrase, cache_dir=cache_dir)
 
 
 def create_repository(

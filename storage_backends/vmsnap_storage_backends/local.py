@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import secrets
 import stat
@@ -17,12 +18,17 @@ from urllib.parse import unquote, urlsplit
 
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, StorageFull, UsageError
 from vmsnap.model import Finding
+from vmsnap.pagecache import QuietReader, forget, write_all
 from vmsnap.roles.options import Option
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
 
 # A key's words begin with a letter or a digit, so no object can have this name.
 _UNFINISHED = ".unfinished"
 _DEAD_AFTER_SECONDS = 3600.0
+# Smaller objects may stay in the page cache, and so may small parts of large ones, which are tree nodes mostly: the
+# next command reads them again.
+_LARGE_OBJECT_BYTES = 1 << 20
+_LARGE_PART_BYTES = 64 << 10
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -38,6 +44,7 @@ class LocalStorage(StorageBackend):
 
     name: ClassVar[str] = "file"
     options: ClassVar[Sequence[Option]] = ()
+    remote: ClassVar[bool] = False
 
     def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
         super().__init__(url, options or {})
@@ -183,8 +190,11 @@ class LocalStorage(StorageBackend):
         try:
             # The lock tells a sweep that the writer lives, whatever its PID namespace.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write_all(fd, data)
+            view = memoryview(data).cast("B")
+            write_all(fd, [view], 0)
             os.fsync(fd)
+            if len(view) >= _LARGE_OBJECT_BYTES:
+                forget(fd)
             if if_absent:
                 os.link(temporary, target)
             else:
@@ -258,12 +268,6 @@ def _folder_of(url: str) -> Path:
     return Path(path).absolute()
 
 
-def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 def _read_range(fd: int, key: str, offset: int, length: int | None) -> bytes:
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
@@ -272,14 +276,31 @@ def _read_range(fd: int, key: str, offset: int, length: int | None) -> bytes:
     end = size if length is None else offset + length
     if offset > size or end > size:
         raise StorageError(f"{key} has {size} bytes, and {end} were asked for")
-    parts = []
-    while offset < end:
-        part = os.pread(fd, end - offset, offset)
-        if not part:
+    if size < _LARGE_OBJECT_BYTES or end - offset < _LARGE_PART_BYTES:
+        content = os.pread(fd, end - offset, offset)
+        if len(content) != end - offset:
             raise StorageError(f"{key} became shorter while it was read")
-        parts.append(part)
-        offset += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        return content
+    return _read_quietly(fd, key, offset, end)
+
+
+def _read_quietly(fd: int, key: str, offset: int, end: int) -> bytes:
+    # A BytesIO gives its buffer to be read into and, unlike a bytearray, hands it out as bytes without a copy.
+    content = io.BytesIO()
+    content.seek(end - offset - 1)
+    content.write(b"\0")
+    reader = QuietReader(fd)
+    try:
+        with content.getbuffer() as view:
+            at = 0
+            while at < len(view):
+                count = reader.read_into(view[at:], offset + at)
+                if not count:
+                    raise StorageError(f"{key} became shorter while it was read")
+                at += count
+    finally:
+        reader.close()
+    return content.getvalue()
 
 
 def _fsync_folder(folder: Path) -> None:

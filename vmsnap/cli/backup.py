@@ -44,9 +44,14 @@ def _only_live(ctx: click.Context, parameter: click.Parameter, value: str) -> No
     help="Give up rather than let the guest stand still longer.",
 )
 @click.option("--tag", "tags", metavar="TAG", multiple=True, help="A word to find the backup by; any number of times.")
+@click.option(
+    "--accept-unencrypted",
+    is_flag=True,
+    help="Store the backup even if the repository was encrypted when this host last used it, and is not now.",
+)
 @not_yet("--keep-duplicate", is_flag=True)
 @pass_session
-def backup(session: Session, vm: str, max_pause: float, tags: tuple[str, ...]) -> None:
+def backup(session: Session, vm: str, max_pause: float, tags: tuple[str, ...], accept_unencrypted: bool) -> None:
     """Back up the registered VM whole: RAM, vCPUs and every disk, all from one instant.
 
     The guest stands still for milliseconds and goes on; whatever happens, it runs again. The backup is there when
@@ -58,7 +63,14 @@ def backup(session: Session, vm: str, max_pause: float, tags: tuple[str, ...]) -
         controller.table.get(vm)  # told before anybody is asked for a passphrase
         repository = session.open_repository()
         with progress_bar() as progress:
-            result = controller.backup(vm, repository, max_pause_seconds=max_pause, tags=tags, progress=progress)
+            result = controller.backup(
+                vm,
+                repository,
+                max_pause_seconds=max_pause,
+                tags=tags,
+                accept_unencrypted=accept_unencrypted,
+                progress=progress,
+            )
     for warning in result.warnings:
         session.note(warning)
     session.emit(backup_document(result), lambda: _summary(result))

@@ -1,4 +1,4 @@
-"""``vmsnap verify`` and ``vmsnap check``: is everything what was written?"""
+"""``vmsnap verify``, ``check`` and ``repair``: is everything what was written, and what can be saved where not?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import click
 from vmsnap.cli import output
 from vmsnap.cli.options import not_yet
 from vmsnap.cli.session import Session, SessionCommand, pass_session
-from vmsnap.errors import DamageFound
+from vmsnap.errors import DamageFound, UsageError
 
 if TYPE_CHECKING:
-    from vmsnap.repository import CheckFinding, CheckReport, Repository
+    from vmsnap.repository import CheckFinding, CheckReport, RepairReport, Repository, Subset, Touched
+
+_RANGES_SHOWN = 8
 
 
 @click.command(cls=SessionCommand, epilog="vmsnap verify web1-20260101T120000Z-1a2b3c -r /srv/backups")
@@ -26,31 +28,87 @@ def verify(session: Session, backup: str) -> None:
     """
     from vmsnap.cli.progress import byte_bar
 
-    repository = session.open_repository()
     try:
+        repository = session.open_repository()
         manifest = repository.manifest(backup)
         with byte_bar("verifying") as progress:
             report = repository.verify(manifest.backup, progress)
     except DamageFound as e:
-        finding = {"object": "", "severity": "damage", "message": e.message, "touches": []}
-        session.emit({"backup": backup, "damaged": True, "read_bytes": 0, "findings": [finding]}, lambda: None)
+        session.emit({"backup": backup, **_unreadable(e)}, lambda: None)
         raise
     document = {"backup": manifest.backup, **_document(report)}
-    _report(session, report, document, f"{manifest.backup} is whole, {output.size(report.read_bytes)} were verified")
+    verified = f"{output.size(report.read_bytes)} were verified"
+    _report(session, report, document, f"{manifest.backup} is whole, {verified}", f"not whole, {verified}")
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap check -r /srv/backups\nvmsnap check -r /srv/backups --read-data")
+@click.command(
+    cls=SessionCommand,
+    epilog="""\
+        vmsnap check -r /srv/backups
+        vmsnap check -r /srv/backups --read-data
+        vmsnap check -r /srv/backups --read-data --subset 1/7""",
+)
 @click.option("--read-data", is_flag=True, help="Read and authenticate every stored byte too.")
+@click.option(
+    "--subset",
+    metavar="SHARE",
+    help="With --read-data: read a share of the packs alone. 2/7 is the second of seven, P% (such as 5%) a random one.",
+)
 @pass_session
-def check(session: Session, read_data: bool) -> None:
+def check(session: Session, read_data: bool, subset: str | None) -> None:
     """Check the repository: that all that its backups name is there.
 
     Exit code 4 where something is missing or damaged; the lines name the backups that it touches.
     """
-    report_check(session, session.open_repository(), read_data)
+    from vmsnap.repository import Subset
+
+    if subset is not None and not read_data:
+        raise UsageError("--subset chooses what --read-data reads", cure="add --read-data")
+    share = None if subset is None else Subset.parse(subset)
+    try:
+        repository = session.open_repository()
+    except DamageFound as e:
+        counts = {"backups": 0, "packs": 0, "read_packs": 0, "subset": ""}
+        session.emit({**counts, **_unreadable(e)}, lambda: None)
+        raise
+    report_check(session, repository, read_data, share)
 
 
-def report_check(session: Session, repository: Repository, read_data: bool) -> None:
+@click.command(cls=SessionCommand, epilog="vmsnap repair -r /srv/backups --dry-run\nvmsnap repair -r /srv/backups")
+@click.option("--dry-run", is_flag=True, help="Change nothing, only say what would be done.")
+@click.option(
+    "--forget-damaged", is_flag=True, help="Delete the manifests that cannot be read: nobody can restore them any more."
+)
+@pass_session
+def repair(session: Session, dry_run: bool, forget_damaged: bool) -> None:
+    """Save all that can be saved of a damaged repository, and note in each backup what it has lost.
+
+    Reads every stored byte. A repository that is whole stays as it is. Exit code 4 where something is lost for good;
+    the lines name the backups, disks and ranges.
+    """
+    from vmsnap.cli.progress import byte_bar
+
+    repository = session.open_repository()
+    with byte_bar("reading") as progress:
+        report = repository.repair(dry_run=dry_run, forget_damaged=forget_damaged, progress=progress)
+    document = {
+        "dry_run": report.dry_run,
+        "changed": report.changed,
+        "backups": report.backups,
+        "packs": report.packs,
+        "read_bytes": report.read_bytes,
+        "findings": [_finding(finding) for finding in report.findings],
+        "actions": list(report.actions),
+        "lost": [_touch(touch) for touch in report.lost],
+        "unreadable": list(report.unreadable),
+        "whole_again": list(report.whole_again),
+        "waits_for": list(report.waits_for),
+    }
+    session.emit(document, lambda: _show_repair(report))
+    report.raise_if_lost()
+
+
+def report_check(session: Session, repository: Repository, read_data: bool, subset: Subset | None = None) -> None:
     """Check a repository and report it.
 
     :raises DamageFound: there is damage
@@ -58,50 +116,93 @@ def report_check(session: Session, repository: Repository, read_data: bool) -> N
     from vmsnap.cli.progress import byte_bar
 
     with byte_bar("checking") as progress:
-        report = repository.check(read_data=read_data, progress=progress)
-    document = {"backups": report.backups, "packs": report.packs, **_document(report)}
-    read = f", {output.size(report.read_bytes)} were read" if read_data else ""
-    _report(session, report, document, f"no damage in {report.backups} backups and {report.packs} packs{read}")
+        report = repository.check(read_data=read_data, subset=subset, progress=progress)
+    document = {
+        "backups": report.backups,
+        "packs": report.packs,
+        "read_packs": report.read_packs,
+        "subset": report.subset,
+        **_document(report),
+    }
+    share = f"{report.read_packs} of {report.packs} packs ({report.subset})" if report.subset else "every pack"
+    read = f"; {share} read, {output.size(report.read_bytes)}" if read_data else ""
+    looked_at = f"in {report.backups} backups and {report.packs} packs{read}"
+    _report(session, report, document, f"no damage {looked_at}", f"damage found {looked_at}")
 
 
 def _document(report: CheckReport) -> dict[str, Any]:
     return {
         "damaged": report.damaged,
         "read_bytes": report.read_bytes,
-        "findings": [
-            {
-                "object": finding.object,
-                "severity": finding.severity,
-                "message": finding.message,
-                "touches": [
-                    {
-                        "backup": touch.backup,
-                        "part": touch.part,
-                        "offset": touch.offset,
-                        "lost_bytes": touch.lost_bytes,
-                    }
-                    for touch in finding.touches
-                ],
-            }
-            for finding in report.findings
-        ],
+        "findings": [_finding(finding) for finding in report.findings],
     }
 
 
-def _report(session: Session, report: CheckReport, document: dict[str, Any], whole: str) -> None:
+def _unreadable(damage: DamageFound) -> dict[str, Any]:
+    """As `_document`, for what could not even be opened."""
+    finding = {"object": "", "severity": "damage", "message": damage.message, "touches": []}
+    return {"damaged": True, "read_bytes": 0, "findings": [finding]}
+
+
+def _finding(finding: CheckFinding) -> dict[str, Any]:
+    return {
+        "object": finding.object,
+        "severity": finding.severity,
+        "message": finding.message,
+        "touches": [_touch(touch) for touch in finding.touches],
+    }
+
+
+def _touch(touch: Touched) -> dict[str, Any]:
+    return {
+        "backup": touch.backup,
+        "part": touch.part,
+        "offset": touch.offset,
+        "lost_bytes": touch.lost_bytes,
+        "ranges": [{"offset": offset, "length": length} for offset, length in touch.ranges],
+    }
+
+
+def _report(session: Session, report: CheckReport, document: dict[str, Any], whole: str, damaged: str) -> None:
     def people() -> None:
         for finding in report.findings:
             _show(finding)
-        if not report.damaged:
-            click.echo(whole)
+        click.echo(damaged if report.damaged else whole)
 
     session.emit(document, people)
     report.raise_if_damaged()
 
 
 def _show(finding: CheckFinding) -> None:
-    colour = "red" if finding.severity == "damage" else "yellow"
+    colour = "yellow" if finding.severity == "note" else "red"
     click.echo(f"{click.style(f'{finding.severity:6}', fg=colour)}  {output.printable(finding.message)}")
     for touch in finding.touches:
-        lost = f", {output.size(touch.lost_bytes)} from offset {touch.offset}" if touch.lost_bytes else ""
-        click.echo(f"        touches {output.printable(f'{touch.backup}: {touch.part}')}{lost}")
+        click.echo(f"        touches {_lost(touch)}")
+
+
+def _show_repair(report: RepairReport) -> None:
+    for finding in report.findings:
+        _show(finding)
+    for action in report.actions:
+        click.echo(f"{'would' if report.dry_run else 'done':6}  {output.printable(action)}")
+    for touch in report.lost:
+        click.echo(f"{click.style('lost', fg='red')}    {_lost(touch)}")
+    for backup in report.unreadable:
+        click.echo(f"{click.style('lost', fg='red')}    {output.printable(backup)}: all")
+    if not report.changed:
+        more = " more" if report.lost or report.unreadable else ""
+        click.echo(f"nothing{more} to repair in {report.backups} backups and {report.packs} packs")
+    for session in report.waits_for:
+        click.echo(f"waits   {output.printable(session)}")
+    if report.waits_for:
+        click.echo("vmsnap gc deletes the damaged packs when these have ended")
+
+
+def _lost(touch: Touched) -> str:
+    """What is lost of a part of a backup, for people: some ranges, and how many more there are."""
+    what = output.printable(f"{touch.backup}: {touch.part}")
+    if not touch.lost_bytes:
+        return what
+    ranges = [f"{offset}-{offset + length}" for offset, length in touch.ranges[:_RANGES_SHOWN]]
+    more = f" and {len(touch.ranges) - len(ranges)} more" if len(touch.ranges) > len(ranges) else ""
+    return f"{what}, {output.size(touch.lost_bytes)} at {', '.join(ranges)}{more}"

@@ -105,6 +105,7 @@ class CommandLine(SessionGroup):
         session = Session(program=self.name or "vmsnap", hypervisor=self._hypervisor)
         # Processes that we start (guardians, VMs) have no business with it.
         session.passphrase_given = os.environ.pop("VMSNAP_PASSPHRASE", None)
+        session.new_passphrase_given = os.environ.pop("VMSNAP_NEW_PASSPHRASE", None)
         run = super().main
 
         def call() -> object:

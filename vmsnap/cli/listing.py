@@ -39,9 +39,11 @@ def report_backups(session: Session, repository: Repository, vm: str | None = No
     damaged: list[DamageFound] = []
     found = [manifest for manifest in repository.list(damaged.append) if vm in (None, manifest.vm)]
 
+    lost_column = ["lost"] if any(manifest.lost for manifest in found) else []
+
     def people() -> None:
         output.table(
-            ("backup", "vm", "mode", "time", "pause", "memory", "disks", "stored", "tags"),
+            ("backup", "vm", "mode", "time", "pause", "memory", "disks", "stored", "tags", *lost_column),
             [
                 (
                     manifest.backup,
@@ -53,15 +55,16 @@ def report_backups(session: Session, repository: Repository, vm: str | None = No
                     output.size(sum(disk.size_bytes for disk in manifest.disks)),
                     output.size(manifest.stats.stored_bytes),
                     ", ".join(manifest.tags),
+                    *(output.size(manifest.lost_bytes) for _ in lost_column),
                 )
                 for manifest in found
             ],
-            right=("pause", "memory", "disks", "stored"),
+            right=("pause", "memory", "disks", "stored", "lost"),
         )
 
     session.emit([backup_document(manifest) for manifest in found], people)
     for damage in damaged[1:]:
-        session.note(damage.message)
+        session.note(str(damage))
     if damaged:
         raise damaged[0]
 
@@ -81,6 +84,7 @@ def backup_document(manifest: Manifest) -> dict[str, Any]:
         "read_bytes": manifest.stats.read_bytes,
         "stored_bytes": manifest.stats.stored_bytes,
         "seconds": manifest.stats.seconds,
+        "lost_bytes": manifest.lost_bytes,
         "tags": list(manifest.tags),
     }
 
@@ -103,6 +107,7 @@ def full_document(manifest: Manifest) -> dict[str, Any]:
             {"region": region.region, "size_bytes": region.image.size_bytes, "page_bytes": region.page_bytes}
             for region in manifest.memory
         ],
+        "lost": [{"part": lost.part, "offset": lost.offset, "length": lost.length} for lost in manifest.lost],
         "resume_flag": manifest.resume_flag,
         "moments": [
             {
@@ -134,6 +139,7 @@ def _show(manifest: Manifest) -> None:
             ("read", output.size(manifest.stats.read_bytes)),
             ("stored", output.size(manifest.stats.stored_bytes)),
             ("took", f"{manifest.stats.seconds:.1f} s"),
+            *[("lost", f"{output.size(lost.length)} of {lost.part} at {lost.offset}") for lost in manifest.lost],
             ("tags", ", ".join(manifest.tags)),
         ]
     )

@@ -19,15 +19,20 @@ COMMANDS = {
     "show": LazyCommand("vmsnap.cli.listing:show", "Show one backup with its evidence.", BACKUPS),
     "restore": LazyCommand("vmsnap.cli.restore:restore", "Bring a backup up as a new VM.", BACKUPS),
     "export": LazyCommand("vmsnap.cli.export:export", "Write a backup's disks as image files.", BACKUPS),
+    "prune": LazyCommand("vmsnap.cli.prune:prune", "Remove the backups that no rule keeps.", BACKUPS),
+    "forget": LazyCommand("vmsnap.cli.prune:forget", "Remove single backups.", BACKUPS),
     "verify": LazyCommand("vmsnap.cli.integrity:verify", "Read and authenticate all of one backup.", CARE),
     "check": LazyCommand("vmsnap.cli.integrity:check", "Check the repository.", CARE),
+    "repair": LazyCommand("vmsnap.cli.integrity:repair", "Save what can be saved of a damaged repository.", CARE),
+    "key": LazyCommand("vmsnap.cli.key:key", "Add, list, remove and change passphrases.", CARE),
+    "gc": LazyCommand("vmsnap.cli.collect:gc", "Free the room of what no backup needs.", CARE),
     "doctor": LazyCommand("vmsnap.cli.doctor:doctor", "Say what works on this host, and what is missing.", CARE),
     "drivers": LazyCommand("vmsnap.cli.drivers:drivers", "List the installed drivers, show their options.", CARE),
     "recover": LazyCommand("vmsnap.cli.recover:recover", "Finish or undo what a crash left.", CARE),
 }
 """The commands of every console script that works with VMs."""
 
-LATER = ("consolidate", "failover", "duplicate", "gc", "prune", "key", "repair")
+LATER = ("consolidate", "failover", "duplicate")
 """Commands of a later version."""
 
 vmsnap = CommandLine(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from vmsnap.configuration import parse_size
+from vmsnap.configuration import parse_duration, parse_size
 from vmsnap.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,6 +22,15 @@ def size_option(*declaration: str, default: str, help: str) -> Callable[[F], F]:
     return click.option(*declaration, metavar="SIZE", default=default, show_default=True, callback=convert, help=help)
 
 
+def duration_option(*declaration: str, help: str) -> Callable[[F], F]:
+    """An option that takes a duration such as ``30d``, as seconds; None where it is not given."""
+
+    def convert(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+        return None if value is None else parse_duration(value)
+
+    return click.option(*declaration, metavar="DURATION", callback=convert, help=help)
+
+
 def driver_options(function: F) -> F:
     """``-o key=value``, any number of times, as the argument `options`, a dict."""
     return click.option(
@@ -31,6 +40,13 @@ def driver_options(function: F) -> F:
         multiple=True,
         callback=_pairs,
         help="An option of the driver; see: vmsnap drivers show NAME.",
+    )(function)
+
+
+def accept_loss(function: F) -> F:
+    """``--accept-loss``, a flag, as the argument `accept_loss`."""
+    return click.option(
+        "--accept-loss", is_flag=True, help="Take zeros for what vmsnap repair has noted as lost; else it is refused."
     )(function)
 
 

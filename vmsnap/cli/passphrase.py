@@ -65,6 +65,27 @@ def ask_for_new(*, may_be_empty: bool) -> str | None:
     return str(given) or None
 
 
+def new_passphrase(given: str | None) -> str:
+    """The new passphrase of a repository that has one: from the environment, at last from a prompt, twice.
+
+    :param given: the content of ``VMSNAP_NEW_PASSPHRASE``
+    :raises UsageError: there is none and no terminal, a file cannot be read, or a command fails
+    """
+    if given:
+        return given
+    file, command = os.environ.get("VMSNAP_NEW_PASSPHRASE_FILE"), os.environ.get("VMSNAP_NEW_PASSPHRASE_COMMAND")
+    if file:
+        return _from_file(Path(file))
+    if command:
+        return _from_command(command)
+    if not can_ask():
+        raise UsageError(
+            "no new passphrase was given",
+            cure="set VMSNAP_NEW_PASSPHRASE_FILE, VMSNAP_NEW_PASSPHRASE_COMMAND or VMSNAP_NEW_PASSPHRASE",
+        )
+    return str(click.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
+
+
 def can_ask() -> bool:
     """Whether somebody sits at a terminal."""
     return sys.stdin.isatty() and sys.stderr.isatty()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import driver_options
+from vmsnap.cli.options import accept_loss, driver_options
 from vmsnap.cli.session import DriverCommand, Session, pass_session
 
 
@@ -27,6 +27,7 @@ from vmsnap.cli.session import DriverCommand, Session, pass_session
     type=click.Path(path_type=Path),
     help="Where its disks are made; default: a folder of its own under the state folder.",
 )
+@accept_loss
 @driver_options
 @pass_session
 def restore(
@@ -36,6 +37,7 @@ def restore(
     run: bool,
     isolated: bool,
     target: Path | None,
+    accept_loss: bool,
     options: dict[str, str],
 ) -> None:
     """Bring BACKUP up as the new VM NAME, on disks of its own.
@@ -55,6 +57,7 @@ def restore(
                 isolated=isolated,
                 target=target.absolute() if target else None,
                 options=options,
+                accept_loss=accept_loss,
                 progress=progress,
             )
 

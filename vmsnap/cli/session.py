@@ -35,6 +35,7 @@ class Session:
     json: bool = False
     debug: bool = False
     passphrase_given: str | None = field(default=None, repr=False)
+    new_passphrase_given: str | None = field(default=None, repr=False)
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -87,9 +88,14 @@ class Session:
         :raises NotARepository: there is none
         :raises UsageError: no repository or passphrase was given, or the passphrase is wrong
         """
+        from vmsnap.host import default_cache_dir
         from vmsnap.places import open_repository
 
-        return open_repository(self.repository_url(), self.passphrase)
+        cache_dir = None if os.environ.get("VMSNAP_CACHE_DIR") else self.configuration.cache_dir
+        cache_dir = (cache_dir or default_cache_dir()).absolute()
+        repository = open_repository(self.repository_url(), self.passphrase, cache_dir=cache_dir)
+        repository.compression_level = self.configuration.compression_level
+        return repository
 
     def passphrase(self) -> str:
         """The passphrase of the repository, from wherever the user keeps it, at last from a prompt.
@@ -100,6 +106,15 @@ class Session:
 
         found = find_passphrase(self.passphrase_given, self.configuration)
         return ask() if found is None else found
+
+    def new_passphrase(self) -> str:
+        """The passphrase that is to open the repository from now on, at last from a prompt.
+
+        :raises UsageError: there is none and nobody can be asked
+        """
+        from vmsnap.cli.passphrase import new_passphrase
+
+        return new_passphrase(self.new_passphrase_given)
 
     def emit(self, document: object, people: Callable[[], None]) -> None:
         """Report: `document` as JSON with ``--json``, else whatever `people` writes."""

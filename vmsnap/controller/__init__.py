@@ -18,6 +18,7 @@ from vmsnap.errors import AlreadyExists, Busy, UsageError
 from vmsnap.guardian import start_for
 from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
+from vmsnap.knownrepositories import KnownRepositories
 from vmsnap.locks import vm_lock
 from vmsnap.model import Finding, check_name
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
@@ -160,6 +161,7 @@ class Controller:
         *,
         max_pause_seconds: float = DEFAULT_MAX_PAUSE_SECONDS,
         tags: Sequence[str] = (),
+        accept_unencrypted: bool = False,
         progress: ProgressCallback = silent,
         notify: Sequence[Callable[[BackupResult], None]] = (),
     ) -> BackupResult:
@@ -167,6 +169,8 @@ class Controller:
 
         Blocks until the backup is committed. Whatever fails, the VM runs again if it ran.
 
+        :param accept_unencrypted: go on where an unencrypted repository has taken the place of an encrypted one
+        :raises RepositoryError: that is so, and was not accepted
         :raises UnknownVm: not registered
         :raises Busy: another operation works on this VM, or its monitor serves somebody else
         :raises CannotCapture: refused before anything was paused
@@ -179,6 +183,10 @@ class Controller:
             raise UsageError("the pause must be allowed more than 0 seconds, and an end")
         for tag in tags:
             check_tag(tag)
+        known, place = KnownRepositories(self._database), (repository.storage.url, repository.id, repository.encryption)
+        if not accept_unencrypted:
+            known.expect(*place)
+        known.note(*place)
         with self.interruption.handled():
             return LiveBackup(
                 BackupOrder(vm, max_pause_seconds, tuple(tags)),
@@ -202,21 +210,24 @@ class Controller:
         isolated: bool = False,
         target: Path | None = None,
         options: Mapping[str, str] | None = None,
+        accept_loss: bool = False,
         progress: ProgressCallback = silent,
     ) -> RestoreResult:
         """Make a new VM `name` from a backup, on disks of its own in the folder `target`; stopped unless `run`.
 
-        Blocks. `isolated` cuts its network before it runs. `options` are the hypervisor driver's.
+        Blocks. `isolated` cuts its network before it runs. `options` are the hypervisor driver's. `accept_loss`: what
+        repair noted as lost is zeros in the new VM.
 
         :raises UnknownBackup: there is none of that id
         :raises AlreadyExists: the name, or a file where a disk is to be, exists
-        :raises DamageFound: the backup is damaged
+        :raises DamageFound: the backup is damaged, or has lost something and `accept_loss` is not set
         """
         from vmsnap.controller.restore import Restore, RestoreOrder
 
-        with self.interruption.handled():
+        # The session before the manifest is read: what it names is kept from then on.
+        with self.interruption.handled(), repository.session("read", f"restore of {backup}"):
             return Restore(
-                RestoreOrder(backup, name, run, isolated, target, options),
+                RestoreOrder(backup, name, run, isolated, target, options, accept_loss),
                 repository,
                 self.drivers,
                 self.journal,

@@ -10,6 +10,7 @@ from vmsnap.controller.capture import Capture, GuardianStart
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
+from vmsnap.controller.previous import Previous
 from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import BackupDisk, BackupResult
@@ -140,11 +141,12 @@ class LiveBackup:
         total_bytes = sum(image.size_bytes for image in duplicate.images)
         total_bytes += sum(snapshot.disk.size_bytes for snapshot in capture.snapshots)
         bars.begin("storing", total_bytes)
-        with self._repository.writer() as writer:
-            memory = tuple(self._store_memory(writer, image, bars) for image in duplicate.images)
+        with self._repository.writer(purpose=f"backup of {description.vm}") as writer:
+            previous = Previous(self._repository.latest(description.vm))
+            memory = tuple(self._store_memory(writer, image, previous, bars) for image in duplicate.images)
             device_state = writer.add_blob("device state", duplicate.device_state.read_bytes())
             disks = tuple(
-                self._store_disk(writer, snapshot, mechanisms[snapshot.disk.device], bars)
+                self._store_disk(writer, snapshot, mechanisms[snapshot.disk.device], previous, bars)
                 for snapshot in capture.snapshots
             )
             fields = BackupFields(
@@ -167,19 +169,25 @@ class LiveBackup:
             self._manifest = writer.commit(
                 fields, seconds=time.monotonic() - self._begun, instant_ns=instant.duplicated.wall_ns
             )
+            self._warnings += writer.warnings
 
-    def _store_memory(self, writer: BackupWriter, image: RamImage, bars: Bars) -> MemoryImage:
+    def _store_memory(self, writer: BackupWriter, image: RamImage, previous: Previous, bars: Bars) -> MemoryImage:
+        base = previous.memory(image)
         with SparseFileReader(image.path, image.size_bytes) as source:
-            record = writer.add_image(f"memory {image.region}", source, ImageKind.RAM, bars.part)
+            record = writer.add_image(f"memory {image.region}", source, ImageKind.RAM, bars.part, base=base)
         bars.part_done(image.size_bytes)
         return MemoryImage(image.region, image.page_bytes, record)
 
-    def _store_disk(self, writer: BackupWriter, snapshot: DiskSnapshot, mechanism: str, bars: Bars) -> DiskImage:
+    def _store_disk(
+        self, writer: BackupWriter, snapshot: DiskSnapshot, mechanism: str, previous: Previous, bars: Bars
+    ) -> DiskImage:
         disk = snapshot.disk
-        with self._capture.mechanisms[mechanism].reader(snapshot) as source:
-            record = writer.add_image(f"disk {disk.device}", source, ImageKind.DISK, bars.part)
+        driver = self._capture.mechanisms[mechanism]
+        base = previous.disk(snapshot, mechanism, driver)
+        with driver.reader(snapshot) as source:
+            record = writer.add_image(f"disk {disk.device}", source, ImageKind.DISK, bars.part, base=base)
         bars.part_done(disk.size_bytes)
-        return DiskImage(disk.device, disk.size_bytes, disk.format, disk.address, mechanism, record)
+        return DiskImage(disk.device, disk.size_bytes, disk.format, disk.address, mechanism, record, snapshot.mark)
 
     def _enter_duplicate(self) -> None:
         """The duplicate's row in the VM table, for as long as it is held: its disks are the snapshots."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,16 @@ from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
 from vmsnap.model import Disk, RamImage, VmState, check_name, to_json
 from vmsnap.protocol import RESTORE, Compensation, Condition, Instruction
-from vmsnap.repository import ImageRecord, Manifest, Repository
+from vmsnap.repository import ImageRecord, LostRange, Manifest, Repository, accepted_losses
 from vmsnap.roles import Hypervisor, LoadedVm, LoadRequest
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 
 @dataclass(frozen=True)
 class RestoreOrder:
-    """What is to be restored, as what, and where to. `target` None: a folder of the VM's own under the state folder."""
+    """What is to be restored, as what, and where to. `target` None: a folder of the VM's own under the state folder.
+    `accept_loss`: what is noted as lost for good reads as zeros.
+    """
 
     backup: str
     name: str
@@ -35,6 +37,7 @@ class RestoreOrder:
     isolated: bool = False
     target: Path | None = None
     options: Mapping[str, str] | None = None
+    accept_loss: bool = False
 
 
 class Restore:
@@ -67,19 +70,22 @@ class Restore:
         self._loaded_position: int | None = None
         self._loaded: LoadedVm | None = None
         self._disks: tuple[Disk, ...] = ()
+        self._lost: Mapping[str, Sequence[LostRange]] = {}
         self._operation: Operation | None = None
 
     def run(self) -> RestoreResult:
         """Carry it out. Blocks.
 
         :raises AlreadyExists: a VM of that name, or a file where a disk is to be, exists; nothing was touched
-        :raises DamageFound: the backup is damaged
+        :raises DamageFound: the backup is damaged, or has lost something and nobody accepted that
         """
         begun = time.monotonic()
         order = self._order
         with vm_lock(self._drivers.context.state_dir, order.name, f"restore of {self._manifest.backup}"):
             self._recover_first()
             self._refuse_existing()
+            parts = [part for part, _ in self._manifest.images]
+            self._lost = accepted_losses(self._repository, self._manifest, parts, accept=order.accept_loss)
             operation = self._operation = self._journal.begin(
                 RESTORE.name, order.name, self._manifest.hypervisor, self._options
             )
@@ -207,7 +213,7 @@ class Restore:
     def _fetch(self, image: ImageRecord, label: str, path: Path, bars: Bars) -> None:
         position = self._begun_operation().will_make("file", "", to_json(str(path)))
         try:
-            with self._repository.reader(image, label) as source:
+            with self._repository.reader(image, label, lost=self._lost.get(label, ())) as source:
                 source.restore_to_file(path, bars.part)
         except AlreadyExists:
             self._begun_operation().is_gone(position)

@@ -10,12 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vmsnap.repository.check import CheckFinding, CheckReport, Touched
+    from vmsnap.repository.base import BaseImage
+    from vmsnap.repository.findings import CheckFinding, CheckReport, RepairReport, Touched
     from vmsnap.repository.format import ChunkSizes, ImageKind
-    from vmsnap.repository.manifest import BackupFields, BackupStats, DiskImage, Manifest, MemoryImage, check_device
+    from vmsnap.repository.gc import GcReport
+    from vmsnap.repository.keyring import KeyInfo
+    from vmsnap.repository.loss import accepted_losses
+    from vmsnap.repository.manifest import (
+        BackupFields,
+        BackupStats,
+        DiskImage,
+        LostRange,
+        Manifest,
+        MemoryImage,
+        check_device,
+    )
+    from vmsnap.repository.pruning import PruneReport
     from vmsnap.repository.reader import ImageReader
     from vmsnap.repository.repository import Repository
+    from vmsnap.repository.retention import RetentionPolicy, Verdict
     from vmsnap.repository.sources import BytesReader, SparseFileReader
+    from vmsnap.repository.subset import Subset
     from vmsnap.repository.tree import ImageRecord
     from vmsnap.repository.writer import BackupWriter
 
@@ -23,19 +38,29 @@ _HOMES = {
     "BackupFields": "manifest",
     "BackupStats": "manifest",
     "BackupWriter": "writer",
+    "BaseImage": "base",
     "BytesReader": "sources",
-    "CheckFinding": "check",
-    "CheckReport": "check",
+    "CheckFinding": "findings",
+    "CheckReport": "findings",
     "ChunkSizes": "format",
     "DiskImage": "manifest",
+    "GcReport": "gc",
     "ImageKind": "format",
     "ImageReader": "reader",
     "ImageRecord": "tree",
+    "KeyInfo": "keyring",
+    "LostRange": "manifest",
     "Manifest": "manifest",
     "MemoryImage": "manifest",
+    "PruneReport": "pruning",
+    "RepairReport": "findings",
     "Repository": "repository",
+    "RetentionPolicy": "retention",
     "SparseFileReader": "sources",
-    "Touched": "check",
+    "Subset": "subset",
+    "Touched": "findings",
+    "Verdict": "retention",
+    "accepted_losses": "loss",
     "check_device": "manifest",
 }
 
@@ -43,19 +68,29 @@ __all__ = [
     "BackupFields",
     "BackupStats",
     "BackupWriter",
+    "BaseImage",
     "BytesReader",
     "CheckFinding",
     "CheckReport",
     "ChunkSizes",
     "DiskImage",
+    "GcReport",
     "ImageKind",
     "ImageReader",
     "ImageRecord",
+    "KeyInfo",
+    "LostRange",
     "Manifest",
     "MemoryImage",
+    "PruneReport",
+    "RepairReport",
     "Repository",
+    "RetentionPolicy",
     "SparseFileReader",
+    "Subset",
     "Touched",
+    "Verdict",
+    "accepted_losses",
     "check_device",
 ]
 

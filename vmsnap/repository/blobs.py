@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from threading import Lock
 from typing import NamedTuple
 
 from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
@@ -21,7 +22,7 @@ _DECOMPRESSION = {int(DecompressionParameter.window_log_max): MAX_CHUNK_BYTES.bi
 
 
 class Wanted(NamedTuple):
-    """A blob to be read, and how long its content must be."""
+    """A blob to be read, and how long its content must be: exactly so for a chunk, at most for a tree node."""
 
     id: bytes
     raw_bytes: int
@@ -30,14 +31,32 @@ class Wanted(NamedTuple):
 class BlobReader:
     """Reads blobs of one repository as `index` knows it. May be used by several threads at once."""
 
-    def __init__(self, storage: StorageBackend, vault: Vault, index: ChunkIndex) -> None:
+    def __init__(
+        self,
+        storage: StorageBackend,
+        vault: Vault,
+        index: ChunkIndex,
+        refresh: Callable[[], ChunkIndex] | None = None,
+    ) -> None:
+        """:param refresh: gives the index as it is now; asked where a pack has gone, which garbage collection may have
+        brought to another place. May be called by any thread, by one at a time.
+        """
         self.index = index
         self._storage = storage
         self._vault = vault
         self._ciphers: dict[bytes, Cipher] = {}
+        self._refresh = refresh
+        self._refreshing = Lock()
+        # Packs that are gone for good, and whether a chunk is: nobody is asked about them twice.
+        self._gone: set[bytes] = set()
+        self._some_are_lost = False
+
+    def data_id(self, content: bytes | memoryview) -> bytes:
+        """The id that a chunk with that content has."""
+        return self._vault.chunk_id(BlobKind.DATA, content)
 
     def read(self, kind: BlobKind, chunk_id: bytes, raw_bytes: int) -> bytes | memoryview:
-        """The content of one blob. Blocks.
+        """The content of one blob, which for a tree node may be shorter than `raw_bytes`. Blocks.
 
         :raises DamageFound: it is missing or not what was written
         """
@@ -56,38 +75,87 @@ class BlobReader:
         :raises StorageError: the storage failed
         """
         places: list[tuple[Location, int]] = []
-        found = self.index.find_many([want.id for want in wanted])
+        ids = [want.id for want in wanted]
+        index = self.index
+        found = index.find_many(ids)
+        if None in found and not self._some_are_lost and self._renew(index):
+            index = self.index
+            found = index.find_many(ids)
+            self._some_are_lost = None in found
         for position, (want, place) in enumerate(zip(wanted, found, strict=True)):
             if place is None:
                 yield position, DamageFound(f"chunk {want.id.hex()[:16]} is missing: no pack that is known has it")
             else:
                 places.append((place, position))
-        for group in _neighbours(sorted(places)):
-            yield from self._read_group(kind, wanted, group)
+        for group in neighbours(sorted(places)):
+            yield from self._read_group(kind, wanted, group, index)
 
     def _read_group(
-        self, kind: BlobKind, wanted: Sequence[Wanted], group: Sequence[tuple[Location, int]]
+        self, kind: BlobKind, wanted: Sequence[Wanted], group: Sequence[tuple[Location, int]], index: ChunkIndex
     ) -> Iterator[tuple[int, bytes | memoryview | DamageFound]]:
         start = group[0][0].offset
         end = max(place.offset + place.sealed_bytes for place, _ in group)
-        key = pack_key(group[0][0].pack)
+        pack = group[0][0].pack
+        key = pack_key(pack)
         try:
             data = memoryview(self._storage.get(key, start, end - start))
         except (ObjectNotFound, StorageError) as e:
             trouble = self._damage_behind(key, end, e)
+            if isinstance(e, ObjectNotFound) and pack not in self._gone and self._renew(index):
+                yield from self._read_moved(kind, wanted, [position for _, position in group], pack, trouble)
+                return
             if len(group) == 1:
                 yield group[0][1], trouble
                 return
             # The pack may have been cut off behind some of them.
             for one in group:
-                yield from self._read_group(kind, wanted, [one])
+                yield from self._read_group(kind, wanted, [one], index)
             return
         for place, position in group:
             at = place.offset - start
             try:
                 yield position, self._open(kind, wanted[position], place, data[at : at + place.sealed_bytes])
             except DamageFound as e:
-                yield position, e
+                yield position, self._read_copy(kind, wanted[position], place, e, index)
+
+    def _read_copy(
+        self, kind: BlobKind, want: Wanted, place: Location, damage: DamageFound, index: ChunkIndex
+    ) -> bytes | memoryview | DamageFound:
+        """The content from another place than `place`, where there is one that is whole; else what is wrong there."""
+        for copy in index.copies(want.id):
+            if (copy.pack, copy.offset) == (place.pack, place.offset):
+                continue
+            key = pack_key(copy.pack)
+            try:
+                return self._open(kind, want, copy, memoryview(self._storage.get(key, copy.offset, copy.sealed_bytes)))
+            except DamageFound:
+                continue
+            except (ObjectNotFound, StorageError) as e:
+                self._damage_behind(key, copy.offset + copy.sealed_bytes, e)
+        return damage
+
+    def _read_moved(
+        self, kind: BlobKind, wanted: Sequence[Wanted], positions: Sequence[int], pack: bytes, trouble: DamageFound
+    ) -> Iterator[tuple[int, bytes | memoryview | DamageFound]]:
+        """Read blobs where they are now that their pack has gone."""
+        moved: list[tuple[Location, int]] = []
+        index = self.index
+        places = index.find_many([wanted[position].id for position in positions])
+        for place, position in zip(places, positions, strict=True):
+            if place is None or place.pack == pack:
+                self._gone.add(pack)
+                yield position, trouble
+            else:
+                moved.append((place, position))
+        for group in neighbours(sorted(moved)):
+            yield from self._read_group(kind, wanted, group, index)
+
+    def _renew(self, stale: ChunkIndex) -> bool:
+        """Take the index as it is now; False where there is no newer one than `stale`."""
+        with self._refreshing:
+            if self.index is stale and self._refresh:
+                self.index = self._refresh()
+            return self.index is not stale
 
     def _damage_behind(self, key: str, end: int, error: ObjectNotFound | StorageError) -> DamageFound:
         """What a failed read says about the pack.
@@ -113,14 +181,15 @@ class BlobReader:
                 self._ciphers.clear()
             cipher = self._ciphers[place.pack] = vault.pack_cipher(place.pack)
         where = f"{pack_key(place.pack)}, the blob at {place.offset}"
-        if place.flags & 0xF != kind or place.raw_bytes != want.raw_bytes:
+        fits = place.raw_bytes == want.raw_bytes or (kind is BlobKind.TREE and place.raw_bytes < want.raw_bytes)
+        if place.flags & 0xF != kind or not fits:
             raise DamageFound(f"{where}, is listed as something else than what belongs here")
         try:
             plain = cipher.open(place.offset, sealed, vault.blob_bound(want.id, place.flags, place.raw_bytes))
         except BrokenSeal as e:
             raise DamageFound(f"{where}, is not what was written") from e
         try:
-            content = decompressed(plain, Codec(place.flags >> 4), want.raw_bytes)
+            content = decompressed(plain, Codec(place.flags >> 4), place.raw_bytes)
         except ValueError as e:
             raise DamageFound(f"{where}, cannot be decompressed: {e}") from e
         # The seal shows that it was written so; the id, that it was right when it was written.
@@ -149,8 +218,8 @@ def decompressed(plain: bytes | memoryview, codec: Codec, raw_bytes: int) -> byt
     return content
 
 
-def _neighbours(places: Sequence[tuple[Location, int]]) -> Iterator[list[tuple[Location, int]]]:
-    """Group places that are worth one read; `places` is sorted."""
+def neighbours(places: Sequence[tuple[Location, int]]) -> Iterator[list[tuple[Location, int]]]:
+    """Group places, each with what the caller knows it by, that are worth one read; `places` is sorted."""
     group: list[tuple[Location, int]] = []
     start = end = 0
     for item in places:

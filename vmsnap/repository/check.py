@@ -2,295 +2,249 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from threading import Lock
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from vmsnap.errors import DamageFound, ObjectNotFound
+from vmsnap.errors import DamageFound, NewerFormat, ObjectNotFound, RepositoryError
 from vmsnap.repository.blobs import BlobReader
-from vmsnap.repository.format import (
-    INDEX_PREFIX,
-    MANIFESTS_PREFIX,
-    PACKS_PREFIX,
-    ZERO_ID,
-    BlobKind,
-    pack_key,
-    pack_of_key,
-)
-from vmsnap.repository.index import IndexedPack, open_index
+from vmsnap.repository.findings import DAMAGE, LOST, NOTE, CheckReport, Findings, object_in
+from vmsnap.repository.format import INDEX_PREFIX, PACKS_PREFIX, is_index_key, manifest_key, pack_key, pack_of_key
+from vmsnap.repository.index import open_index
 from vmsnap.repository.loading import IndexLoader
-from vmsnap.repository.manifest import Manifest
-from vmsnap.repository.packs import check_blobs, open_pack
+from vmsnap.repository.loss import is_within
+from vmsnap.repository.manifest import LostRange, Manifest
+from vmsnap.repository.packstate import PackState, examine_packs
 from vmsnap.repository.reader import ImageReader
-from vmsnap.repository.tree import ImageRecord, Node, children, decode_node, node_bytes, root_node
+from vmsnap.repository.smallobjects import check_small_objects
+from vmsnap.repository.subset import Subset
+from vmsnap.repository.walk import Loss, LossWalk
 
 if TYPE_CHECKING:
     from vmsnap.repository.repository import Repository
 
 Progress: TypeAlias = Callable[[int, int | None], None]
 
-
-@dataclass(frozen=True)
-class Touched:
-    """What of a backup is lost: `part` is ``disk vda``, ``memory pc.ram``, ``device state`` or, where the manifest
-    itself is damaged, ``all``; `offset` is where the first lost range begins, `lost_bytes` how much is lost in all.
-    """
-
-    backup: str
-    part: str
-    offset: int = 0
-    lost_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class CheckFinding:
-    """One thing that is not as it should be. `object` is the key of the stored object, or empty where it is unknown
-    which one it would be. `severity`: ``damage``, or ``note`` where no backup loses anything.
-    """
-
-    object: str
-    severity: str
-    message: str
-    touches: tuple[Touched, ...] = ()
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a check has found, and how much it has looked at."""
-
-    backups: int
-    packs: int
-    read_bytes: int
-    findings: tuple[CheckFinding, ...]
-
-    @property
-    def damaged(self) -> bool:
-        """Whether any finding is damage."""
-        return any(finding.severity == "damage" for finding in self.findings)
-
-    def raise_if_damaged(self) -> None:
-        """Raise what was found as one error.
-
-        :raises DamageFound: there is damage; the message names the first one and its backups
-        """
-        damages = [finding for finding in self.findings if finding.severity == "damage"]
-        if damages:
-            touched = sorted({f"{touch.backup}: {touch.part}" for finding in damages for touch in finding.touches})
-            more = f", and {len(damages) - 1} more" if len(damages) > 1 else ""
-            raise DamageFound(f"{damages[0].message}{more}; touches {', '.join(touched) or 'no backup'}")
-
-
-class _Findings:
-    """Collects damage by what is damaged, and what each touches."""
-
-    def __init__(self) -> None:
-        self._touches: dict[tuple[str, str, str], dict[tuple[str, str], tuple[int, int]]] = {}
-        self._lock = Lock()
-
-    def add(self, key: str, message: str, touched: Touched | None = None, severity: str = "damage") -> None:
-        with self._lock:
-            touches = self._touches.setdefault((key, severity, message), {})
-            if touched:
-                part = (touched.backup, touched.part)
-                offset, lost = touches.get(part, (touched.offset, 0))
-                touches[part] = (min(offset, touched.offset), lost + touched.lost_bytes)
-
-    def all(self) -> tuple[CheckFinding, ...]:
-        return tuple(
-            CheckFinding(key, severity, message, tuple(Touched(*part, *lost) for part, lost in touches.items()))
-            for (key, severity, message), touches in self._touches.items()
-        )
+# How often packs that are missing are looked for again: garbage collection may be moving what they held.
+_LOOKS = 3
 
 
 class _Checker:
-    def __init__(self, repository: Repository, progress: Progress | None) -> None:
-        self.repository = repository
+    """One check. The index is read before the packs are listed, so that what it names was there before."""
+
+    def __init__(self, repository: Repository, findings: Findings) -> None:
         self.storage = repository.storage
         self.vault = repository.vault
-        self.progress = progress
-        self.findings = _Findings()
+        self.whole_index = repository.whole_index
+        self.findings = findings
         self.read_bytes = 0
-        self.sizes = self._pack_sizes()
+        self.read_packs = 0
         self.loader = IndexLoader(self.storage, self.vault)
-        self.index = self.loader.load()
-        self.bad_blobs: dict[bytes, tuple[str, str]] = {}
-        self.clean_nodes: set[tuple[int, bytes]] = set()
-        self.short_packs = {
-            pack: self.sizes.get(pack, -1)
-            for pack, size in self.index.pack_sizes.items()
-            if self.sizes.get(pack, -1) != size
-        }
-        self.index = self.index.behind(set(self.short_packs))
-        self.blobs = BlobReader(self.storage, self.vault, self.index)
-
-    def _pack_sizes(self) -> dict[bytes, int]:
-        sizes = {}
-        for info in self.storage.list(PACKS_PREFIX):
-            pack = pack_of_key(info.key)
-            if pack:
-                sizes[pack] = info.size_bytes
-            else:
-                self.findings.add(info.key, f"{info.key} is no pack, and not ours", severity="note")
-        return sizes
+        self.damaged: set[tuple[bytes, int]] = set()
+        for _ in range(_LOOKS):
+            self.index = self.loader.load()
+            self.sizes, self.strays = _packs_there(repository)
+            listed = self.index.pack_sizes
+            self.short_packs = {pack for pack, size in listed.items() if self.sizes.get(pack, -1) != size}
+            if not self.short_packs:
+                break
 
     # -- objects
 
-    def indexes_and_packs(self, read_data: bool) -> None:
+    def packs(self, subset: Subset | None, progress: Progress | None) -> None:
+        """Look at the index and the packs; read those that `subset` chooses, none where that is None."""
         for key, damage in self.loader.damaged.items():
-            self.findings.add(key, f"{damage.message}; its packs were asked instead")
-        for pack, size in self.short_packs.items():
-            key = pack_key(pack)
-            there = "is missing" if size < 0 else f"has {size} bytes instead of {self.index.pack_sizes[pack]}"
-            self.findings.add(key, f"{key} {there}")
+            if is_index_key(key):
+                self.findings.add(key, f"{damage.message}; its packs were asked instead")
+            else:
+                self.findings.add(key, f"{key} is no index, and not ours", severity=NOTE)
+        for pack in sorted(self.short_packs):
+            self.findings.add(pack_key(pack), self._shortage(pack))
+        for key in self.strays:
+            self.findings.add(key, f"{key} is no pack, and not ours", severity=NOTE)
         for pack in self.sizes.keys() - self.index.pack_sizes.keys():
             message = f"{pack_key(pack)} is listed by no index: an interrupted backup left it"
-            self.findings.add(pack_key(pack), message, severity="note")
-        if read_data:
-            total = sum(self.sizes.values())
-            for listed in self._listed():
-                self._read_pack(listed)
-                if self.progress:
-                    self.progress(self.read_bytes, total)
-
-    def _listed(self) -> Iterator[IndexedPack | bytes]:
-        """Each pack that is there, with what the index says of it if it does; one index object in memory at a time."""
-        seen: set[bytes] = set()
-        for info in self.storage.list(INDEX_PREFIX):
-            if info.key in self.loader.damaged:
-                continue
-            for pack in open_index(self.vault, info.key, self.storage.get(info.key)):
-                if pack.id in self.sizes and pack.id not in seen:
-                    seen.add(pack.id)
-                    yield pack
-        yield from self.sizes.keys() - seen
-
-    def _read_pack(self, listed: IndexedPack | bytes) -> None:
-        pack = listed if isinstance(listed, bytes) else listed.id
-        key = pack_key(pack)
-        try:
-            data = self.storage.get(key)
-        except ObjectNotFound:
-            self.findings.add(key, f"{key} is missing")
+            self.findings.add(pack_key(pack), message, severity=NOTE)
+        if subset is None:
             return
-        self.read_bytes += len(data)
-        entries = b"" if isinstance(listed, bytes) else listed.entries
-        severity = "damage" if pack in self.index.pack_sizes else "note"
-        try:
-            own = open_pack(self.vault, pack, data)
-            if entries and own != entries:
-                self.findings.add(key, f"{key} and the index disagree about its blobs", severity=severity)
-            entries = entries or own
-        except DamageFound as e:
-            self.findings.add(key, e.message, severity=severity)
-        for entry, intact in check_blobs(self.vault, pack, data, entries):
-            if not intact:
-                message = f"{key}, the blob at {entry.offset}, is not what was written"
-                self.findings.add(key, message, severity=severity)
-                place = self.index.find(entry.id)
-                if place and place.pack == pack:
-                    self.bad_blobs[entry.id] = (key, message)
+        chosen = subset.chosen(self.sizes.keys())
+        total = sum(self.sizes[pack] for pack in chosen)
+        for state in examine_packs(self.storage, self.vault, self._listed(chosen)):
+            self._judge(state)
+            if progress:
+                progress(self.read_bytes, total)
+
+    def _listed(self, chosen: set[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
+        """Each of the chosen packs with what the index says of it; one index object in memory at a time."""
+        seen: dict[bytes, int] = {}
+        for info in self.storage.list(INDEX_PREFIX):
+            try:
+                packs = open_index(self.vault, info.key, self.storage.get(info.key))
+            except (DamageFound, ObjectNotFound):  # told of already, or rewritten by garbage collection just now
+                continue
+            for pack in packs:
+                if pack.id not in seen and pack.id in chosen:
+                    yield pack.id, pack.entries
+                if seen.setdefault(pack.id, hash(pack.entries)) != hash(pack.entries):
+                    self.findings.add(info.key, f"{info.key} disagrees with another index about {pack_key(pack.id)}")
+        for unlisted in sorted(chosen - seen.keys()):
+            yield unlisted, None
+
+    def _judge(self, state: PackState) -> None:
+        self.read_bytes += state.size_bytes or 0
+        self.read_packs += 1
+        severity = DAMAGE if state.id in self.index.pack_sizes else NOTE
+        for fault in state.faults if state.size_bytes is not None else ():
+            self.findings.add(state.key, fault, severity=severity)
+        for entry in state.damaged:
+            self.findings.add(state.key, _blob_damage(state.id, entry.offset), severity=severity)
+            self.damaged.add((state.id, entry.offset))
+
+    def _shortage(self, pack: bytes) -> str:
+        if pack not in self.sizes:
+            return f"{pack_key(pack)} is missing"
+        return f"{pack_key(pack)} has {self.sizes[pack]} bytes instead of {self.index.pack_sizes[pack]}"
 
     # -- backups
 
-    def backup(self, manifest: Manifest) -> None:
-        for part, image in manifest.images:
-            if image.chunks:
-                self._walk(manifest.backup, part, image, root_node(image))
+    def backups(self, manifests: Sequence[Manifest]) -> None:
+        """Look for everything that the backups name."""
+        readable = self.index.readable(self.sizes, self.damaged)
+        nodes = BlobReader(self.storage, self.vault, self.index.behind(self.short_packs), self.whole_index)
+        walk = LossWalk(nodes, readable)
+        for manifest in manifests:
+            noted = False
+            for part, image in manifest.images:
+                known = manifest.lost_of(part)
+                for loss in walk.losses(image):
+                    noted |= self._add(manifest, part, known, loss)
+            if manifest.lost and not noted:
+                _add_whole_again(self.findings, manifest)
 
-    def _walk(self, backup: str, part: str, image: ImageRecord, node: Node) -> bool:
-        """Look at a subtree; returns whether all of it is there."""
-        # The same node can stand in images of several sizes, so its length belongs to what was seen.
-        seen = (node_bytes(image, node), node.id)
-        if node.id == ZERO_ID or seen in self.clean_nodes:
-            return True
-        try:
-            content = self.blobs.read(BlobKind.TREE, node.id, node_bytes(image, node))
-            ids = decode_node(image, node, content)
-        except DamageFound as e:
-            self._lost(backup, part, image, node, e.message)
+    def _add(self, manifest: Manifest, part: str, known: Sequence[LostRange], loss: Loss) -> bool:
+        """Tell of a loss; returns whether the manifest notes it already."""
+        if isinstance(loss.cause, RepositoryError):
+            _add_newer(self.findings, manifest, part, loss.cause)
             return False
-        if node.level == 1:
-            clean = self._chunks(backup, part, image, node, ids)
-        else:
-            clean = all([self._walk(backup, part, image, child) for child in children(node, image, ids)])
-        if clean:
-            self.clean_nodes.add(seen)
-        return clean
+        if is_within(known, loss.offset, loss.length):
+            _add_noted(self.findings, manifest, part, loss.offset, loss.length)
+            return True
+        key, message = self._cause(loss)
+        self.findings.add(key, message, (manifest.backup, part), loss.offset, loss.length)
+        return False
 
-    def _chunks(self, backup: str, part: str, image: ImageRecord, node: Node, ids: bytes) -> bool:
-        chunks = list(children(node, image, ids))
-        there = self.index.contains([chunk.id for chunk in chunks])
-        clean = True
-        for chunk, known in zip(chunks, there, strict=True):
-            if chunk.id == ZERO_ID or (known and not self.short_packs and not self.bad_blobs):
-                continue
-            place = self.index.find(chunk.id)
-            if place is None:
-                message = f"chunk {chunk.id.hex()[:16]} is missing: no pack that is known has it"
-            elif place.offset + place.sealed_bytes > self.short_packs.get(place.pack, 1 << 63):
-                message = "cut off"
-            elif chunk.id not in self.bad_blobs:
-                continue
+    def _cause(self, loss: Loss) -> tuple[str, str]:
+        """The object that a loss comes from, and what is wrong there, as it was told of the object itself."""
+        if loss.cause:
+            key = object_in(loss.cause.message)
+            pack = pack_of_key(key)
+            return key, self._shortage(pack) if pack in self.short_packs and pack else loss.cause.message
+        place = self.index.find(loss.chunk)
+        if place is None:
+            return "", f"chunk {loss.chunk.hex()[:16]} is missing: no pack that is known has it"
+        if (place.pack, place.offset) in self.damaged:
+            return pack_key(place.pack), _blob_damage(place.pack, place.offset)
+        return pack_key(place.pack), self._shortage(place.pack)
+
+
+def check_repository(repository: Repository, *, subset: Subset | None, progress: Progress | None) -> CheckReport:
+    """See `Repository.check`. `subset` is the share of the packs that is read; None: none of them."""
+    findings = Findings()
+    with repository.session("read", "check"):
+        # The manifests first: what they name was there before them, so an index that is read afterwards has it.
+        damaged: list[DamageFound] = []
+        manifests = repository.list(damaged.append)
+        for damage in damaged:
+            key = object_in(damage.message)
+            if isinstance(damage, NewerFormat):
+                findings.add(key, str(damage), severity=NOTE)
             else:
-                message = ""
-            self._lost(backup, part, image, chunk, message)
-            clean = False
-        return clean
-
-    def _lost(self, backup: str, part: str, image: ImageRecord, node: Node, message: str) -> None:
-        """Note that what is below a node, or a chunk, is lost to a backup."""
-        span = image.fanout**node.level * image.chunk_bytes
-        start = node.number * span
-        touched = Touched(backup, part, start, min(span, image.size_bytes - start))
-        place = self.index.find(node.id)
-        key = pack_key(place.pack) if place else ""
-        if place and place.pack in self.short_packs:
-            size = self.short_packs[place.pack]
-            there = "is missing" if size < 0 else f"has {size} bytes instead of {self.index.pack_sizes[place.pack]}"
-            message = f"{key} {there}"
-        elif node.id in self.bad_blobs:
-            message = self.bad_blobs[node.id][1]
-        self.findings.add(key, message, touched)
-
-
-def check_repository(repository: Repository, *, read_data: bool, progress: Progress | None) -> CheckReport:
-    """See `Repository.check`."""
-    # The manifests first: what they name was there before them, so an index that is read afterwards has it.
-    damaged: list[DamageFound] = []
-    manifests = repository.list(damaged.append)
-    checker = _Checker(repository, progress)
-    for damage in damaged:
-        key = damage.message.split(" ", 1)[0]
-        backup = key.removeprefix(MANIFESTS_PREFIX)
-        checker.findings.add(key, damage.message, Touched(backup, "all"))
-    checker.indexes_and_packs(read_data)
-    for manifest in manifests:
-        checker.backup(manifest)
-    return CheckReport(len(manifests) + len(damaged), len(checker.sizes), checker.read_bytes, checker.findings.all())
+                findings.add(key, damage.message, (key.rpartition("/")[2], "all"))
+        check_small_objects(repository, findings)
+        checker = _Checker(repository, findings)
+        checker.packs(subset, progress)
+        checker.backups(manifests)
+        _drop_forgotten(repository, manifests, findings)
+    return CheckReport(
+        backups=len(manifests) + len(damaged),
+        packs=len(checker.sizes),
+        read_bytes=checker.read_bytes,
+        findings=findings.all(),
+        read_packs=checker.read_packs,
+        subset=str(subset) if subset and subset != Subset() else "",
+    )
 
 
 def verify_backup(repository: Repository, manifest: Manifest, progress: Progress | None) -> CheckReport:
     """See `Repository.verify`."""
-    findings = _Findings()
-    blobs = BlobReader(repository.storage, repository.vault, repository.whole_index())
-    total = sum(image.size_bytes for _, image in manifest.images)
+    findings = Findings()
+    noted = False
     done = 0
-    for part, image in manifest.images:
-        before = done
+    total = sum(image.size_bytes for _, image in manifest.images)
+    with repository.session("read", f"verify of {manifest.backup}"):
+        index = repository.whole_index()
+        blobs = BlobReader(repository.storage, repository.vault, index, repository.whole_index)
+        for part, image in manifest.images:
+            before = done
 
-        def found(offset: int, length: int, damage: DamageFound, part: str = part) -> None:
-            touched = Touched(manifest.backup, part, offset, length)
-            findings.add(damage.message.split(",")[0].split(" ")[0], damage.message, touched)
+            def found(offset: int, length: int, damage: DamageFound, part: str = part) -> None:
+                nonlocal noted
+                if is_within(manifest.lost_of(part), offset, length):
+                    noted = True
+                    _add_noted(findings, manifest, part, offset, length)
+                else:
+                    findings.add(object_in(damage.message), damage.message, (manifest.backup, part), offset, length)
 
-        def advance(bytes_done: int, _: int | None, before: int = before) -> None:
-            if progress:
-                progress(before + bytes_done, total)
+            def advance(bytes_done: int, _: int | None, before: int = before) -> None:
+                if progress:
+                    progress(before + bytes_done, total)
 
-        reader = ImageReader(blobs, image, f"{part} of {manifest.backup}")
-        try:
-            reader.verify(found, advance)
-        except DamageFound as e:  # of the tree: what is below cannot even be looked for
-            found(0, image.size_bytes, e)
-        done += image.size_bytes
+            ImageReader(blobs, image, f"{part} of {manifest.backup}").verify(found, advance)
+            done += image.size_bytes
+    if manifest.lost and not noted:
+        _add_whole_again(findings, manifest)
     return CheckReport(1, 0, done, findings.all())
+
+
+def _packs_there(repository: Repository) -> tuple[dict[bytes, int], list[str]]:
+    """The size of each pack that is there, and the keys of what lies among them."""
+    sizes: dict[bytes, int] = {}
+    strays = []
+    for info in repository.storage.list(PACKS_PREFIX):
+        pack = pack_of_key(info.key)
+        if pack:
+            sizes[pack] = info.size_bytes
+        else:
+            strays.append(info.key)
+    return sizes, strays
+
+
+def _drop_forgotten(repository: Repository, manifests: Sequence[Manifest], findings: Findings) -> None:
+    """A backup that was removed meanwhile lacks nothing."""
+    touched = {touch.backup for finding in findings.all() for touch in finding.touches}
+    for manifest in manifests:
+        if manifest.backup in touched:
+            try:
+                repository.storage.stat(manifest_key(manifest.backup))
+            except ObjectNotFound:
+                findings.drop_backup(manifest.backup)
+
+
+def _blob_damage(pack: bytes, offset: int) -> str:
+    return f"{pack_key(pack)}, the blob at {offset}, is not what was written"
+
+
+def _add_noted(findings: Findings, manifest: Manifest, part: str, offset: int, length: int) -> None:
+    key = manifest_key(manifest.backup)
+    message = f"{key} notes what repair could not save"
+    findings.add(key, message, (manifest.backup, part), offset, length, severity=LOST)
+
+
+def _add_whole_again(findings: Findings, manifest: Manifest) -> None:
+    key = manifest_key(manifest.backup)
+    message = f"{key} notes a loss, and is whole again: vmsnap repair clears the note"
+    findings.add(key, message, severity=NOTE)
+
+
+def _add_newer(findings: Findings, manifest: Manifest, part: str, error: RepositoryError) -> None:
+    message = f"{part} of {manifest.backup} cannot be checked: {error}"
+    findings.add(manifest_key(manifest.backup), message, severity=NOTE)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Lock, local
 
 import numpy as np
 import numpy.typing as npt
 from backports.zstd import ZstdCompressor
 
-from vmsnap.errors import StorageFull
+from vmsnap.errors import ObjectNotFound, StorageError, StorageFull
 from vmsnap.repository.format import ZERO_ID, BlobKind, Codec
 from vmsnap.repository.index import ChunkIndex, IndexedPack, seal_index
 from vmsnap.repository.packs import ENTRY
@@ -166,12 +167,19 @@ class ChunkStore:
         try:
             self._storage.put(key, data)
         except StorageFull:
-            # Certainly not there, unlike after other failures.
-            with self._lock:
-                self._unlisted += packs
+            # Nothing of it is there, unlike after other failures, whose put may still come through.
+            with suppress(StorageError):
+                self._note_unlisted(key, packs)
             raise
         with self._lock:
             self._stored_bytes += len(data)
+
+    def _note_unlisted(self, key: str, packs: list[IndexedPack]) -> None:
+        try:
+            self._storage.stat(key)
+        except ObjectNotFound:
+            with self._lock:
+                self._unlisted += packs
 
 
 def _zeros(content: memoryview, chunk_bytes: int) -> list[bool]:

@@ -25,6 +25,8 @@ KEYS_PREFIX = "keys/"
 PACKS_PREFIX = "packs/"
 INDEX_PREFIX = "index/"
 MANIFESTS_PREFIX = "manifests/"
+SESSIONS_PREFIX = "sessions/"
+GARBAGE_PREFIX = "garbage/"
 
 _HEX_ID = re.compile(r"[0-9a-f]{64}")
 
@@ -55,13 +57,13 @@ class ImageKind(enum.Enum):
 class ChunkSizes:
     """Bytes per chunk for each kind of image, powers of two; and the ids per tree node.
 
-    Disks: large enough that a TiB has 4 million chunks, small enough that a changed block costs little. RAM changes
-    page by page, so its chunks are smaller. The numbers are recorded per image: other ones only end deduplication
-    between old and new backups.
+    Chosen by measurement (docs/performance.md): small enough that scattered changes cost little, large enough that the
+    index of a TiB fits into memory. The numbers are recorded per image: other ones only end deduplication between old
+    and new backups.
     """
 
-    disk: int = 256 << 10
-    ram: int = 64 << 10
+    disk: int = 128 << 10
+    ram: int = 32 << 10
     state: int = 64 << 10
     fanout: int = 256
 
@@ -125,6 +127,11 @@ def pack_of_key(key: str) -> bytes | None:
 def index_key(name: bytes) -> str:
     """The object key of an index object."""
     return INDEX_PREFIX + name.hex()
+
+
+def is_index_key(key: str) -> bool:
+    """Say whether an object of that key can be an index object of ours."""
+    return key.startswith(INDEX_PREFIX) and bool(_HEX_ID.fullmatch(key.removeprefix(INDEX_PREFIX)))
 
 
 def manifest_key(backup: str) -> str:

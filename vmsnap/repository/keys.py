@@ -65,8 +65,8 @@ def wrap_root(
     return KEYS_PREFIX + key_id, encode_text(key)
 
 
-def unwrap_root(objects: Mapping[str, bytes], passphrase: str, bound: bytes) -> bytes:
-    """The root secret, from the first key object that `passphrase` opens.
+def unwrap_root(objects: Mapping[str, bytes], passphrase: str, bound: bytes) -> tuple[str, bytes]:
+    """The first key object that `passphrase` opens: its object key, and the root secret.
 
     :param objects: the key objects by object key
     :param bound: the config's digest
@@ -84,9 +84,8 @@ def unwrap_root(objects: Mapping[str, bytes], passphrase: str, bound: bytes) -> 
             trouble = trouble or e
             continue
         try:
-            return AESGCM(_from_passphrase(passphrase, salt, key.cost)).decrypt(
-                bytes(12), wrapped, _bound(key.id, bound)
-            )
+            aes = AESGCM(_from_passphrase(passphrase, salt, key.cost))
+            return name, aes.decrypt(bytes(12), wrapped, _bound(key.id, bound))
         except InvalidTag:
             continue
     if trouble:

@@ -6,7 +6,9 @@ not known here are passed over, so that later vmsnaps can add some within the sa
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -40,7 +42,9 @@ class MemoryImage:
 
 @dataclass(frozen=True)
 class DiskImage:
-    """The content of one virtual disk; `address` is where it was, `format` what it was there; the image is raw."""
+    """The content of one virtual disk; `address` is where it was, `format` what it was there; the image is raw. `mark`
+    is what the snapshot mechanism called this instant of it (`DiskSnapshot.mark`).
+    """
 
     device: str
     size_bytes: int
@@ -48,6 +52,7 @@ class DiskImage:
     address: str
     mechanism: str
     image: ImageRecord
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +89,26 @@ class BackupStats:
     seconds: float
 
 
+@dataclass(frozen=True)
+class LostRange:
+    """A range of an image that holds something that is lost; `part` names the image as `Manifest.images` does."""
+
+    part: str
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest(BackupFields):
-    """One backup. `backup` is its id, `time` the UTC time by RFC 3339 that stands in the id too."""
+    """One backup. `backup` is its id, `time` the UTC time by RFC 3339 that stands in the id too. `lost` is what repair
+    could not save of it.
+    """
 
     backup: str
     time: str
     stats: BackupStats
     vmsnap: str
+    lost: tuple[LostRange, ...] = ()
     version: int = FORMAT_VERSION
 
     @property
@@ -102,6 +119,15 @@ class Manifest(BackupFields):
         if self.device_state:
             images.append(("device state", self.device_state))
         return tuple(images)
+
+    def lost_of(self, part: str) -> tuple[LostRange, ...]:
+        """What is lost of one image, named as in `images`."""
+        return tuple(lost for lost in self.lost if lost.part == part)
+
+    @property
+    def lost_bytes(self) -> int:
+        """How much is lost of all images."""
+        return sum(lost.length for lost in self.lost)
 
 
 @dataclass(frozen=True)
@@ -156,10 +182,40 @@ def check_fields(fields: BackupFields) -> None:
             raise UsageError(fault)
 
 
+def check_lost(manifest: Manifest) -> None:
+    """Check that what is noted as lost lies inside of images that there are, in order and without overlap.
+
+    :raises UsageError: something is wrong; the message names it
+    """
+    sizes = {part: image.size_bytes for part, image in manifest.images}
+    ends = dict.fromkeys(sizes, 0)
+    for lost in manifest.lost:
+        if lost.part not in sizes:
+            raise UsageError(f"something is lost of {lost.part!r}, which the backup does not have")
+        end = lost.offset + lost.length
+        if lost.offset < ends[lost.part] or lost.length <= 0 or end > sizes[lost.part]:
+            raise UsageError(f"an impossible range of {lost.part} is lost")
+        ends[lost.part] = end
+
+
 def seal_manifest(vault: Vault, manifest: Manifest) -> tuple[str, bytes]:
     """The object that holds a manifest: its key and its content."""
     key = manifest_key(manifest.backup)
     return key, vault.seal_object(key, to_json(manifest).encode())
+
+
+def with_lost(vault: Vault, key: str, data: bytes, lost: Sequence[LostRange]) -> bytes:
+    """The content of the manifest object `data` with another note of what is lost; all else, what this vmsnap does not
+    know included, stays.
+
+    :raises DamageFound: it is not what was written under `key`
+    """
+    try:
+        fields = json.loads(vault.open_object(key, data))
+    except (BrokenSeal, ValueError) as e:
+        raise DamageFound(f"{key} is damaged: it is not what was written") from e
+    fields["lost"] = [{"part": each.part, "offset": each.offset, "length": each.length} for each in lost]
+    return vault.seal_object(key, json.dumps(fields, separators=(",", ":"), sort_keys=True).encode())
 
 
 def open_manifest(vault: Vault, key: str, data: bytes) -> Manifest:
@@ -178,6 +234,7 @@ def open_manifest(vault: Vault, key: str, data: bytes) -> Manifest:
             raise RepositoryError(f"{key} has format {version}, newer than this vmsnap", cure="install a newer one")
         manifest = from_json(content, Manifest)
         check_fields(manifest)
+        check_lost(manifest)
         backup = _BACKUP_ID.fullmatch(manifest.backup)
     except (ValueError, RecursionError, UsageError) as e:
         raise DamageFound(f"{key} is damaged: {e}") from e

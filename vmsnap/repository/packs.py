@@ -41,8 +41,17 @@ def flags_of(kind: BlobKind, codec: Codec) -> int:
     return kind | codec << 4
 
 
+class Slot(NamedTuple):
+    """A place in a pack that is kept for one blob."""
+
+    entry: Entry
+    target: memoryview
+
+
 class PackBuilder:
-    """A pack that is being filled, in memory."""
+    """A pack that is being filled, in memory. Places in it are reserved by one thread at a time, and filled by several
+    at once.
+    """
 
     def __init__(self, vault: Vault, buffer: bytearray) -> None:
         """:param buffer: where the pack is built; as long as the pack may become"""
@@ -59,17 +68,26 @@ class PackBuilder:
         trailer = (len(self._entries) + 1) * ENTRY.size + _TRAILER_ROOM
         return self._used + plain_bytes + TAG_BYTES + trailer <= len(self._buffer)
 
+    def reserve(self, chunk_id: bytes, kind: BlobKind, codec: Codec, raw_bytes: int, plain_bytes: int) -> Slot:
+        """Keep a place for a blob of `plain_bytes` as they are going to be sealed; there must be room."""
+        entry = Entry(chunk_id, self._used, plain_bytes + TAG_BYTES, raw_bytes, flags_of(kind, codec))
+        self._used += entry.sealed_bytes
+        self._entries.append(ENTRY.pack(*entry))
+        return Slot(entry, memoryview(self._buffer)[entry.offset : self._used])
+
+    def fill(self, slot: Slot, data: bytes | memoryview) -> None:
+        """Seal a blob into its place; once."""
+        entry = slot.entry
+        bound = self._vault.blob_bound(entry.id, entry.flags, entry.raw_bytes)
+        self._cipher.seal_into(entry.offset, data, bound, slot.target)
+        slot.target.release()
+
     def append(self, chunk_id: bytes, kind: BlobKind, codec: Codec, raw_bytes: int, data: bytes | memoryview) -> None:
         """Seal and add a blob; there must be room."""
-        flags = flags_of(kind, codec)
-        sealed = self._cipher.seal(self._used, data, self._vault.blob_bound(chunk_id, flags, raw_bytes))
-        end = self._used + len(sealed)
-        self._buffer[self._used : end] = sealed
-        self._entries.append(ENTRY.pack(chunk_id, self._used, len(sealed), raw_bytes, flags))
-        self._used = end
+        self.fill(self.reserve(chunk_id, kind, codec, raw_bytes, len(data)), data)
 
     def finish(self) -> tuple[memoryview, bytes]:
-        """Close the pack: its bytes (a view of the buffer) and its entries, packed."""
+        """Close the pack, all of whose places are filled: its bytes (a view of the buffer) and its entries, packed."""
         entries = b"".join(self._entries)
         sealed = self._cipher.seal(self._used, entries, self._vault.trailer_bound())
         tail = sealed + FOOTER.pack(len(sealed), END_MAGIC)

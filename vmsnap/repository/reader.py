@@ -5,37 +5,49 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from vmsnap.errors import AlreadyExists, DamageFound, StorageError, StorageFull
 from vmsnap.model import Extent
+from vmsnap.pagecache import forget, write_all
 from vmsnap.repository.blobs import BlobReader, Wanted
 from vmsnap.repository.format import ID_BYTES, ZERO_ID, BlobKind
-from vmsnap.repository.tree import ImageRecord, Node, child_count, decode_node, leaves, node_bytes, root_node
+from vmsnap.repository.loss import is_within
+from vmsnap.repository.manifest import LostRange
+from vmsnap.repository.nodes import TreeReader
+from vmsnap.repository.tree import ImageRecord, Node, child_count, leaves, root_node, span_of
 from vmsnap.roles.snapshot import DiskReader
 
+if TYPE_CHECKING:
+    from vmsnap.repository.inplace import RestoreStats, Target
+
 Progress: TypeAlias = Callable[[int, int | None], None]
+LoadIds: TypeAlias = Callable[[ImageRecord, Node], bytes]
 
 _BATCH_BYTES = 4 << 20
-_NODES_KEPT = 64
+_WRITE_BYTES = 512 << 10
+_HOLES_BYTES = 1 << 30
 _CACHE_BYTES = 16 << 20
 
 
 class ImageReader(DiskReader):
     """Random access to one image of a backup. Used by one thread at a time; nothing to close."""
 
-    def __init__(self, blobs: BlobReader, image: ImageRecord, label: str) -> None:
-        """:param label: what messages call it: ``disk vda of backup …``"""
+    def __init__(self, blobs: BlobReader, image: ImageRecord, label: str, lost: Sequence[LostRange] = ()) -> None:
+        """:param label: what messages call it: ``disk vda of backup …``
+        :param lost: ranges of which the user accepts that what is lost there reads as zeros
+        """
         self.image = image
+        self._lost = lost
         self.size_bytes = image.size_bytes
         self._blobs = blobs
         self._label = label
-        self._nodes: OrderedDict[bytes, bytes] = OrderedDict()
-        self._chunks: OrderedDict[int, bytes | memoryview] = OrderedDict()
+        self._tree = TreeReader(blobs)
+        self._chunks: OrderedDict[int, bytes | memoryview | None] = OrderedDict()
 
     def __enter__(self) -> ImageReader:
         return self
@@ -67,10 +79,11 @@ class ImageReader(DiskReader):
         if offset < 0 or offset + len(buffer) > self.size_bytes:
             raise StorageError(f"{self._label} ends at {self.size_bytes}")
         at = 0
+        end = -(-(offset + len(buffer)) // self.image.chunk_bytes)
         while at < len(buffer):
             number, skip = divmod(offset + at, self.image.chunk_bytes)
             count = min(self.image.chunk_length(number) - skip, len(buffer) - at)
-            chunk = self._chunk(number)
+            chunk = self._chunk(number, end)
             buffer[at : at + count] = bytes(count) if chunk is None else chunk[skip : skip + count]
             at += count
 
@@ -97,6 +110,7 @@ class ImageReader(DiskReader):
             os.ftruncate(fd, self.size_bytes)
             self.write_data(fd, progress)
             os.fsync(fd)
+            forget(fd)
             complete = True
         except OSError as e:
             raise _file_error(e, target) from e
@@ -115,33 +129,73 @@ class ImageReader(DiskReader):
         :raises OSError: writing failed
         """
 
-        def store(first: int, ids: bytes) -> None:
-            for number, content in self._read_batch(first, ids):
-                _write_all(fd, content, number * self.image.chunk_bytes)
+        self._write_to(lambda offset, contents: write_all(fd, contents, offset), progress)
 
-        self._in_threads(store, progress)
+    def write_to_empty(self, target: Target, progress: Progress | None = None) -> None:
+        """Write all data of the image to a target that is as large and reads as zeros; durable on return. Blocks.
+
+        :raises DamageFound: the backup is damaged
+        :raises StorageError: the repository's storage failed, or the target cannot be written
+        """
+        self._write_to(target.write, progress)
+        target.flush()
+
+    def restore_onto(self, target: Target, progress: Progress | None = None) -> RestoreStats:
+        """Make `target` like the image, whatever it holds: what differs is fetched and written, and nothing else.
+        Durable on return. Blocks; several threads compare and write.
+
+        Before anything is changed it is seen that the target can have the image's size and that the repository knows
+        all chunks. What fails after that leaves the target neither old nor new, and the error says so; doing it again
+        finishes it.
+
+        :raises UsageError: the target cannot have the image's size; it is unchanged
+        :raises DamageFound: the backup is damaged
+        :raises StorageError: the repository's storage failed, or the target cannot be read or written
+        """
+        from vmsnap.repository.inplace import Overwriting
+
+        for first, _, ids in self._batches(self._load):
+            self._check_known(first, ids)
+        work = Overwriting(self.image, target, self._blobs.data_id, self._adjacent)
+        with work.told_if_torn():
+            work.fit()
+            self._in_threads(work.batch, progress)
+            target.flush()
+        return work.stats
 
     def verify(self, found: Callable[[int, int, DamageFound], None], progress: Progress | None = None) -> None:
-        """Read and authenticate all of the image. Blocks.
+        """Read and authenticate all of the image; go on behind what is damaged. Blocks.
 
         :param found: called for each damaged range with offset, length and what is wrong, from several threads
         :raises StorageError: the storage failed
         """
 
-        def check(first: int, ids: bytes) -> None:
+        def check(first: int, _count: int, ids: bytes) -> None:
             size = self.image.chunk_bytes
             numbers, wanted = self._wanted(first, ids)
             for position, content in self._blobs.read_many(BlobKind.DATA, wanted):
                 if isinstance(content, DamageFound):
                     found(numbers[position] * size, wanted[position].raw_bytes, content)
 
-        self._in_threads(check, progress)
+        def load(image: ImageRecord, node: Node) -> bytes:
+            try:
+                return self._tree.load(image, node).ids
+            except DamageFound as e:
+                found(*span_of(image, node), e)
+                return _holes_below(image, node)
+
+        self._in_threads(check, progress, load)
 
     # -- inside
 
-    def _in_threads(self, work: Callable[[int, bytes], None], progress: Progress | None) -> None:
-        """Call `work` with the first number and the ids of each batch of chunks, in a few threads."""
-        workers = max(2, min(len(os.sched_getaffinity(0)), 8))
+    def _in_threads(
+        self, work: Callable[[int, int, bytes], None], progress: Progress | None, load: LoadIds | None = None
+    ) -> None:
+        """Call `work` with the first number, the count and the ids (none: holes) of each batch of chunks, in a few
+        threads.
+        """
+        # Some wait for the storage or the disk while the others decrypt, unpack and hash.
+        workers = min(len(os.sched_getaffinity(0)), 8) + 4
         done = 0
         waiting: deque[tuple[int, Future[None]]] = deque()
 
@@ -156,22 +210,44 @@ class ImageReader(DiskReader):
 
         with ThreadPoolExecutor(workers, "vmsnap-read") as threads:
             try:
-                for first, count, ids in self._batches():
+                for first, count, ids in self._batches(load or self._load):
                     settle(2 * workers)
-                    waiting.append((count * self.image.chunk_bytes, threads.submit(work, first, ids)))
+                    waiting.append((count * self.image.chunk_bytes, threads.submit(work, first, count, ids)))
                 settle(0)
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
 
-    def _batches(self) -> Iterator[tuple[int, int, bytes]]:
+    def _batches(self, load: LoadIds) -> Iterator[tuple[int, int, bytes]]:
         size = max(1, _BATCH_BYTES // self.image.chunk_bytes)
-        for first, count, ids in leaves(self.image, self._load):
+        for first, count, ids in leaves(self.image, load):
             if ids is None:
-                yield first, count, b""
+                holes = max(1, _HOLES_BYTES // self.image.chunk_bytes)
+                for at in range(0, count, holes):
+                    yield first + at, min(holes, count - at), b""
                 continue
             for at in range(0, count, size):
                 part = ids[at * ID_BYTES : (at + size) * ID_BYTES]
                 yield first + at, len(part) // ID_BYTES, part
+
+    def _write_to(self, write: Callable[[int, Sequence[bytes | memoryview]], None], progress: Progress | None) -> None:
+        def store(first: int, _count: int, ids: bytes) -> None:
+            for offset, contents in self._adjacent(first, ids):
+                write(offset, contents)
+
+        self._in_threads(store, progress)
+
+    def _check_known(self, first: int, ids: bytes) -> None:
+        """See that the index has the chunks of a batch.
+
+        :raises DamageFound: it lacks one whose loss is not accepted
+        """
+        numbers, wanted = self._wanted(first, ids)
+        known = self._blobs.index.contains([want.id for want in wanted])
+        for number, want, there in zip(numbers, wanted, known, strict=True):
+            if not there:
+                self._accept(
+                    number, DamageFound(f"chunk {want.id.hex()[:16]} is missing: no pack that is known has it")
+                )
 
     def _wanted(self, first: int, ids: bytes) -> tuple[list[int], list[Wanted]]:
         numbers, wanted = [], []
@@ -186,13 +262,21 @@ class ImageReader(DiskReader):
         numbers, wanted = self._wanted(first, ids)
         for position, content in self._blobs.read_many(BlobKind.DATA, wanted):
             if isinstance(content, DamageFound):
-                raise self._damage(numbers[position], content)
+                self._accept(numbers[position], content)
+                content = bytes(wanted[position].raw_bytes)
             yield numbers[position], content
 
-    def _damage(self, number: int, cause: DamageFound) -> DamageFound:
-        start = number * self.image.chunk_bytes
-        end = start + self.image.chunk_length(number)
-        return DamageFound(f"{self._label} is damaged from {start} to {end}: {cause.message}")
+    def _accept(self, number: int, damage: DamageFound) -> None:
+        """Return where the user accepts that this chunk is lost.
+
+        :raises DamageFound: else
+        """
+        self._accept_range(number * self.image.chunk_bytes, self.image.chunk_length(number), damage)
+
+    def _accept_range(self, start: int, length: int, damage: DamageFound) -> None:
+        if not is_within(self._lost, start, length):
+            message = f"{self._label} is damaged from {start} to {start + length}: {damage.message}"
+            raise DamageFound(message, cure="vmsnap repair saves what can be saved") from damage
 
     def _chunk_runs(self) -> Iterator[tuple[int, int, bytes]]:
         """Yield first chunk, length in bytes and id; runs of holes as one."""
@@ -206,50 +290,73 @@ class ImageReader(DiskReader):
                 yield number, self.image.chunk_length(number), ids[at : at + ID_BYTES]
 
     def _load(self, image: ImageRecord, node: Node) -> bytes:
-        ids = self._nodes.get(node.id)
-        if ids is None or len(ids) != child_count(image, node) * ID_BYTES:
-            try:
-                content = self._blobs.read(BlobKind.TREE, node.id, node_bytes(image, node))
-                ids = decode_node(image, node, content)
-            except DamageFound as e:
-                span = image.fanout**node.level * image.chunk_bytes
-                start = node.number * span
-                end = min(start + span, image.size_bytes)
-                raise DamageFound(f"{self._label} is damaged from {start} to {end}: {e.message}") from e
-            self._nodes[node.id] = ids
-            if len(self._nodes) > _NODES_KEPT:
-                self._nodes.popitem(last=False)
-        return ids
+        try:
+            return self._tree.load(image, node).ids
+        except DamageFound as e:
+            self._accept_range(*span_of(image, node), e)
+            return _holes_below(image, node)
 
-    def _chunk(self, number: int) -> bytes | memoryview | None:
-        """The content of a chunk; None for a hole."""
-        if number in self._chunks:
-            self._chunks.move_to_end(number)
-            return self._chunks[number]
+    def _adjacent(self, first: int, ids: bytes) -> Iterator[tuple[int, list[bytes | memoryview]]]:
+        """The content of a batch in runs of chunks that follow one another: where each begins, and its chunks.
+
+        Runs are short, so that memory is used again while it is in the processor's cache.
+        """
+        longest = max(1, _WRITE_BYTES // self.image.chunk_bytes)
+        run: list[bytes | memoryview] = []
+        start = 0
+        for number, content in self._read_batch(first, ids):
+            if run and (number != start + len(run) or len(run) == longest):
+                yield start * self.image.chunk_bytes, run
+                run = []
+            if not run:
+                start = number
+            run.append(content)
+        if run:
+            yield start * self.image.chunk_bytes, run
+
+    def _chunk(self, number: int, end: int) -> bytes | memoryview | None:
+        """The content of a chunk, None for a hole; reads those that follow with it, before `end` at most unless the
+        caller goes on where the last one stopped.
+        """
+        if number not in self._chunks:
+            ahead = max(1, _BATCH_BYTES // self.image.chunk_bytes)
+            goes_on = bool(self._chunks) and next(reversed(self._chunks)) == number - 1
+            self._read_ahead(number, ahead if goes_on else min(end - number, ahead))
+        self._chunks.move_to_end(number)
+        return self._chunks[number]
+
+    def _read_ahead(self, first: int, count: int) -> None:
+        """Bring `count` chunks into the cache, or fewer where a node of the tree ends."""
+        ids = self._ids(first)[: count * ID_BYTES]
+        numbers = range(first, first + len(ids) // ID_BYTES)
+        try:
+            found = dict(self._read_batch(first, ids))
+        except DamageFound:
+            # What is damaged farther on costs nobody what was asked for.
+            numbers = range(first, first + 1)
+            found = dict(self._read_batch(first, ids[:ID_BYTES]))
+        for number in reversed(numbers):  # so that the first is the last to go
+            self._chunks[number] = found.get(number)
+        while len(self._chunks) * self.image.chunk_bytes > _CACHE_BYTES and len(self._chunks) > len(numbers):
+            self._chunks.popitem(last=False)
+
+    def _ids(self, number: int) -> bytes:
+        """The ids of a chunk and of those that follow it in the same node; zeros for a hole."""
         node = root_node(self.image)
         while node.level and node.id != ZERO_ID:
             ids = self._load(self.image, node)
             below = number // self.image.fanout ** (node.level - 1)
             at = below % self.image.fanout * ID_BYTES
+            if node.level == 1:
+                return ids[at:]
             node = Node(node.level - 1, below, ids[at : at + ID_BYTES])
-        if node.id == ZERO_ID:
-            return None
-        try:
-            content = self._blobs.read(BlobKind.DATA, node.id, self.image.chunk_length(number))
-        except DamageFound as e:
-            raise self._damage(number, e) from e
-        self._chunks[number] = content
-        if len(self._chunks) * self.image.chunk_bytes > _CACHE_BYTES:
-            self._chunks.popitem(last=False)
-        return content
+        last = min((number // self.image.fanout + 1) * self.image.fanout, self.image.chunks)
+        return bytes((last - number) * ID_BYTES)
 
 
-def _write_all(fd: int, content: bytes | memoryview, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written
+def _holes_below(image: ImageRecord, node: Node) -> bytes:
+    """The ids of a node's children if all of them were zeros."""
+    return bytes(child_count(image, node) * ID_BYTES)
 
 
 def _file_error(error: OSError, target: Path) -> StorageError:

@@ -41,6 +41,9 @@ class Cipher(Protocol):
     def seal(self, offset: int, plain: bytes | memoryview, bound: bytes) -> bytes:
         """Return the sealed bytes, `TAG_BYTES` longer. An offset is never used twice."""
 
+    def seal_into(self, offset: int, plain: bytes | memoryview, bound: bytes, target: memoryview) -> None:
+        """Write the sealed bytes to `target`, which is exactly so long. An offset is never used twice."""
+
     def open(self, offset: int, sealed: memoryview, bound: bytes) -> bytes | memoryview:
         """Return the plain bytes.
 
@@ -59,6 +62,9 @@ class _AesGcm:
     def seal(self, offset: int, plain: bytes | memoryview, bound: bytes) -> bytes:
         return self._aes.encrypt(offset.to_bytes(12, "big"), plain, bound)
 
+    def seal_into(self, offset: int, plain: bytes | memoryview, bound: bytes, target: memoryview) -> None:
+        self._aes.encrypt_into(offset.to_bytes(12, "big"), plain, bound, target)
+
     def open(self, offset: int, sealed: memoryview, bound: bytes) -> bytes | memoryview:
         try:
             return self._aes.decrypt(offset.to_bytes(12, "big"), sealed, bound)
@@ -76,6 +82,10 @@ class _TaggedPlain:
 
     def seal(self, offset: int, plain: bytes | memoryview, bound: bytes) -> bytes:
         return b"".join((plain, self._tag(offset, plain, bound)))
+
+    def seal_into(self, offset: int, plain: bytes | memoryview, bound: bytes, target: memoryview) -> None:
+        target[:-TAG_BYTES] = memoryview(plain).cast("B")
+        target[-TAG_BYTES:] = self._tag(offset, plain, bound)
 
     def open(self, offset: int, sealed: memoryview, bound: bytes) -> bytes | memoryview:
         if len(sealed) < TAG_BYTES:

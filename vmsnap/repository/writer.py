@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from threading import Lock, local
 from typing import TypeAlias
-
-import numpy as np
-from backports.zstd import ZstdCompressor
 
 import vmsnap
 from vmsnap.errors import ObjectExists, ObjectNotFound, RepositoryError, StorageError
-from vmsnap.repository.format import ZERO_ID, BlobKind, ChunkSizes, Codec, ImageKind, pack_key
-from vmsnap.repository.index import ChunkIndex, IndexedPack, seal_index
+from vmsnap.model import Extent
+from vmsnap.repository.base import (
+    BaseImage,
+    OldTree,
+    Run,
+    StaleHint,
+    changed_chunks,
+    comparison,
+    runs_beside_base,
+)
+from vmsnap.repository.blobs import BlobReader
+from vmsnap.repository.chunkstore import ChunkStore
+from vmsnap.repository.format import ChunkSizes, ImageKind, pack_key
+from vmsnap.repository.index import ChunkIndex
 from vmsnap.repository.manifest import BackupFields, BackupStats, Manifest, check_fields, seal_manifest
-from vmsnap.repository.packs import ENTRY
 from vmsnap.repository.seal import Vault
+from vmsnap.repository.sessions import Session
 from vmsnap.repository.sources import BytesReader, runs_to_read
-from vmsnap.repository.tree import ImageRecord, TreeBuilder
-from vmsnap.repository.upload import PackUploader
+from vmsnap.repository.tree import ImageRecord
+from vmsnap.repository.treebuilder import TreeBuilder
 from vmsnap.roles.snapshot import DiskReader
 from vmsnap.roles.storage import StorageBackend
 
@@ -43,39 +52,44 @@ _MAX_WORKERS = 8
 class BackupWriter:
     """Stores one backup. A context manager: left without `commit`, it gives up, and no backup exists.
 
-    Calls come from one thread; reading happens in it, hashing and compressing in a few worker threads, storing in two
-    more. Memory is bounded: a few blocks of 4 MiB and the buffers of four packs, besides the index.
+    Calls come from one thread; reading happens in it or, where the source allows that, in a few worker threads, which
+    hash and compress; storing in two more. Memory is bounded: a few blocks of 4 MiB and the buffers of a few packs,
+    besides the index.
     """
 
     def __init__(
-        self, storage: StorageBackend, vault: Vault, index: ChunkIndex, chunks: ChunkSizes, *, level: int | None = None
+        self,
+        storage: StorageBackend,
+        vault: Vault,
+        index: ChunkIndex,
+        chunks: ChunkSizes,
+        *,
+        session: Session,
+        level: int | None = None,
     ) -> None:
-        """:param index: the chunks that are durable and listed in the repository; not changed
+        """:param index: the chunks that are durable and listed in the repository, and in no condemned pack; not changed
+        :param session: begun before any of it was read; the writer ends it
         :param level: of zstd; 1 when None
         """
+        self._session = session
         self._storage = storage
         self._vault = vault
-        self._known = index
         self._chunks = chunks
-        self._level = COMPRESSION_LEVEL if level is None else level
         self._begin = time.monotonic()
-        self._lock = Lock()
-        self._pending: set[bytes] = set()
-        self._mine = ChunkIndex()
-        self._unlisted: list[IndexedPack] = []
-        self._unlisted_chunks = 0
         self._read_bytes = 0
-        self._stored_bytes = 0
+        self.warnings: list[str] = []
+        """What the backup's owner should know."""
         self._done = False
         self._broken = False
-        workers = max(2, min(len(os.sched_getaffinity(0)), _MAX_WORKERS))
-        self._uploader = PackUploader(storage, vault, self._pack_stored)
+        # More than there are processors: some of them read.
+        workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS) + 2
+        self._store = ChunkStore(storage, vault, index, level=COMPRESSION_LEVEL if level is None else level)
         self._threads = ThreadPoolExecutor(workers, "vmsnap-chunks")
-        self._compressors = local()
         self._ahead = workers + 2
         self._blocks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(self._ahead):
-            self._blocks.put(memoryview(bytearray(max(_BLOCK_BYTES, chunks.disk, chunks.ram, chunks.state))))
+            # Anonymous memory begins at a page, as direct I/O wants it.
+            self._blocks.put(memoryview(mmap.mmap(-1, max(_BLOCK_BYTES, chunks.disk, chunks.ram, chunks.state))))
 
     def __enter__(self) -> BackupWriter:
         return self
@@ -84,43 +98,35 @@ class BackupWriter:
         self.abort()
 
     def add_image(
-        self, name: str, source: DiskReader, kind: ImageKind, progress: Progress | None = None
+        self,
+        name: str,
+        source: DiskReader,
+        kind: ImageKind,
+        progress: Progress | None = None,
+        *,
+        base: BaseImage | None = None,
     ) -> ImageRecord:
         """Store the content of `source` and return how to find it; zeros and known chunks cost nothing. Blocks.
 
         :param name: for messages: ``disk vda``
         :param progress: called from this thread
+        :param base: an older image of the same, whose tree is shared; where it says what has changed since, only that
+            is read, and samples of the rest. If they are not what they should be, or it has another size or chunk
+            size, all is read, and `warnings` tells.
         :raises StorageError: the storage failed; the writer is of no more use
         :raises VmsnapError: what `source` raises
         """
         self._check_open()
-        chunk_bytes = self._chunks.of(kind)
-        tree = TreeBuilder(source.size_bytes, chunk_bytes, self._chunks.fanout, self._store_node)
-        waiting: deque[tuple[int, Future[bytes] | None]] = deque()  # None: holes
-        done = 0
-
-        def settle(left: int) -> None:
-            nonlocal done
-            while len(waiting) > left:
-                count, future = waiting.popleft()
-                if future:
-                    tree.append(future.result())
-                else:
-                    tree.append_holes(count)
-                done = min(done + count * chunk_bytes, source.size_bytes)
-                if progress:
-                    progress(done, source.size_bytes)
-
         # Set until the image is whole: what was claimed by a failed one may be stored by nobody.
         self._broken = True
-        for first, count, data in runs_to_read(source, name, chunk_bytes, _BLOCK_BYTES // chunk_bytes or 1):
-            # Never more blocks in flight than there are buffers.
-            settle(self._ahead - 1)
-            block = self._read_block(source, first * chunk_bytes, count * chunk_bytes, chunk_bytes) if data else None
-            waiting.append((count, block))
-        settle(0)
+        try:
+            record = self._add_image(name, source, self._chunks.of(kind), progress, base)
+        except BaseException:
+            # The caller closes the source next, from which workers may be reading.
+            self._close()
+            raise
         self._broken = False
-        return tree.finish()
+        return record
 
     def add_blob(self, name: str, content: bytes | bytearray | memoryview) -> ImageRecord:
         """Store bytes that are in memory, such as the device state. As `add_image`."""
@@ -132,15 +138,16 @@ class BackupWriter:
         :param instant_ns: the moment that the backup shows, nanoseconds since 1970; else now
         :param seconds: what the whole backup took; else the time since the writer was made
         :raises UsageError: a name in `fields` is not valid
+        :raises RepositoryError: garbage collection took this writer for dead; there is no backup
         :raises StorageError: the storage failed; there is no backup
         """
         self._check_open()
         check_fields(fields)
-        self._uploader.flush()
-        self._list_packs()
+        self._store.flush()
+        self._session.require()
         now = datetime.now(UTC) if instant_ns is None else datetime.fromtimestamp(instant_ns // 10**9, UTC)
         took = time.monotonic() - self._begin if seconds is None else seconds
-        stats = BackupStats(self._read_bytes, self._stored_bytes, round(took, 3))
+        stats = BackupStats(self._read_bytes, self._store.stored_bytes, round(took, 3))
         while True:
             manifest = Manifest(
                 **{name: getattr(fields, name) for name in BackupFields.__dataclass_fields__},
@@ -152,8 +159,10 @@ class BackupWriter:
             key, data = seal_manifest(self._vault, manifest)
             if self._put_manifest(key, data):
                 break
+        self._require_session_of(key)
         self._done = True
         self._close()
+        self._session.end()
         return manifest
 
     def abort(self) -> None:
@@ -167,11 +176,92 @@ class BackupWriter:
             return
         self._done = True
         self._close()
-        for pack in self._unlisted:
+        for pack in self._store.unlisted:
             with suppress(StorageError):
                 self._storage.delete(pack_key(pack.id))
+        self._session.end()
 
     # -- inside
+
+    def _add_image(
+        self, name: str, source: DiskReader, chunk_bytes: int, progress: Progress | None, base: BaseImage | None
+    ) -> ImageRecord:
+        old = self._old_tree(chunk_bytes, base)
+        if old and base and base.changed is not None:
+            try:
+                return self._add_changed(name, source, chunk_bytes, old, base.changed, progress)
+            except StaleHint as e:
+                self.warnings.append(f"{name} was read whole: {e}")
+        runs = runs_to_read(source, name, chunk_bytes, _BLOCK_BYTES // chunk_bytes or 1)
+        plain = (Run(first, count, None if data else b"") for first, count, data in runs)
+        return self._add_runs(plain, source, chunk_bytes, old, progress)
+
+    def _old_tree(self, chunk_bytes: int, base: BaseImage | None) -> OldTree | None:
+        if base is None or (base.record.chunk_bytes, base.record.fanout) != (chunk_bytes, self._chunks.fanout):
+            return None
+        return OldTree(BlobReader(self._storage, self._vault, self._store.known), base.record)
+
+    def _add_changed(
+        self,
+        name: str,
+        source: DiskReader,
+        chunk_bytes: int,
+        old: OldTree,
+        changed: Iterable[Extent],
+        progress: Progress | None,
+    ) -> ImageRecord:
+        """Add an image of which only what has changed is read.
+
+        :raises StaleHint: it cannot be so
+        """
+        if old.image.size_bytes != source.size_bytes:
+            raise StaleHint(f"it has {source.size_bytes} bytes now, it had {old.image.size_bytes}")
+        touched = changed_chunks(changed, source.size_bytes, chunk_bytes)
+        runs = runs_beside_base(
+            # As long as what one node lists, so that much of it is looked up at once.
+            runs_to_read(source, name, chunk_bytes, self._chunks.fanout),
+            old,
+            touched,
+            self._store.contains,
+            comparison(source, chunk_bytes, self._store.chunk_ids),
+            _BLOCK_BYTES // chunk_bytes or 1,
+        )
+        return self._add_runs(runs, source, chunk_bytes, old, progress)
+
+    def _add_runs(
+        self, runs: Iterable[Run], source: DiskReader, chunk_bytes: int, old: OldTree | None, progress: Progress | None
+    ) -> ImageRecord:
+        tree = TreeBuilder(source.size_bytes, chunk_bytes, self._chunks.fanout, self._store, old)
+        waiting: deque[tuple[int, Future[bytes] | bytes]] = deque()
+        done = 0
+
+        def settle(left: int) -> None:
+            nonlocal done
+            while len(waiting) > left:
+                count, stored = waiting.popleft()
+                ids = stored if isinstance(stored, bytes) else stored.result()
+                if ids:
+                    tree.append(ids)
+                else:
+                    tree.append_holes(count)
+                done = min(done + count * chunk_bytes, source.size_bytes)
+                if progress:
+                    progress(done, source.size_bytes)
+
+        try:
+            for first, count, ids in runs:
+                # Never more blocks in flight than there are buffers.
+                settle(self._ahead - 1)
+                if ids is None:
+                    block = self._read_block(source, first * chunk_bytes, count * chunk_bytes, chunk_bytes)
+                    waiting.append((count, block))
+                else:
+                    waiting.append((count, ids))
+        except StaleHint:
+            settle(0)
+            raise
+        settle(0)
+        return tree.finish()
 
     def _put_manifest(self, key: str, data: bytes) -> bool:
         """Store the manifest; False where another backup has that id. When the storage says that it failed, ask it
@@ -188,100 +278,50 @@ class BackupWriter:
             raise
         return True
 
+    def _require_session_of(self, key: str) -> None:
+        """Take the manifest back if the session was gone before it was there: what it names may be deleted already.
+        Garbage collection that takes the session for dead later than that has seen the manifest.
+        """
+        try:
+            self._session.require()
+        except BaseException as e:
+            try:
+                self._storage.delete(key)
+            except StorageError:
+                raise StorageError(f"the backup failed, and {key} cannot be taken back", cure="delete it") from e
+            raise
+
     def _check_open(self) -> None:
         if self._done:
             raise RepositoryError("the backup is committed or given up already")
         if self._broken:
             raise RepositoryError("an image of this backup failed; it cannot be committed")
-        self._uploader.check()
+        self._store.check()
 
     def _close(self) -> None:
-        # The uploader first: a worker may be waiting for it.
-        self._uploader.close()
+        # The store first: a worker may be waiting for it.
+        self._store.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _read_block(self, source: DiskReader, offset: int, length: int, chunk_bytes: int) -> Future[bytes]:
         length = min(length, source.size_bytes - offset)
         block = self._blocks.get()
-        source.read_into(offset, block[:length])
         self._read_bytes += length
+        if source.parallel_reads:
+            return self._threads.submit(self._store_block, block, length, chunk_bytes, source, offset)
+        source.read_into(offset, block[:length])
         return self._threads.submit(self._store_block, block, length, chunk_bytes)
 
-    def _store_block(self, block: memoryview, length: int, chunk_bytes: int) -> bytes:
-        """Store the chunks of a block that are neither zero nor known; returns the ids of all. Runs in a worker."""
+    def _store_block(
+        self, block: memoryview, length: int, chunk_bytes: int, source: DiskReader | None = None, offset: int = 0
+    ) -> bytes:
+        """Store the chunks of a block, which is read first where a source is given; returns the ids of all. Runs in a
+        worker.
+        """
         try:
             content = block[:length]
-            pieces = [content[at : at + chunk_bytes] for at in range(0, length, chunk_bytes)]
-            ids = [
-                ZERO_ID if zero else self._vault.chunk_id(BlobKind.DATA, piece)
-                for piece, zero in zip(pieces, _zeros(content, chunk_bytes), strict=True)
-            ]
-            for position in self._claim(ids):
-                self._store(BlobKind.DATA, ids[position], pieces[position])
-            return b"".join(ids)
+            if source:
+                source.read_into(offset, content)
+            return self._store.store_chunks(content, chunk_bytes)
         finally:
             self._blocks.put(block)
-
-    def _store_node(self, content: bytes) -> bytes:
-        node = self._vault.chunk_id(BlobKind.TREE, content)
-        if self._claim([node]):
-            self._store(BlobKind.TREE, node, content)
-        return node
-
-    def _claim(self, ids: list[bytes]) -> list[int]:
-        """The positions of those ids that the caller has to store: nobody has, and nobody else is about to."""
-        missing = [at for at, known in enumerate(self._known.contains(ids)) if not known and ids[at] != ZERO_ID]
-        if not missing:
-            return missing
-        claimed = []
-        with self._lock:
-            for at, mine in zip(missing, self._mine.contains([ids[at] for at in missing]), strict=True):
-                if not mine and ids[at] not in self._pending:
-                    self._pending.add(ids[at])
-                    claimed.append(at)
-        return claimed
-
-    def _store(self, kind: BlobKind, chunk_id: bytes, content: bytes | memoryview) -> None:
-        compressor = getattr(self._compressors, "zstd", None)
-        if compressor is None:
-            compressor = self._compressors.zstd = ZstdCompressor(level=self._level)
-        packed: bytes = compressor.compress(content, ZstdCompressor.FLUSH_FRAME)
-        # Less than a 32nd saved is not worth the time of every restore.
-        if len(packed) < len(content) - len(content) // 32:
-            self._uploader.append(chunk_id, kind, Codec.ZSTD, len(content), packed)
-        else:
-            self._uploader.append(chunk_id, kind, Codec.RAW, len(content), content)
-
-    def _pack_stored(self, pack: IndexedPack) -> None:
-        """Note a durable pack. Runs in a thread of the uploader."""
-        ids = [fields[0] for fields in ENTRY.iter_unpack(pack.entries)]
-        with self._lock:
-            self._mine.add_pack(pack)
-            self._pending.difference_update(ids)
-            self._stored_bytes += pack.size_bytes
-            self._unlisted.append(pack)
-            self._unlisted_chunks += len(ids)
-            if self._unlisted_chunks < _INDEX_AT_CHUNKS:
-                return
-        self._list_packs()
-
-    def _list_packs(self) -> None:
-        """Make the packs that are durable known to the repository."""
-        with self._lock:
-            packs, self._unlisted = self._unlisted, []
-            self._unlisted_chunks = 0
-        if packs:
-            key, data = seal_index(self._vault, packs)
-            self._storage.put(key, data)
-            with self._lock:
-                self._stored_bytes += len(data)
-
-
-def _zeros(content: memoryview, chunk_bytes: int) -> list[bool]:
-    """For each chunk whether it is all zeros."""
-    whole = len(content) // chunk_bytes * chunk_bytes
-    words = np.frombuffer(content[:whole], np.uint64).reshape(-1, chunk_bytes // 8)
-    zeros: list[bool] = np.logical_not(words.any(axis=1, keepdims=True)).ravel().tolist()
-    if whole < len(content):
-        zeros.append(not np.frombuffer(content[whole:], np.uint8).any())
-    return zeros

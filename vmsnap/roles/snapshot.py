@@ -15,6 +15,8 @@ class DiskReader(ABC):
     """Random access to the content of one disk as it was at the snapshot's instant."""
 
     size_bytes: int
+    parallel_reads: ClassVar[bool] = False
+    """`read_into` may be called by several threads at once, and gains by it."""
 
     @abstractmethod
     def extents(self) -> Iterator[Extent]:
@@ -73,6 +75,8 @@ class SnapshotMechanism(ABC):
     """Can keep the instant while the guest goes on writing; else only for VMs that are stopped."""
     clones: ClassVar[bool] = False
     """`clone` works."""
+    changes: ClassVar[bool] = False
+    """`changed_extents` works, and snapshots bear marks."""
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember context and checked options; no I/O."""
@@ -115,6 +119,17 @@ class SnapshotMechanism(ABC):
 
         :raises SnapshotError: the snapshot is lost
         """
+
+    def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
+        """Yield the ranges of the disk that may have changed from the snapshot that bore the mark `since` to this one.
+
+        In any order, and rather too many than too few: what is not named is not read. Deleting the older snapshot must
+        not end this, and the two may have been taken by different processes.
+
+        :raises SnapshotError: it cannot be said: `since` is no mark of this disk, the record of its changes was lost,
+            reset or cut short, or the disk was resized; everything is read then
+        """
+        raise SnapshotError(f"mechanism {self.name!r} keeps no record of changes")
 
     def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
         """Make a writable disk, independent of the original, with the snapshot's content, for a duplicate called

@@ -66,6 +66,8 @@ class StorageBackend(ABC):
     name: ClassVar[str]
     """The URL scheme it serves: ``file``, ``s3``, ``sftp``."""
     options: ClassVar[Sequence[Option]] = ()
+    remote: ClassVar[bool] = True
+    """Whether it pays to keep small objects on this host instead of getting them again."""
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
         """Remember the address; no I/O. `url` has this backend's scheme (or is a plain path, for ``file``).

@@ -271,6 +271,7 @@ class FaultySnapshotMechanism(SnapshotMechanism):
             atomic_group=driver.atomic_group,
             running_guest=driver.running_guest,
             clones=driver.clones,
+            changes=driver.changes,
         )
         self.driver = driver
         self.fault_plan = plan
@@ -297,6 +298,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
         """See the role."""
         return self._call(self.driver.settle, snapshots)
+
+    def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
+        """See the role."""
+        return self._call(self.driver.changed_extents, snapshot, since)
 
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See the role."""
@@ -329,7 +334,7 @@ class FaultyStorage(StorageBackend):
     def __init__(self, driver: StorageBackend, plan: FaultPlan) -> None:
         """Wrap `driver`."""
         super().__init__(driver.url, {})
-        vars(self).update(name=driver.name, options=driver.options)
+        vars(self).update(name=driver.name, options=driver.options, remote=driver.remote)
         self.driver = driver
         self.plan = plan
 

@@ -359,6 +359,35 @@ class SnapshotContract:
             life.end()
             assert rig.traces() == before
 
+    # -- changes
+
+    def test_25_changed_extents_name_every_change(self, rig: SnapshotRig) -> None:
+        """`changed_extents`: "what is not named is not read", and what cannot be said is an error."""
+        first = live(rig)
+        first.end()
+        if not first.mechanism.changes:
+            assert {snapshot.mark for snapshot in first.snapshots} == {""}
+            with pytest.raises(SnapshotError):
+                list(first.mechanism.changed_extents(first.snapshots[0], "any"))
+            return
+        for disk in rig.disks():
+            scribble(rig, disk, seed=7)
+        second = live(rig)
+        mechanism = rig.mechanism()
+        for older, newer, old, new in zip(
+            first.snapshots, second.snapshots, first.contents, second.contents, strict=True
+        ):
+            brought_up = bytearray(old)
+            for extent in mechanism.changed_extents(newer, older.mark):
+                end = extent.offset + extent.length
+                assert 0 <= extent.offset <= end <= newer.disk.size_bytes
+                brought_up[extent.offset : end] = new[extent.offset : end]
+            assert same(bytes(brought_up), new)
+        for mark in (first.snapshots[1].mark, "no mark of anything", ""):
+            with pytest.raises(SnapshotError):
+                list(mechanism.changed_extents(second.snapshots[0], mark))
+        second.end()
+
     # -- cloning
 
     def test_40_a_clone_is_writable_and_independent(self, rig: SnapshotRig) -> None:

@@ -17,7 +17,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import (
@@ -31,6 +31,7 @@ from vmsnap.model import (
     Window,
     check_name,
 )
+from vmsnap.pagecache import QuietReader
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
 
 REFLINK, COPY = "reflink", "copy"
@@ -43,7 +44,9 @@ _OURS = re.compile(r"(?P<tag>vmsnap-[A-Za-z0-9._-]+)~\d+~(?:[A-Za-z0-9._-]+~)?(?
 
 
 class FileReader(DiskReader):
-    """Reads a snapshot's file; its holes are the zero extents."""
+    """Reads a snapshot's file; its holes are the zero extents. Leaves the host's page cache as it was."""
+
+    parallel_reads: ClassVar[bool] = True
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         """Open it.
@@ -56,6 +59,7 @@ class FileReader(DiskReader):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise SnapshotError(f"the snapshot {path} is lost: {e.strerror}") from e
+        self._quiet = QuietReader(self._descriptor)
         if os.fstat(self._descriptor).st_size != size_bytes:
             self.close()
             raise SnapshotError(f"the snapshot {path} is lost: it has another size than its disk")
@@ -78,7 +82,7 @@ class FileReader(DiskReader):
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                count = self._quiet.read_into(buffer[done:], offset + done)
             except OSError as e:
                 raise SnapshotError(f"{self._path} cannot be read: {e.strerror}") from e
             if count == 0:
@@ -88,6 +92,7 @@ class FileReader(DiskReader):
     def close(self) -> None:
         """Close the file; idempotent."""
         if self._descriptor >= 0:
+            self._quiet.close()
             os.close(self._descriptor)
             self._descriptor = -1
 
