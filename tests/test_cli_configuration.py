@@ -26,6 +26,7 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         'state_dir = "/state"\n'
         'spool_dir = "~/spool"\n'
         'memory_budget = "8GiB"\n'
+        "compression_level = -3\n"
         'passphrase_command = "pass show backups"\n'
         "[mechanism.qcow2]\n"
         "workers = 4\n"
@@ -38,6 +39,7 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         state_dir=Path("/state"),
         spool_dir=Path("~/spool").expanduser(),
         memory_budget_bytes=8 << 30,
+        compression_level=-3,
         passphrase_command="pass show backups",
         mechanism_options={"qcow2": {"workers": "4", "fast": "yes"}},
     )
@@ -54,6 +56,9 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         ('memory_budget = "much"', "is no size"),
         ("memory_budget = 0", "more than 0"),
         ("memory_budget = true", "must be a size"),
+        ("compression_level = 20", "from -7 to 19"),
+        ("compression_level = '3'", "from -7 to 19"),
+        ("compression_level = true", "from -7 to 19"),
         ('mechanism = "qcow2"', "must be tables"),
         ("[mechanism]\nqcow2 = 1", "must be a table"),
         ("[mechanism.qcow2]\nx = [1]", "a text or a number"),

@@ -267,6 +267,68 @@ class KeepsALog(FileMechanism):
             log.write("deleted\n")
 
 
+@caught_by("test_25_changed_extents_name_every_change")
+class MarksWithoutARecord(FileMechanism):
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        return tuple(replace(snapshot, mark="now") for snapshot in super().snapshot(plan))
+
+
+class KnowsChanges(FileMechanism):
+    """A stand-in for storage that records changes itself: keeps whole copies beside the disks, and compares."""
+
+    changes = True
+
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        taken = []
+        for snapshot in super().snapshot(plan):
+            kept = self.copy_of(snapshot.disk, plan.tag)
+            kept.write_bytes(Path(snapshot.disk.address).read_bytes())
+            taken.append(replace(snapshot, mark=plan.tag))
+        return tuple(taken)
+
+    def copy_of(self, disk: Disk, tag: str) -> Path:
+        return self.context.state_dir / f"{disk.device}.{tag}"
+
+    def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
+        old, new = self.copy_of(snapshot.disk, since), self.copy_of(snapshot.disk, snapshot.plan.tag)
+        if not since or not old.is_file() or old.stat().st_size != new.stat().st_size:
+            raise SnapshotError("that is no mark of this disk")
+        return self.differences(old.read_bytes(), new.read_bytes())
+
+    def differences(self, old: bytes, new: bytes) -> Iterator[Extent]:
+        for at in range(0, len(new), 4096):
+            if old[at : at + 4096] != new[at : at + 4096]:
+                yield Extent(at, min(4096, len(new) - at))
+
+
+class MarksBearTheDisk(KnowsChanges):
+    """As it should be: a mark is of one disk."""
+
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        return tuple(replace(taken, mark=f"{taken.disk.device}.{taken.mark}") for taken in super().snapshot(plan))
+
+    def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
+        device, _, tag = since.partition(".")
+        if device != snapshot.disk.device:
+            raise SnapshotError("that is no mark of this disk")
+        return super().changed_extents(snapshot, tag)
+
+
+caught_by("test_25_changed_extents_name_every_change")(KnowsChanges)
+
+
+@caught_by("test_25_changed_extents_name_every_change")
+class ForgetsAChange(MarksBearTheDisk):
+    def differences(self, old: bytes, new: bytes) -> Iterator[Extent]:
+        yield from list(super().differences(old, new))[1:]
+
+
+@caught_by("test_25_changed_extents_name_every_change")
+class LeavesTheDisk(MarksBearTheDisk):
+    def differences(self, old: bytes, new: bytes) -> Iterator[Extent]:
+        yield Extent(0, len(new) + 4096)
+
+
 @caught_by("test_40_a_clone_is_writable_and_independent")
 class CloneIsTheSnapshot(FileMechanism):
     def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
@@ -290,6 +352,10 @@ def test_the_suite_catches(
     rig = FileRig(tmp_path, {"way": "copy"}, driver)
     with pytest.raises((AssertionError, VmsnapError, OSError, TypeError, pytest.fail.Exception)):
         getattr(SnapshotContract(), scenario)(rig, **arguments)
+
+
+def test_the_suite_lets_a_right_record_of_changes_pass(tmp_path: Path) -> None:
+    SnapshotContract().test_25_changed_extents_name_every_change(FileRig(tmp_path, {"way": "copy"}, MarksBearTheDisk))
 
 
 def test_every_scenario_catches_somebody() -> None:

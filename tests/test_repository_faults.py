@@ -20,6 +20,7 @@ from tests.test_storage_contract import Memory
 from tests.test_storage_local import small_file_system  # noqa: F401 (a fixture)
 from vmsnap.errors import StorageError, StorageFull, VmsnapError
 from vmsnap.repository import BytesReader, ImageKind, Repository
+from vmsnap.repository.format import BlobKind
 from vmsnap.roles import ObjectInfo
 from vmsnap_storage_backends.local import LocalStorage
 
@@ -43,8 +44,8 @@ class Failing(Memory):
 
 @pytest.fixture(autouse=True)
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmsnap.repository.upload.PACK_BYTES", 128 << 10)
-    monkeypatch.setattr("vmsnap.repository.writer._INDEX_AT_CHUNKS", 64)
+    monkeypatch.setattr("vmsnap.repository.upload.PACK_BYTES_OF", dict.fromkeys(BlobKind, 144 << 10))
+    monkeypatch.setattr("vmsnap.repository.chunkstore._INDEX_AT_CHUNKS", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +138,9 @@ def test_giving_up_while_the_storage_is_slow_hangs_nobody() -> None:
     entered = threading.Semaphore(0)
 
     def slow(key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
-        entered.release()
-        release.wait(30)
+        if key.startswith("packs/"):
+            entered.release()
+            release.wait(30)
         put(key, data, if_absent=if_absent)
 
     storage.put = slow  # type: ignore[method-assign]
@@ -218,9 +220,9 @@ _BACK_UP = """
 import itertools, os, random, signal, sys
 from vmsnap_storage_backends.local import LocalStorage
 from vmsnap.repository import *
-import vmsnap.repository.upload, vmsnap.repository.writer
-vmsnap.repository.upload.PACK_BYTES = 128 << 10
-vmsnap.repository.writer._INDEX_AT_CHUNKS = 64
+import vmsnap.repository.upload, vmsnap.repository.chunkstore
+vmsnap.repository.upload.PACK_BYTES_OF = dict.fromkeys(vmsnap.repository.upload.BlobKind, 128 << 10)
+vmsnap.repository.chunkstore._INDEX_AT_CHUNKS = 64
 class Dies(LocalStorage):
     numbers = itertools.count(1)
     def put(self, key, data, *, if_absent=False):

@@ -19,11 +19,11 @@ from vmsnap_storage_backends.local import LocalStorage
 _PUT_HALF = """
 import os, signal, sys
 from vmsnap_storage_backends import local
-write = os.write
-def half(fd, data):
-    write(fd, data[: len(data) // 2])
+write = os.pwritev
+def half(fd, buffers, offset, *flags):
+    write(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
     os.kill(os.getpid(), signal.SIGKILL)
-local.os.write = half
+os.pwritev = half
 local.LocalStorage(sys.argv[1]).put(sys.argv[2], b"x" * 1_000_000)
 """
 
@@ -117,7 +117,7 @@ def test_nobody_else_can_read(storage: LocalStorage) -> None:
         (errno.EROFS, StorageError),
     ],
 )
-@pytest.mark.parametrize("call", ["write", "fsync", "link", "open"])
+@pytest.mark.parametrize("call", ["pwritev", "fsync", "link", "open"])
 def test_a_failing_file_system_is_one_clear_error_and_leaves_nothing(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int, error: type[StorageError], call: str
 ) -> None:
@@ -137,8 +137,8 @@ def test_a_failing_file_system_is_one_clear_error_and_leaves_nothing(
 
 
 def test_a_write_that_comes_short_goes_on(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    monkeypatch.setattr("vmsnap_storage_backends.local.os.write", lambda fd, data: write(fd, data[:7]))
+    write = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset, *_: write(fd, [buffers[0][:7]], offset))
     storage.put("x", b"0123456789" * 9)
     assert storage.get("x") == b"0123456789" * 9
 
