@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 
 # The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
 demo: $(VENV)/.installed
@@ -31,6 +31,15 @@ check: $(VENV)/.development
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# Measures the repository beside restic and borg, its memory, and its chunk sizes, and writes the tables into
+# docs/performance.md. As root on Debian 12; takes about an hour, and nothing else should run.
+bench: $(VENV)/.development
+	sh tests/lab/install.sh
+	sh benchmarks/install.sh
+	$(BIN)/python -m benchmarks.compare --docs
+	$(BIN)/python -m benchmarks.chunks --docs
+	$(BIN)/python -m benchmarks.memory --docs
 
 # Debian splits venv off from python3; a broken or half-made folder is made again.
 $(VENV)/bin/pip:
