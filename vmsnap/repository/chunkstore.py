@@ -15,7 +15,7 @@ from vmsnap.repository.format import ZERO_ID, BlobKind, Codec
 from vmsnap.repository.index import ChunkIndex, IndexedPack, seal_index
 from vmsnap.repository.packs import ENTRY
 from vmsnap.repository.seal import Vault
-from vmsnap.repository.upload import PackUploader
+from vmsnap.repository.upload import NewBlob, PackUploader
 from vmsnap.roles.storage import StorageBackend
 
 # An index object is written whenever this many chunks are new, so that an interrupted first backup is not for nothing.
@@ -67,9 +67,11 @@ class ChunkStore:
         :raises StorageError: the storage failed
         """
         ids = self.chunk_ids(content, chunk_bytes)
+        blobs = []
         for position in self._claim(ids):
             at = position * chunk_bytes
-            self._store(BlobKind.DATA, ids[position], content[at : at + chunk_bytes])
+            blobs.append(self._packed(BlobKind.DATA, ids[position], content[at : at + chunk_bytes]))
+        self._uploader.append(blobs)
         return b"".join(ids)
 
     def contains(self, ids: bytes) -> npt.NDArray[np.bool_]:
@@ -95,7 +97,7 @@ class ChunkStore:
         """
         node = self.id_of(content)
         if self._claim([node]):
-            self._store(BlobKind.TREE, node, content)
+            self._uploader.append([self._packed(BlobKind.TREE, node, content)])
         return node
 
     def check(self) -> None:
@@ -132,16 +134,15 @@ class ChunkStore:
                     claimed.append(at)
         return claimed
 
-    def _store(self, kind: BlobKind, chunk_id: bytes, content: bytes | memoryview) -> None:
+    def _packed(self, kind: BlobKind, chunk_id: bytes, content: bytes | memoryview) -> NewBlob:
         compressor = getattr(self._compressors, "zstd", None)
         if compressor is None:
             compressor = self._compressors.zstd = ZstdCompressor(level=self._level)
         packed: bytes = compressor.compress(content, ZstdCompressor.FLUSH_FRAME)
         # Less than a 32nd saved is not worth the time of every restore.
         if len(packed) < len(content) - len(content) // 32:
-            self._uploader.append(chunk_id, kind, Codec.ZSTD, len(content), packed)
-        else:
-            self._uploader.append(chunk_id, kind, Codec.RAW, len(content), content)
+            return NewBlob(chunk_id, kind, Codec.ZSTD, len(content), packed)
+        return NewBlob(chunk_id, kind, Codec.RAW, len(content), content)
 
     def _pack_stored(self, pack: IndexedPack) -> None:
         """Note a durable pack. Runs in a thread of the uploader."""

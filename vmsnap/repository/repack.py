@@ -15,7 +15,7 @@ from vmsnap.repository.format import ID_BYTES, BlobKind, Codec, pack_key
 from vmsnap.repository.index import ChunkIndex, IndexedPack, Location, seal_index
 from vmsnap.repository.packs import ENTRY
 from vmsnap.repository.seal import BrokenSeal, Vault
-from vmsnap.repository.upload import PackUploader
+from vmsnap.repository.upload import NewBlob, PackUploader
 from vmsnap.roles.storage import StorageBackend
 
 INDEX_AT_BLOBS = 1 << 18
@@ -131,4 +131,4 @@ def _copy(
             plain = cipher.open(place.offset, sealed, vault.blob_bound(blob_id, place.flags, place.raw_bytes))
         except BrokenSeal as e:
             raise DamageFound(f"{where}, is not what was written", cure="run: vmsnap repair") from e
-        uploader.append(blob_id, kind, codec, place.raw_bytes, plain)
+        uploader.append([NewBlob(blob_id, kind, codec, place.raw_bytes, plain)])

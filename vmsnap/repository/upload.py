@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition, Lock
+from typing import NamedTuple
 
 from vmsnap.errors import StorageError
 from vmsnap.repository.format import BlobKind, Codec, pack_key
 from vmsnap.repository.index import IndexedPack
-from vmsnap.repository.packs import PACK_BYTES, PackBuilder
+from vmsnap.repository.packs import PACK_BYTES, PackBuilder, Slot
 from vmsnap.repository.seal import Vault
 from vmsnap.roles.storage import StorageBackend
 
@@ -19,12 +20,24 @@ _UPLOADS = 2
 PACK_BYTES_OF = {BlobKind.DATA: PACK_BYTES, BlobKind.TREE: PACK_BYTES // 4}
 
 
+class NewBlob(NamedTuple):
+    """A blob that is to be stored; `data` is its content as `codec` says, `raw_bytes` the length of the content."""
+
+    id: bytes
+    kind: BlobKind
+    codec: Codec
+    raw_bytes: int
+    data: bytes | memoryview
+
+
 class _OpenPack:
     """A pack that takes blobs. It is stored when it takes no more and nobody fills it any longer."""
 
-    def __init__(self, vault: Vault, buffer: bytearray) -> None:
+    def __init__(self, vault: Vault, buffer: bytearray, buffers: queue.SimpleQueue[bytearray | None]) -> None:
+        """:param buffers: where `buffer` goes back to"""
         self.builder = PackBuilder(vault, buffer)
         self.buffer = buffer
+        self.buffers = buffers
         self.fillers = 0
         self.closed = False
 
@@ -64,31 +77,34 @@ class PackUploader:
         self._reserving = Lock()
         self._changed = Condition()
 
-    def append(self, chunk_id: bytes, kind: BlobKind, codec: Codec, raw_bytes: int, data: bytes | memoryview) -> None:
-        """Add a blob; copies `data`. Blocks while all buffers are being stored.
+    def append(self, blobs: Sequence[NewBlob]) -> None:
+        """Add blobs, side by side as far as one pack has room, since what was stored together is read together; copies
+        their data. Blocks while all buffers are being stored.
 
         :raises StorageError: an upload failed, or the uploader was closed
         """
-        with self._reserving:
-            packs = self._kinds[kind]
-            if packs.open and not packs.open.builder.has_room(len(data)):
-                self._close_pack(packs)
-            if not packs.open:
-                packs.open = _OpenPack(self._vault, packs.buffer())
-            pack = packs.open
-            with self._changed:
-                self._check()
-                pack.fillers += 1
-                self._filling += 1
-            slot = pack.builder.reserve(chunk_id, kind, codec, raw_bytes, len(data))
-        # Outside of the lock: sealing takes as long as hashing.
-        pack.builder.fill(slot, data)
-        with self._changed:
-            pack.fillers -= 1
-            self._filling -= 1
-            if pack.closed and not pack.fillers:
-                self._send(packs, pack)
-            self._changed.notify_all()
+        at = 0
+        while at < len(blobs):
+            with self._reserving:
+                pack = self._open_pack(blobs[at])
+                slots: list[tuple[NewBlob, Slot]] = []
+                for blob in blobs[at:]:
+                    if slots and (blob.kind != slots[0][0].kind or not pack.builder.has_room(len(blob.data))):
+                        break
+                    slots.append(
+                        (blob, pack.builder.reserve(blob.id, blob.kind, blob.codec, blob.raw_bytes, len(blob.data)))
+                    )
+            # Outside of the lock: sealing takes as long as hashing. And before the next pack is asked for, whose buffer
+            # may be the one of this pack.
+            try:
+                for blob, slot in slots:
+                    pack.builder.fill(slot, blob.data)
+            except BaseException:
+                self._closed = True  # a pack with a place that nobody filled is never stored
+                raise
+            finally:
+                self._filled(pack)
+            at += len(slots)
 
     def flush(self) -> None:
         """Return when all blobs that were added are durable.
@@ -132,6 +148,27 @@ class PackUploader:
                 running.append(upload)
         self._uploads = running
 
+    def _open_pack(self, blob: NewBlob) -> _OpenPack:
+        """The open pack, with room for a blob, and not to be stored before `_filled` is called."""
+        packs = self._kinds[blob.kind]
+        if packs.open and not packs.open.builder.has_room(len(blob.data)):
+            self._close_pack(packs)
+        if not packs.open:
+            packs.open = _OpenPack(self._vault, packs.buffer(), packs.buffers)
+        with self._changed:
+            self._check()
+            packs.open.fillers += 1
+            self._filling += 1
+        return packs.open
+
+    def _filled(self, pack: _OpenPack) -> None:
+        with self._changed:
+            pack.fillers -= 1
+            self._filling -= 1
+            if pack.closed and not pack.fillers and not self._closed:
+                self._send(pack)
+            self._changed.notify_all()
+
     def _close_pack(self, packs: _Kind) -> None:
         """Let the open pack take no more, and store it, or let the last of its fillers do so."""
         with self._changed:
@@ -139,13 +176,13 @@ class PackUploader:
             if pack:
                 pack.closed = True
                 if not pack.fillers:
-                    self._send(packs, pack)
+                    self._send(pack)
 
-    def _send(self, packs: _Kind, pack: _OpenPack) -> None:
+    def _send(self, pack: _OpenPack) -> None:
         data, entries = pack.builder.finish()
         listed = IndexedPack(pack.builder.id, len(data), entries)
         try:
-            self._uploads.append(self._threads.submit(self._upload, listed, data, pack.buffer, packs.buffers))
+            self._uploads.append(self._threads.submit(self._upload, listed, data, pack.buffer, pack.buffers))
         except RuntimeError as e:  # closed by another thread
             raise StorageError("the backup was given up") from e
 
