@@ -17,6 +17,7 @@ from tests.test_simulated_contract import SimulatedRig, simulated_rig
 from vmsnap.errors import Busy, HypervisorError, SnapshotError, StorageError
 from vmsnap.model import VmState
 from vmsnap.roles import CaptureRequest, Hypervisor, SnapshotMechanism, StorageBackend
+from vmsnap.testing.cloning import clone_all, clone_contents, delete_all
 from vmsnap.testing.faults import (
     Effect,
     Fault,
@@ -137,3 +138,34 @@ def test_every_call_of_a_role_is_wrapped(wrapper: type, role: type) -> None:
     """A call that the role gains is one that a wrapper must pass on."""
     calls = {name for name, _ in inspect.getmembers(role, inspect.isfunction) if not name.startswith("_")}
     assert calls <= set(vars(wrapper))
+
+
+def test_clones_fail_on_plan(tmp_path: Path) -> None:
+    rig = FileRig(tmp_path)
+    counted = FaultPlan()
+    life = live(rig, "settle", FaultySnapshotMechanism(rig.mechanism(), counted))
+    clones = clone_all(rig, life, "bk001")
+    assert clone_contents(life.mechanism, clones) == list(life.contents)
+    delete_all(life.mechanism, clones)
+    life.end()
+    calls = ["plan_clone", "clone", "clone_reader", "delete_clone"]
+    for fault in single_faults({call: counted.counts[call] for call in calls}, [Effect.BEFORE, Effect.AFTER]):
+        faulty = FaultySnapshotMechanism(rig.mechanism(), FaultPlan(fault))
+        with pytest.raises(SnapshotError, match="injected"):
+            life = live(rig, "settle", faulty, tag="vmsnap-faulty")
+            clones = clone_all(rig, life, "bk001")
+            clone_contents(faulty, clones)
+            delete_all(faulty, clones)
+        mechanism = rig.mechanism()
+        for owned in mechanism.list_owned():
+            Path(owned.name).unlink()
+
+
+def test_fencing_and_life_fail_on_plan(rig: SimulatedRig) -> None:
+    plan = FaultPlan(Fault("fence", 1, Effect.BEFORE), Fault("await_life", 1, Effect.BEFORE))
+    driver = FaultyHypervisor(rig.driver(rig.vm), plan)
+    with pytest.raises(HypervisorError, match="injected"):
+        driver.fence()
+    with pytest.raises(HypervisorError, match="injected"):
+        driver.await_life(0.1)
+    assert "executed" in driver.await_life(0.05)

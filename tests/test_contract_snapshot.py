@@ -7,13 +7,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from tests.test_file_mechanism import FileRig
 from vmsnap.errors import SnapshotError, VmsnapError
-from vmsnap.model import Disk, DiskSnapshot, Extent, Finding, Moment, OwnedResource, SnapshotPlan, Window
+from vmsnap.model import (
+    ClonePlan,
+    Disk,
+    DiskSnapshot,
+    Extent,
+    Finding,
+    Moment,
+    OwnedResource,
+    SnapshotPlan,
+    Window,
+)
 from vmsnap.testing.snapshot import SnapshotContract
 from vmsnap_drivers.snapshots.file import FileMechanism, FileReader
 
@@ -329,20 +339,63 @@ class LeavesTheDisk(MarksBearTheDisk):
         yield Extent(0, len(new) + 4096)
 
 
-@caught_by("test_40_a_clone_is_writable_and_independent")
+@caught_by("test_40_a_clone_is_writable_and_leaves_everything_else_alone")
 class CloneIsTheSnapshot(FileMechanism):
-    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
         return replace(snapshot.disk, address=snapshot.data["file"])
 
 
-@caught_by("test_40_a_clone_is_writable_and_independent")
+@caught_by("test_40_a_clone_is_writable_and_leaves_everything_else_alone")
 class CloneIsAHardLink(FileMechanism):
-    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
-        found = super().clone(snapshot, name)
-        path = Path(found.address)
-        path.unlink()
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        path = Path(plan.data["file"])
         path.hardlink_to(snapshot.data["file"])
-        return found
+        return replace(snapshot.disk, address=str(path))
+
+
+@caught_by("test_41_a_lasting_clone_outlives_snapshot_and_vm")
+class DeletesClonesToo(FileMechanism):
+    def delete(self, plan: SnapshotPlan) -> None:
+        super().delete(plan)
+        for owned in self.list_owned():
+            if owned.tag == plan.tag:
+                Path(owned.name).unlink()
+
+
+@caught_by("test_42_the_reader_of_a_clone_reads_what_its_vm_wrote")
+class ReadsTheSnapshotInstead(FileMechanism):
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> FileReader:
+        index = [found.device for found in plan.snapshot.disks].index(plan.device)
+        return FileReader(Path(plan.snapshot.data["files"][index]), disk.size_bytes)
+
+
+@caught_by("test_43_delete_clone_removes_the_clone_and_nothing_else", lasting=False, killed=False)
+class PlanThatMakesTheFile(FileMechanism):
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
+        plan = super().plan_clone(snapshot, name, folder, lasting=lasting)
+        Path(plan.data["file"]).touch()
+        return plan
+
+
+@caught_by("test_43_delete_clone_removes_the_clone_and_nothing_else", lasting=True, killed=True)
+class DeletesOnlyItsOwnClones(FileMechanism):
+    made: ClassVar[set[tuple[int, str]]] = set()
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        self.made.add((os.getpid(), plan.data["file"]))
+        return super().clone(plan, snapshot)
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        if (os.getpid(), plan.data["file"]) in self.made:
+            super().delete_clone(plan)
+
+
+@caught_by("test_43_delete_clone_removes_the_clone_and_nothing_else", lasting=False, killed=False)
+class DeletesClonesByPrefix(FileMechanism):
+    def delete_clone(self, plan: ClonePlan) -> None:
+        for owned in self.list_owned():
+            if owned.kind == "clone" and f"~{plan.name[:3]}" in owned.name:
+                Path(owned.name).unlink()
 
 
 @pytest.mark.parametrize(("driver", "scenario", "arguments"), BAD)

@@ -14,7 +14,7 @@ from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext, SnapshotMechanism
 from vmsnap.testing.rigs import SnapshotRig
-from vmsnap.testing.snapshot import SnapshotContract, contents_of, live
+from vmsnap.testing.snapshot import SnapshotContract, clone_all, contents_of, live
 from vmsnap_drivers.snapshots import file as file_mechanism
 from vmsnap_drivers.snapshots.file import FileMechanism, can_reflink
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_clones_are_found_as_strays(tmp_path: Path) -> None:
     rig = FileRig(tmp_path)
     life = live(rig)
-    clones: Sequence[Disk] = [life.mechanism.clone(snapshot, "bk.001") for snapshot in life.snapshots]
+    clones: Sequence[Disk] = [clone.disk for clone in clone_all(rig, life, "bk.001")]
     life.mechanism.delete(life.plan)
     owned = rig.mechanism().list_owned()
     assert {(entry.kind, entry.name, entry.tag) for entry in owned} == {

@@ -241,6 +241,25 @@ class DiskSnapshot:
 
 
 @dataclass(frozen=True)
+class ClonePlan:
+    """Names a writable disk for a duplicate before it exists.
+
+    Plain data: it is written to the journal before `SnapshotMechanism.clone`, and is enough for
+    `SnapshotMechanism.delete_clone` in another process, another day. `name` is the duplicate's, `folder` where files
+    of the clone lie (mechanisms without files leave it alone). `lasting` says that the clone must outlive the snapshot
+    and the working VM. `data` is the mechanism's own.
+    """
+
+    mechanism: str
+    snapshot: SnapshotPlan
+    device: str
+    name: str
+    folder: Path
+    lasting: bool
+    data: Json = None
+
+
+@dataclass(frozen=True)
 class OwnedResource:
     """Something outside of vmsnap that carries our tag: a snapshot, an overlay, an export, a VM, a folder."""
 

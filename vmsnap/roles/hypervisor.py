@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from vmsnap.errors import HypervisorError
 from vmsnap.model import (
     CapturePlan,
     Disk,
@@ -22,6 +24,9 @@ from vmsnap.model import (
     VmState,
 )
 from vmsnap.roles.options import DriverContext, Option
+
+LOOK_EACH_SECONDS = 0.1
+"""How often `Hypervisor.await_life` looks, where a driver has nothing better."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,11 @@ class LoadRequest:
     `definition` is what `describe` gave, `images` and `device_state` what `duplicate` gave, with paths valid on
     this host; the files are left as they are, and may be shared by several loads. `disks` are the new VM's own,
     named by the devices of the definition; none of them may belong to another VM. `images_disposable` says that
-    nobody else needs the image files: the driver may take them over (use them as the RAM itself) and the caller
-    unlinks them after `load`.
+    nobody else needs the image files: the driver may take them over (use them as the RAM itself); else they are
+    mapped copy on write, or read. In either case the caller may unlink them once `load` has returned: a mapping
+    keeps its pages without the name. `takeover`: the VM takes the place of one of the same name that was fenced; it
+    comes up under that one's name, address (the options of this instance) and MACs, and what the dead process left
+    there (stale sockets) is replaced.
     """
 
     definition: Json
@@ -52,6 +60,7 @@ class LoadRequest:
     isolated: bool = False
     images_disposable: bool = False
     details: Json = None
+    takeover: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class Hypervisor(ABC):
     def load(self, request: LoadRequest) -> LoadedVm:
         """Make this instance's VM exist, stopped at the captured instant, on the disks of the request. All or nothing.
 
-        :raises AlreadyExists: a VM of that name (or at that address) exists
+        :raises AlreadyExists: a VM of that name (or at that address) exists; with `takeover` one that lives
         :raises HypervisorError: it did not come up; nothing of it is left
         """
 
@@ -228,6 +237,38 @@ class Hypervisor(ABC):
 
         :raises HypervisorError: the guest did not end in time, or ended in another way
         """
+
+    def fence(self, *, kill: bool = False) -> str:
+        """Prove that this VM does not run, and return one line that says how it was shown (its process is gone, nobody
+        listens on its socket, …), for the journal and for people.
+
+        With `kill` a VM that lives is killed at once, also one that vmsnap did not load, and its end is waited for.
+        Not answering is no proof, being unknown to this driver is none either where the VM could run all the same.
+        Idempotent.
+
+        :raises Busy: it lives, and `kill` was not given
+        :raises HypervisorError: it cannot be shown that it does not run
+        """
+        raise HypervisorError(
+            f"driver {self.name!r} cannot show that VM {self.vm!r} does not run",
+            cure="without that proof nothing takes its place",
+        )
+
+    def await_life(self, seconds: float) -> str:
+        """Wait until the resumed guest has shown life, and return one line that says how (a heartbeat on its serial
+        line, its agent, or executing without fault for `seconds`). Blocks for `seconds` at most.
+
+        :raises HypervisorError: it died, faulted, or does not execute
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self.state()
+            if state is not VmState.EXECUTING:
+                raise HypervisorError(f"VM {self.vm!r} is {state.value} instead of executing")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return f"it executed for {seconds:g} s without a fault"
+            time.sleep(min(left, LOOK_EACH_SECONDS))
 
     @abstractmethod
     def destroy(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from vmsnap.errors import SnapshotError
-from vmsnap.model import Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
+from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
 from vmsnap.roles.options import DriverContext, Option
 
 
@@ -51,6 +52,10 @@ class SnapshotMechanism(ABC):
 
         plan → (journal) → prepare → [pause] → snapshot → [resume] → settle → reader … → delete
 
+    Where a duplicate is to run, writable disks are made of settled snapshots::
+
+        plan_clone → (journal) → clone → (the duplicate runs and ends) → clone_reader … → delete_clone
+
     Contract:
 
     - **Named before made.** `plan` has no side effects and its result holds the names of all that will be made;
@@ -74,7 +79,7 @@ class SnapshotMechanism(ABC):
     running_guest: ClassVar[bool] = True
     """Can keep the instant while the guest goes on writing; else only for VMs that are stopped."""
     clones: ClassVar[bool] = False
-    """`clone` works."""
+    """`plan_clone`, `clone`, `delete_clone` and `clone_reader` work; else they raise."""
     changes: ClassVar[bool] = False
     """`changed_extents` works, and snapshots bear marks."""
 
@@ -131,11 +136,45 @@ class SnapshotMechanism(ABC):
         """
         raise SnapshotError(f"mechanism {self.name!r} keeps no record of changes")
 
-    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
-        """Make a writable disk, independent of the original, with the snapshot's content, for a duplicate called
-        `name`.
+    # -- writable disks for a duplicate
 
-        :raises SnapshotError: this mechanism has `clones` = False, or it failed
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
+        """Name all that `clone` will make: a writable disk with the snapshot's content, for a duplicate called `name`.
+
+        `folder` exists and is the duplicate's own; files of the clone go there and nowhere else. No side effects. The
+        plan stands in the journal before `clone` is called.
+
+        :raises SnapshotError: this mechanism has `clones` = False, or it cannot be done (no room, an unsafe name)
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot clone")
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        """Make the disk. Called after `settle`, while the working VM runs; may block for long.
+
+        Whatever is written to the clone never reaches the snapshot, the original or another clone. With `plan.lasting`
+        it is independent of the snapshot, the working VM and its hypervisor's process: it survives their end by
+        kill -9, and `delete` of the snapshot. Without, it may lean on the snapshot (an overlay over it) and is valid
+        while that lives: made quickly, little room taken.
+
+        :raises SnapshotError: this mechanism has `clones` = False, or it failed; the core calls `delete_clone`
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot clone")
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        """Remove all that was made for `plan`, whatever of it exists; idempotent, in any process.
+
+        Touches nothing that does not stand in the plan. Called before `delete` of the snapshot that it leans on, and
+        after it too. `folder` stays.
+
+        :raises SnapshotError: something could not be removed; what is left is named, and a later call tries again
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot clone")
+
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
+        """Open the clone's present content, what its VM wrote included; `disk` is what `clone` gave. That VM must not
+        run.
+
+        :raises SnapshotError: this mechanism has `clones` = False, or the clone (or what it leans on) is lost
         """
         raise SnapshotError(f"mechanism {self.name!r} cannot clone")
 

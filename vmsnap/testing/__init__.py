@@ -11,8 +11,10 @@ import sys
 if "pytest" in sys.modules:
     sys.modules["pytest"].register_assert_rewrite(
         "vmsnap.testing.bringing_back",
+        "vmsnap.testing.cloning",
         "vmsnap.testing.hypervisor",
         "vmsnap.testing.rigs",
         "vmsnap.testing.snapshot",
+        "vmsnap.testing.snapshot_life",
         "vmsnap.testing.storage",
     )

@@ -18,11 +18,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from vmsnap.errors import HypervisorError, SnapshotError, StorageError, VmsnapError
 from vmsnap.model import (
     CapturePlan,
+    ClonePlan,
     Disk,
     DiskSnapshot,
     Duplicate,
@@ -224,6 +226,14 @@ class FaultyHypervisor(Hypervisor):
         """See the role."""
         return self._call(self.driver.shut_down, timeout_seconds)
 
+    def fence(self, *, kill: bool = False) -> str:
+        """See the role."""
+        return self._call(self.driver.fence, kill=kill)
+
+    def await_life(self, seconds: float) -> str:
+        """See the role."""
+        return self._call(self.driver.await_life, seconds)
+
     def destroy(self) -> None:
         """See the role."""
         return self._call(self.driver.destroy)
@@ -307,9 +317,21 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return FaultyReader(self._call(self.driver.reader, snapshot), self.fault_plan)
 
-    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
         """See the role."""
-        return self._call(self.driver.clone, snapshot, name)
+        return self._call(self.driver.plan_clone, snapshot, name, folder, lasting=lasting)
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        """See the role."""
+        return self._call(self.driver.clone, plan, snapshot)
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        """See the role."""
+        return self._call(self.driver.delete_clone, plan)
+
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
+        """See the role."""
+        return FaultyReader(self._call(self.driver.clone_reader, plan, disk), self.fault_plan)
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See the role; counted as ``delete_snapshots``, so that one plan can tell it from the storage's."""

@@ -149,7 +149,7 @@ class SnapshotRig(ABC):
 
     @abstractmethod
     def content(self, disk: Disk) -> bytes:
-        """What the guest would read from the whole disk now."""
+        """What the guest would read from the whole disk now; clones are disks too, here and in `write`."""
 
     @abstractmethod
     def pause(self) -> None:
@@ -166,6 +166,9 @@ class SnapshotRig(ABC):
     @abstractmethod
     def lose(self, disk: Disk, mechanism: SnapshotMechanism) -> None:
         """Destroy, past the mechanism, what it keeps of this disk's snapshot."""
+
+    def end_vm(self) -> None:
+        """End the process that has the disks open, by kill -9; nothing where there is none."""
 
 
 def read_all(reader: DiskReader) -> bytes:

@@ -2,98 +2,37 @@
 
 A mechanism joins by inheriting `SnapshotContract` and giving it one fixture, `rig`, that yields a
 `vmsnap.testing.rigs.SnapshotRig`. Each scenario is a sentence of the contract, which its docstring quotes or says in
-other words.
+other words; those from 40 on clone (`vmsnap.testing.cloning`).
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import signal
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 
 from vmsnap.errors import SnapshotError
-from vmsnap.model import Disk, DiskSnapshot, SnapshotPlan, Window, from_json, to_json
-from vmsnap.roles import DiskReader, SnapshotMechanism
-from vmsnap.testing.rigs import SnapshotRig, digest, read_all, same
+from vmsnap.model import DiskSnapshot, SnapshotPlan, Window, from_json, to_json
+from vmsnap.testing.cloning import CloningScenarios, clone_all
+from vmsnap.testing.rigs import SnapshotRig, read_all, same
+from vmsnap.testing.snapshot_life import (
+    BLOCK,
+    STEPS,
+    Life,
+    contents_of,
+    in_a_process_that_is_killed,
+    live,
+    scribble,
+)
 
-BLOCK = 4096
-STEPS = ("plan", "prepare", "snapshot", "settle", "reader")
-"""The life of a snapshot; `delete` may follow any of them."""
-_tags = itertools.count(1)
-
-
-@dataclass
-class Life:
-    """One snapshot, brought as far as wanted, with what the disks held at its instant."""
-
-    mechanism: SnapshotMechanism
-    plan: SnapshotPlan
-    snapshots: tuple[DiskSnapshot, ...] = ()
-    contents: tuple[bytes, ...] = ()
-    readers: list[DiskReader] = field(default_factory=list)
-
-    def end(self, mechanism: SnapshotMechanism | None = None) -> None:
-        """Delete the snapshot, its readers still open, as a core that failed does; then close them."""
-        (mechanism or self.mechanism).delete(from_json(to_json(self.plan), SnapshotPlan))
-        for reader in self.readers:
-            reader.close()
+__all__ = ["BLOCK", "STEPS", "Life", "SnapshotContract", "clone_all", "contents_of", "live", "scribble"]
 
 
-def live(
-    rig: SnapshotRig,
-    until: str = "settle",
-    mechanism: SnapshotMechanism | None = None,
-    tag: str = "",
-    plan: SnapshotPlan | None = None,
-) -> Life:
-    """Live a snapshot's life up to a step, the writer paused as a guest would be."""
-    mechanism = mechanism or rig.mechanism()
-    if plan is None:
-        plan = mechanism.plan(rig.vm, rig.disks(), tag or f"vmsnap-{os.getpid()}-{next(_tags)}", Window.FREE)
-    life = Life(mechanism, plan)
-    wanted = STEPS[: STEPS.index(until) + 1]
-    if "prepare" in wanted:
-        mechanism.prepare(plan)
-    if "snapshot" in wanted:
-        rig.pause()
-        try:
-            life.contents = tuple(rig.content(disk) for disk in plan.disks)
-            life.snapshots = mechanism.snapshot(plan)
-        finally:
-            rig.resume()
-    if "settle" in wanted:
-        mechanism.settle(life.snapshots)
-    if "reader" in wanted:
-        for snapshot in life.snapshots:
-            life.readers.append(mechanism.reader(snapshot))
-            life.readers[-1].read_into(0, memoryview(bytearray(BLOCK)))
-    return life
-
-
-def scribble(rig: SnapshotRig, disk: Disk, seed: int = 1) -> None:
-    """Write here and there over the whole disk: over data, and where nothing was."""
-    chance = random.Random(seed)
-    for _ in range(40):
-        block = chance.randrange(disk.size_bytes // BLOCK)
-        rig.write(disk, block * BLOCK, chance.randbytes(BLOCK))
-
-
-def contents_of(mechanism: SnapshotMechanism, life: Life) -> list[bytes]:
-    """All disks of a snapshot, as the mechanism gives them."""
-    found = []
-    for snapshot in life.snapshots:
-        with mechanism.reader(snapshot) as reader:
-            found.append(read_all(reader))
-    return found
-
-
-class SnapshotContract:
+class SnapshotContract(CloningScenarios):
     """All scenarios of the role."""
 
     @pytest.fixture
@@ -323,15 +262,7 @@ class SnapshotContract:
         before = rig.traces()
         tag = f"vmsnap-crash-{step}"
         plan = rig.mechanism().plan(rig.vm, rig.disks(), tag, Window.FREE)
-        child = os.fork()
-        if child == 0:
-            try:
-                live(rig, step, plan=plan)
-                os.kill(os.getpid(), signal.SIGKILL)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
+        in_a_process_that_is_killed(lambda: live(rig, step, plan=plan))
         mechanism = rig.mechanism()
         assert tag in {entry.tag for entry in mechanism.list_owned()}
         mechanism.delete(plan)
@@ -387,31 +318,3 @@ class SnapshotContract:
             with pytest.raises(SnapshotError):
                 list(mechanism.changed_extents(second.snapshots[0], mark))
         second.end()
-
-    # -- cloning
-
-    def test_40_a_clone_is_writable_and_independent(self, rig: SnapshotRig) -> None:
-        """`clone`: "Make a writable disk, independent of the original, with the snapshot's content"."""
-        mechanism = rig.mechanism()
-        if not mechanism.clones:
-            life = live(rig, mechanism=mechanism)
-            with pytest.raises(SnapshotError):
-                mechanism.clone(life.snapshots[0], "bk001")
-            mechanism.delete(life.plan)
-            return
-        life = live(rig, mechanism=mechanism)
-        clones = [mechanism.clone(snapshot, "bk001") for snapshot in life.snapshots]
-        again = [mechanism.clone(snapshot, "bk002") for snapshot in life.snapshots]
-        assert len({clone.address for clone in (*clones, *again, *life.plan.disks)}) == 3 * len(clones)
-        for clone, disk, content in zip(clones, life.plan.disks, life.contents, strict=True):
-            assert clone.device == disk.device and clone.size_bytes == disk.size_bytes and not clone.read_only
-            assert same(rig.content(clone), content)
-            scribble(rig, clone, seed=5)
-            assert same(rig.content(disk), content)
-        assert same(contents_of(mechanism, life), list(life.contents))
-        assert same([rig.content(clone) for clone in again], list(life.contents))
-        fingerprints = [digest(clone.address) for clone in clones]
-        for disk in rig.disks():
-            scribble(rig, disk, seed=6)
-        mechanism.delete(life.plan)
-        assert [digest(clone.address) for clone in clones] == fingerprints

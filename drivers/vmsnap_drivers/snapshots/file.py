@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import (
+    ClonePlan,
     Disk,
     DiskSnapshot,
     Extent,
@@ -101,8 +102,8 @@ class FileMechanism(SnapshotMechanism):
     """Point-in-time copies of plain files.
 
     A reflink takes milliseconds whatever the size. A copy takes as long as copying takes, with the guest standing
-    still: option ``way=reflink`` refuses that. Clones are named by their duplicate, live on when the snapshot is
-    deleted, and are listed as owned.
+    still: option ``way=reflink`` refuses that. Clones are whole copies, named by their duplicate; they live on when
+    the snapshot is deleted, and are listed as owned.
     """
 
     name = "file"
@@ -172,20 +173,38 @@ class FileMechanism(SnapshotMechanism):
         """Open the snapshot's file; see the role."""
         return FileReader(_file_of(snapshot), snapshot.disk.size_bytes)
 
-    def clone(self, snapshot: DiskSnapshot, name: str) -> Disk:
-        """Copy the snapshot's file, by reflink where it can be; see the role."""
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
+        """A file in `folder`; lasting or not makes no difference, a copy leans on nothing. See the role."""
         source = _file_of(snapshot)
-        check_name(name, "duplicate name")
         index = _files(snapshot.plan).index(source)
-        path = source.with_name(f"{snapshot.plan.tag}~{index}~{name}~clone")
+        path = folder.absolute() / f"{snapshot.plan.tag}~{index}~{check_name(name, 'duplicate name')}~clone"
+        if self._way == COPY or not can_reflink(source, path.parent):
+            _check_room_for_copy(source, path.parent)
+        return ClonePlan(
+            self.name, snapshot.plan, snapshot.disk.device, name, path.parent, lasting, {"file": str(path)}
+        )
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        """Copy the snapshot's file, by reflink where it can be; see the role."""
+        source, path = _file_of(snapshot), _file_of_clone(plan)
         self._note_folder(path.parent)
         _create(path)
-        try:
-            _copy(source, path, REFLINK if can_reflink(source, path.parent) else COPY)
-        except SnapshotError:
-            path.unlink()
-            raise
+        _copy(source, path, REFLINK if self._way != COPY and can_reflink(source, path.parent) else COPY)
         return Disk(snapshot.disk.device, str(path), snapshot.disk.size_bytes, handle={"plain_file": "yes"})
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        """Remove the clone's file; see the role."""
+        path = _file_of_clone(plan)
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as e:
+            raise SnapshotError(f"{path} could not be removed: {e.strerror}") from e
+
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> FileReader:
+        """Open the clone's file; see the role."""
+        return FileReader(_file_of_clone(plan), disk.size_bytes)
 
     def delete(self, plan: SnapshotPlan) -> None:
         """Remove the plan's files; see the role."""
@@ -276,6 +295,16 @@ def _file_of(snapshot: DiskSnapshot) -> Path:
     return path
 
 
+def _file_of_clone(plan: ClonePlan) -> Path:
+    """The clone's file; refuses a plan that names another than ours, since it will be deleted."""
+    path = Path(plan.data["file"])
+    found = _OURS.fullmatch(path.name)
+    ours = found is not None and found["kind"] == "clone" and found["tag"] == plan.snapshot.tag
+    if not ours or path.parent != plan.folder or not path.is_absolute():
+        raise SnapshotError(f"the plan of a clone for {plan.name!r} names {path}, which is no clone of it")
+    return path
+
+
 def _check_room(plan: SnapshotPlan) -> None:
     needed: dict[Path, int] = {}
     for disk, path, way in zip(plan.disks, _files(plan), plan.data["ways"], strict=True):
@@ -299,6 +328,18 @@ def _check_room(plan: SnapshotPlan) -> None:
                 f"no room for the snapshot in {folder}: it needs {by_device[device]} bytes, {free} are free",
                 cure="make room, or choose another folder with the option folder",
             )
+
+
+def _check_room_for_copy(source: Path, folder: Path) -> None:
+    try:
+        needed, room = source.stat().st_blocks * 512, os.statvfs(folder)
+    except OSError as e:
+        raise SnapshotError(f"{source} cannot be copied to {folder}: {e.strerror}") from e
+    if needed > room.f_bavail * room.f_frsize:
+        raise SnapshotError(
+            f"no room for a clone in {folder}: it needs {needed} bytes, {room.f_bavail * room.f_frsize} are free",
+            cure="make room there",
+        )
 
 
 def _create(path: Path) -> None:
