@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,15 @@ class Qcow2Rig(SnapshotRig):
         return self._disks
 
     def write(self, disk: Disk, offset: int, data: bytes) -> None:
-        self.machine.write(disk, offset, data)
+        if disk.handle:
+            self.machine.write(disk, offset, data)
+            return
+        with Path(disk.address).open("r+b") as clone:
+            clone.seek(offset)
+            clone.write(data)
 
     def content(self, disk: Disk) -> bytes:
-        return self.machine.content(disk)
+        return self.machine.content(disk) if disk.handle else self.machine.convert(Path(disk.address), disk.format)
 
     def pause(self) -> None:
         self.machine.pause(Window.FREE)
@@ -56,10 +62,16 @@ class Qcow2Rig(SnapshotRig):
     def resume(self) -> None:
         self.machine.resume(Window.FREE)
 
+    def end_vm(self) -> None:
+        """Kill QEMU; another one is started, for the scenarios to come."""
+        self.machine.stop()
+        self.machine.start()
+
     def traces(self) -> frozenset[str]:
         state = self.context.state_dir / "qcow2"
-        kept = [str(path) for path in state.iterdir()] if state.exists() else []
-        return frozenset([self.machine.traces(), *kept])
+        kept = [str(path) for path in state.rglob("*") if not path.is_dir()] if state.exists() else []
+        # Nodes without a name of their own are numbered anew by each QEMU.
+        return frozenset([re.sub(r"#block\d+", "#block", self.machine.traces()), *kept])
 
     def lose(self, disk: Disk, mechanism: SnapshotMechanism) -> None:
         for export in self.machine.oracle.execute("query-block-exports"):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from vmsnap.errors import Busy, SnapshotError, UnknownVm, UsageError, VmGone
-from vmsnap.model import Disk, DiskSnapshot, Finding, Moment, OwnedResource, SnapshotPlan, Window
+from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Finding, Moment, OwnedResource, SnapshotPlan, Window
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.snapshots.qcow2 import fleecing, overlay, record, server
+from vmsnap_drivers.snapshots.qcow2 import clones, fleecing, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_seconds
+from vmsnap_drivers.snapshots.qcow2.clone_reader import CloneReader
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames, choose_names
@@ -36,6 +37,7 @@ class Qcow2Mechanism(SnapshotMechanism):
 
     name: ClassVar[str] = MECHANISM
     atomic_group: ClassVar[bool] = True
+    clones: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
         Option("folder", "where blocks that the guest overwrites are kept meanwhile (default: beside each disk)"),
         Option("copy_seconds", "how long a write of the guest's may wait for its old block to be copied", default="10"),
@@ -145,6 +147,29 @@ class Qcow2Mechanism(SnapshotMechanism):
         target = None if snapshot.disk.read_only else own.target
         return Qcow2Reader(snapshot.disk, Path(names.socket), own.access, target, _READ_SECONDS)
 
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
+        """See `SnapshotMechanism.plan_clone`: a sparse raw file, lasting or not. A read-only disk is shared."""
+        return clones.plan_clone(snapshot, name, folder, lasting=lasting)
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        """See `SnapshotMechanism.clone`. Reads the snapshot as a backup does, from 1 GB/s on where it is cached."""
+        with self.reader(snapshot) as reader:
+            return clones.make(plan, snapshot, reader, self._clone_notes)
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        """See `SnapshotMechanism.delete_clone`."""
+        clones.delete(plan, self._clone_notes)
+
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
+        """See `SnapshotMechanism.clone_reader`.
+
+        :raises SnapshotError: it is lost, or a read-only disk's, to which nobody wrote
+        """
+        path = clones.file_of(plan)
+        if path is None:
+            raise SnapshotError(f"disk {plan.device} is read-only and was not cloned: its snapshot is read")
+        return CloneReader(path, disk.size_bytes)
+
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`. With or without its QEMU.
 
@@ -165,7 +190,7 @@ class Qcow2Mechanism(SnapshotMechanism):
 
     def list_owned(self) -> Sequence[OwnedResource]:
         """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
-        return record.list_owned(self._folder)
+        return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes)]
 
     def doctor(self) -> Sequence[Finding]:
         """See `SnapshotMechanism.doctor`."""
@@ -185,6 +210,10 @@ class Qcow2Mechanism(SnapshotMechanism):
             self.close()
             self._monitor = Monitor.borrow(names.monitor)
         return BlockGraph(self._monitor)
+
+    @property
+    def _clone_notes(self) -> Path:
+        return self._folder / "clones"
 
     def _copy_seconds(self) -> int:
         return parse_seconds(self._options.get("copy_seconds", "10"))
