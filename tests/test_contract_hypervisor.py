@@ -474,6 +474,88 @@ class OwnsNothing(SimulatedHypervisor):
         return ()
 
 
+@caught_by("test_60_a_vm_that_lives_is_not_fenced")
+class FencesAnything(SimulatedHypervisor):
+    def fence(self, *, kill: bool = False) -> str:
+        return "it is surely dead"
+
+
+@caught_by("test_60_a_vm_that_lives_is_not_fenced")
+class TakesStandingStillForDeath(SimulatedHypervisor):
+    def fence(self, *, kill: bool = False) -> str:
+        return "it stands still" if self.state() is VmState.STOPPED else super().fence(kill=kill)
+
+
+@caught_by("test_61_a_killed_vm_is_shown_to_be_gone")
+class NeverSure(SimulatedHypervisor):
+    def fence(self, *, kill: bool = False) -> str:
+        if not kill:
+            self.describe()
+        return super().fence(kill=kill)
+
+
+@caught_by("test_62_with_kill_it_is_dead_and_nobody_else_is", paused=False)
+class KillsOnlyWhatItLoaded(SimulatedHypervisor):
+    def fence(self, *, kill: bool = False) -> str:
+        if kill:
+            self.destroy()
+        return super().fence()
+
+
+@caught_by("test_62_with_kill_it_is_dead_and_nobody_else_is", paused=True)
+class KillsAll(SimulatedHypervisor):
+    def fence(self, *, kill: bool = False) -> str:
+        for vm in self.list_vms() if kill else ():
+            lifecycle.kill_process(lifecycle.socket_of(self.context.state_dir, vm), 5.0)
+        return super().fence(kill=kill)
+
+
+@caught_by("test_63_a_duplicate_takes_the_place_of_a_killed_vm")
+class TakesThePlaceUnplugged(SimulatedHypervisor):
+    def load(self, request: LoadRequest) -> LoadedVm:
+        return super().load(replace(request, isolated=request.isolated or request.takeover))
+
+
+@caught_by("test_63_a_duplicate_takes_the_place_of_a_killed_vm")
+class TakesThePlaceWithANewMac(SimulatedHypervisor):
+    def load(self, request: LoadRequest) -> LoadedVm:
+        nic = {**request.definition["nic"], "mac": "52:54:00:00:00:00"}
+        return super().load(replace(request, definition={**request.definition, "nic": nic}))
+
+
+@caught_by("test_63_a_duplicate_takes_the_place_of_a_killed_vm")
+class StumblesOverStaleSockets(SimulatedHypervisor):
+    def load(self, request: LoadRequest) -> LoadedVm:
+        if self.socket.exists():
+            raise HypervisorError(f"{self.socket} exists")
+        return super().load(request)
+
+
+@caught_by("test_64_the_place_of_a_vm_that_lives_is_not_taken")
+class TakesAnyPlace(SimulatedHypervisor):
+    def load(self, request: LoadRequest) -> LoadedVm:
+        if request.takeover:
+            lifecycle.kill_process(self.socket, 5.0)
+        return super().load(request)
+
+
+@caught_by("test_65_life_is_shown_by_a_guest_that_works_and_by_no_other")
+class SeesLifeEverywhere(SimulatedHypervisor):
+    def await_life(self, seconds: float) -> str:
+        with contextlib.suppress(HypervisorError):
+            return super().await_life(seconds)
+        return "it breathes"
+
+
+@caught_by("test_66_a_loaded_vm_needs_the_names_of_its_images_no_more")
+class LooksAtTheImagesAgain(SimulatedHypervisor):
+    def resume(self) -> Moment:
+        found = record.read(self.socket)
+        if found is not None and found.loaded and not list(duplicates_in(self.context.memory_dir)):
+            raise HypervisorError("the images are gone")
+        return super().resume()
+
+
 @pytest.mark.parametrize(("driver", "scenario", "arguments"), BAD)
 def test_the_suite_catches(driver: type[SimulatedHypervisor], scenario: str, arguments: dict[str, Any]) -> None:
     for rig in simulated_rig(driver):

@@ -40,8 +40,11 @@ DEFAULT_DISK_BYTES = 256 << 20
 @click.option(
     "--ticks", metavar="PER_SECOND", type=float, default=100.0, show_default=True, help="How busy the guest is."
 )
+@click.option("--ignore-power-button", "deaf", is_flag=True, help="A guest that does not shut down when it is asked.")
 @pass_session
-def start(session: Session, name: str, memory_bytes: int, disks: tuple[str, ...], bridge: str, ticks: float) -> None:
+def start(
+    session: Session, name: str, memory_bytes: int, disks: tuple[str, ...], bridge: str, ticks: float, deaf: bool
+) -> None:
     """Start the simulated VM NAME as a process of its own, and register it.
 
     It works until it is stopped: it counts in RAM and on its disks, and checks that they agree.
@@ -62,6 +65,7 @@ def start(session: Session, name: str, memory_bytes: int, disks: tuple[str, ...]
             state_dir=state_dir,
             bridge=bridge,
             ticks_per_second=ticks,
+            deaf=deaf,
         )
         try:
             controller.table.remove(name)

@@ -17,4 +17,5 @@ if "pytest" in sys.modules:
         "vmsnap.testing.snapshot",
         "vmsnap.testing.snapshot_life",
         "vmsnap.testing.storage",
+        "vmsnap.testing.taking_over",
     )

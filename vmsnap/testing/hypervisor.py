@@ -9,7 +9,8 @@ A driver joins by inheriting `HypervisorContract` and giving it one fixture::
                 yield rig
 
 Each scenario is a sentence of the contract, which its docstring quotes or says in other words. Scenarios below 40 ask
-and capture; those from 40 on bring back (`vmsnap.testing.bringing_back`).
+and capture; those from 40 on bring back (`vmsnap.testing.bringing_back`), those from 60 on take a failed VM's place
+(`vmsnap.testing.taking_over`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vmsnap.model import CapturePlan, Duplicate, VmDescription, VmState, from_js
 from vmsnap.roles import CaptureRequest, Hypervisor
 from vmsnap.testing.bringing_back import BringingBackScenarios
 from vmsnap.testing.rigs import HypervisorRig, digest
+from vmsnap.testing.taking_over import TakingOverScenarios
 
 MAX_PAUSE_SECONDS = 5.0
 IN_ORDER = ("prepare", "pause", "duplicate", "resume", "finish_duplicate")
@@ -392,7 +394,7 @@ class CapturingScenarios:
         assert rig.verdict(rig.vm) == ""
 
 
-class HypervisorContract(AskingScenarios, CapturingScenarios, BringingBackScenarios):
+class HypervisorContract(AskingScenarios, CapturingScenarios, BringingBackScenarios, TakingOverScenarios):
     """All scenarios of the role."""
 
     @pytest.fixture

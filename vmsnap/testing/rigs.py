@@ -50,6 +50,8 @@ class HypervisorRig(ABC):
     vm: str
     foreign_vm: str
     scratch: Path
+    options: Mapping[str, str] = {}
+    """The options under which `vm` is reached."""
     watch_seconds: float = 0.1
     patience_seconds: float = 20.0
     """How long something that must happen is waited for."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from vmsnap.errors import (
     AlreadyExists,
+    Busy,
     CannotCapture,
     HypervisorError,
     PauseExceeded,
@@ -46,6 +47,8 @@ NIC = "nic0"
 _FORK_SECONDS = 0.0005
 _FORK_SECONDS_PER_GIB = 0.02
 _POLL_SECONDS = 0.001
+_BEATS = 2
+"""How often a guest must have counted to be taken for alive."""
 _STATES = {
     "executing": VmState.EXECUTING,
     "stopped": VmState.STOPPED,
@@ -280,7 +283,7 @@ class SimulatedHypervisor(Hypervisor):
     # -- bringing back
 
     def load(self, request: LoadRequest) -> LoadedVm:
-        """Start a new process from the images; see the role."""
+        """Start a new process from the images; see the role. What a dead VM left at the socket is replaced always."""
         if record.alive(self.socket):
             raise AlreadyExists(f"a simulated VM {self.vm!r} exists at {self.socket}")
         start_process(plan_loading(self.vm, self.socket, self.context.state_dir, request))
@@ -308,6 +311,34 @@ class SimulatedHypervisor(Hypervisor):
     def shut_down(self, timeout_seconds: float) -> None:
         """Press the power button and wait; see the role."""
         lifecycle.wait_for_shut_down(self.socket, timeout_seconds)
+
+    def fence(self, *, kill: bool = False) -> str:
+        """Ask the kernel who holds the lock of the VM's record: a simulated VM has it as long as it lives."""
+        if kill:
+            self.close()
+            lifecycle.kill_process(self.socket, self._timeout)
+        found = record.read(self.socket)
+        if record.alive(self.socket):
+            who = f"process {found.pid}" if found is not None else "its process"
+            raise Busy(f"VM {self.vm!r} lives: {who} holds its record", cure="end it first")
+        was = f", process {found.pid} is gone" if found is not None else ""
+        return f"nobody holds the record of {self.vm} at {self.socket}{was}"
+
+    def await_life(self, seconds: float) -> str:
+        """See the guest count on twice, its RAM and disks in agreement; see the role."""
+        deadline = time.monotonic() + seconds
+        first = status = self._call("status")
+        while status["counter"] < first["counter"] + _BEATS:
+            if status["state"] != "executing":
+                raise HypervisorError(f"{self.vm} is {status['state']}: {status['fault'] or 'it does not execute'}")
+            if time.monotonic() > deadline:
+                raise HypervisorError(f"the guest of {self.vm} did not count on within {seconds:g} s")
+            time.sleep(_POLL_SECONDS)
+            status = self._call("status")
+        fault = self._call("check")["fault"]
+        if fault:
+            raise HypervisorError(f"the guest of {self.vm} has faulted: {fault}")
+        return f"it counted on from {first['counter']} to {status['counter']}, its RAM and disks agree"
 
     def destroy(self) -> None:
         """End the process of a loaded VM; see the role."""

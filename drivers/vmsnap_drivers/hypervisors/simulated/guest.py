@@ -15,6 +15,7 @@ from vmsnap_drivers.hypervisors.simulated.disks import Disks
 from vmsnap_drivers.hypervisors.simulated.layout import (
     COMPLETED_OFFSET,
     COUNTER,
+    DEAF_OFFSET,
     FIRST_STAMPED_PAGE,
     LOG_BLOCK,
     LOG_ENTRIES,
@@ -50,8 +51,9 @@ class Guest:
         self.fully_checked = False
 
     @classmethod
-    def boot(cls, ram: mmap.mmap, disks: Disks) -> Guest:
-        """Start from empty RAM: format blank disks, go on after the last record of disks that were used before.
+    def boot(cls, ram: mmap.mmap, disks: Disks, *, deaf: bool = False) -> Guest:
+        """Start from empty RAM: format blank disks, go on after the last record of disks that were used before. A
+        `deaf` guest ignores its power button.
 
         :raises HypervisorError: a disk holds something else
         """
@@ -66,6 +68,7 @@ class Guest:
         counter = max(latest)
         guest = cls(ram, disks)
         guest._write_header(machine, counter, 0)
+        ram[DEAF_OFFSET] = deaf
         for index, number in enumerate(latest):
             guest._set(STARTED_OFFSET, index, number)
             guest._set(COMPLETED_OFFSET, index, number)
@@ -103,6 +106,11 @@ class Guest:
     def counter(self) -> int:
         """How far it has counted."""
         return self._header()[2]
+
+    @property
+    def deaf(self) -> bool:
+        """Whether it ignores its power button."""
+        return bool(self.ram[DEAF_OFFSET])
 
     def completed(self) -> list[int]:
         """The last record that each disk has, as RAM knows it."""

@@ -23,6 +23,8 @@ RAM_MAGIC = b"SIMGUEST"
 RAM_HEADER = struct.Struct("<8s16sQQQI")
 """Magic, machine id, counter, cycles, entries in the log, number of disks."""
 COUNTER = struct.Struct("<Q")
+DEAF_OFFSET = 128
+"""Not zero where the guest ignores its power button: a byte of RAM, so that what is captured is deaf too."""
 STARTED_OFFSET = 256
 COMPLETED_OFFSET = STARTED_OFFSET + 8 * MAX_DISKS
 LOG_OFFSET = PAGE

@@ -15,7 +15,7 @@ from vmsnap.model import check_name
 from vmsnap.roles import LoadedVm
 from vmsnap_drivers.hypervisors.simulated import record
 from vmsnap_drivers.hypervisors.simulated.control import NoAnswer, ask
-from vmsnap_drivers.hypervisors.simulated.disks import DiskImage, Disks
+from vmsnap_drivers.hypervisors.simulated.disks import DiskImage
 from vmsnap_drivers.hypervisors.simulated.guest import Guest
 from vmsnap_drivers.hypervisors.simulated.layout import MAX_DISKS, MIN_DISK_BYTES, MIN_MEMORY_BYTES, PAGE
 from vmsnap_drivers.hypervisors.simulated.machine import anonymous_ram
@@ -61,11 +61,12 @@ def start(
     socket: Path | None = None,
     bridge: str = DEFAULT_BRIDGE,
     ticks_per_second: float = DEFAULT_TICKS_PER_SECOND,
+    deaf: bool = False,
 ) -> LoadedVm:
     """Start a simulated VM as a process of its own and let it execute.
 
     Each disk is a size in bytes (a sparse image ``NAME-diskN.img`` is made in `folder`) or the path of an image,
-    blank or a simulated guest's. The VM is found by its name, or by `socket`.
+    blank or a simulated guest's. The VM is found by its name, or by `socket`. A `deaf` guest ignores its power button.
 
     :raises UsageError: a size that cannot be
     :raises AlreadyExists: a VM of that name, or an image to be made
@@ -88,7 +89,7 @@ def start(
             vm=name,
             socket_path=socket_path,
             disks=tuple(images),
-            guest=lambda opened: _boot(memory_bytes, opened),
+            guest=lambda opened: Guest.boot(anonymous_ram(memory_bytes), opened, deaf=deaf),
             mac=_random_mac(),
             bridge=bridge_folder(state_dir, bridge).absolute(),
             connected=True,
@@ -101,10 +102,6 @@ def start(
             path.unlink()
         raise
     return LoadedVm(name, {"socket": str(socket_path)})
-
-
-def _boot(memory_bytes: int, disks: Disks) -> Guest:
-    return Guest.boot(anonymous_ram(memory_bytes), disks)
 
 
 def _check_sizes(name: str, memory_bytes: int, disks: Sequence[int | Path], ticks_per_second: float) -> None:
@@ -187,6 +184,22 @@ def end_process(socket_path: Path, timeout_seconds: float) -> None:
             raise HypervisorError(f"the process of the VM at {socket_path} does not end")
         time.sleep(_POLL_SECONDS)
     clean_up(socket_path)
+
+
+def kill_process(socket_path: Path, timeout_seconds: float) -> None:
+    """Kill a VM's process, whatever it does, and wait until it is gone; what it leaves stays. Idempotent.
+
+    :raises HypervisorError: it does not end
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while record.alive(socket_path):
+        found = record.read(socket_path)
+        if found is not None and record.alive(socket_path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found.pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"the process of the VM at {socket_path} does not end")
+        time.sleep(_POLL_SECONDS)
 
 
 def clean_up(socket_path: Path) -> bool:

@@ -323,8 +323,8 @@ class Machine:
         return self._nic()
 
     def shut_down(self) -> dict[str, Any]:
-        """Press the power button: the guest shuts itself down at its next tick."""
-        self.powering_down = True
+        """Press the power button: the guest shuts itself down at its next tick, unless it is deaf."""
+        self.powering_down = not self.hardware.guest.deaf
         return {}
 
     def inject(self, **fault: Any) -> dict[str, Any]:
