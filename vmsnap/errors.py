@@ -23,7 +23,9 @@
     │   └── PauseExceeded             the guest would have stood still too long; it runs again
     ├── SnapshotError              1
     ├── StorageError               1
-    │   └── StorageFull
+    │   ├── StorageFull
+    │   ├── TransientStorageError     may succeed when asked again; wrappers retry it
+    │   └── ObjectRetained            the storage keeps the object until a time, whatever it is told
     ├── RepositoryError            1
     └── ProtocolError              1  a defect in vmsnap or a driver: an instruction out of order
 
@@ -35,6 +37,7 @@ Every message is one line that names the thing; ``cure`` (one line too) says wha
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import ClassVar
 
 
@@ -148,6 +151,29 @@ class StorageError(VmsnapError):
 
 class StorageFull(StorageError):
     """No room is left where it is needed."""
+
+
+class TransientStorageError(StorageError):
+    """The storage was cut off, timed out, or said that it cannot now: the same call may succeed when it is made again.
+
+    Storage backends raise it instead of trying again, which `vmsnap.retrying` does for all of them. `overloaded`: the
+    storage asked to be called less often. Whether the call that failed had its effect is not known.
+    """
+
+    def __init__(self, message: str, *, cure: str = "", overloaded: bool = False) -> None:
+        super().__init__(message, cure=cure)
+        self.overloaded = overloaded
+
+
+class ObjectRetained(StorageError):
+    """The storage refuses to delete or replace an object before a time, and nobody can make it.
+
+    :param until: that time, UTC
+    """
+
+    def __init__(self, message: str, *, until: datetime, cure: str = "") -> None:
+        super().__init__(message, cure=cure)
+        self.until = until
 
 
 class RepositoryError(VmsnapError):

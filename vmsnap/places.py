@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vmsnap import registry
+from vmsnap.errors import UsageError
 from vmsnap.roles import StorageBackend, check_options
 
 if TYPE_CHECKING:
@@ -18,15 +19,40 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 
 def storage_for(url: str, options: Mapping[str, str] | None = None) -> StorageBackend:
-    """The storage backend for `url`; a plain path is a ``file`` URL.
+    """The storage backend for `url`; a plain path is a ``file`` URL. Calls to remote storage are tried again where that
+    can help, see `vmsnap.retrying`.
 
     :raises DriverUnavailable: no backend serves its scheme
-    :raises UsageError: the URL or an option is wrong
+    :raises UsageError: the URL or an option is wrong, or the URL holds a password
     """
-    found = _SCHEME.match(url)
-    scheme = found.group(1) if found else "file"
+    scheme = scheme_of(url)
+    refuse_secrets(url)
     backend = registry.storage_backend(scheme)
-    return backend(url, check_options(scheme, backend.options, options or {}))
+    storage = backend(url, check_options(scheme, backend.options, options or {}))
+    if not storage.remote:
+        return storage
+    from vmsnap.retrying import RetryingStorage
+
+    return RetryingStorage(storage)
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a repository's URL, which names its storage backend; a plain path is a ``file`` URL."""
+    found = _SCHEME.match(url)
+    return found.group(1) if found else "file"
+
+
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL with a password in it, without showing it: URLs are shown in messages, and remembered.
+
+    :raises UsageError: there is one
+    """
+    authority = url.partition("://")[2].partition("/")[0] if scheme_of(url) != "file" else ""
+    if ":" in authority.rpartition("@")[0]:
+        raise UsageError(
+            f"the {scheme_of(url)} URL of the repository has a password in it, which would be seen by others",
+            cure="take it out of the URL, change it, and see the documentation of storage for where it belongs",
+        )
 
 
 def open_repository(

@@ -14,6 +14,7 @@ from vmsnap.roles.hypervisor import CaptureRequest, Hypervisor, LoadedVm, LoadRe
 from vmsnap.roles.options import DriverContext, Option, check_options
 from vmsnap.roles.snapshot import DiskReader, SnapshotMechanism
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
+from vmsnap.roles.wrapping import WrappedStorage
 
 __all__ = [
     "CaptureRequest",
@@ -27,6 +28,7 @@ __all__ = [
     "SnapshotMechanism",
     "StorageBackend",
     "StorageProperties",
+    "WrappedStorage",
     "check_key",
     "check_options",
 ]

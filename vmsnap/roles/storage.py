@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import ClassVar
 
-from vmsnap.errors import UsageError
+from vmsnap.errors import StorageError, UsageError
 from vmsnap.model import Finding
 from vmsnap.roles.options import Option
 
@@ -40,11 +41,14 @@ class StorageProperties:
     """What a backend can promise at its address, asked once when a repository is opened.
 
     `conditional_put`: ``put(if_absent=True)`` is atomic against other writers; without it the backend looks first
-    and then writes. `free_bytes`: room left, None where the storage does not say.
+    and then writes. `free_bytes`: room left, None where the storage does not say. `retention_seconds`: for how long
+    from now the user wants that what a backup needs cannot be deleted by anybody, which `StorageBackend.retain` sees
+    to; None: retention was not asked for.
     """
 
     conditional_put: bool
     free_bytes: int | None = None
+    retention_seconds: float | None = None
 
 
 class StorageBackend(ABC):
@@ -59,7 +63,8 @@ class StorageBackend(ABC):
     - **Fresh.** A `list` or `get` that begins after a `put` or `delete` has returned sees it.
     - Keys are checked by `check_key` before they are used.
     - Methods block, raise `ObjectNotFound`, `ObjectExists`, `StorageFull`, else `StorageError`, and leave the
-      backend usable.
+      backend usable. What may succeed when it is tried again is a `TransientStorageError`; the backend itself never
+      tries again.
     - Unlike other drivers, a storage backend may be used by several threads at once.
     """
 
@@ -125,6 +130,19 @@ class StorageBackend(ABC):
         """Look whether this address can be used, and name the cure where not. Changes nothing, never raises
         VmsnapError.
         """
+
+    def retain(self, keys: Iterable[str], until: datetime) -> None:
+        """Let nobody delete or replace these objects before `until` (UTC, in the future), not even with the
+        credentials that stored them. Those that are kept longer already stay so. Idempotent; where it fails, some of
+        them may be retained. Only for backends whose `properties` name a retention.
+
+        :raises ObjectNotFound: one of them is not there
+        :raises StorageError: the storage cannot do it, or failed
+        """
+        raise StorageError(f"{self.url} cannot keep objects from being deleted", cure="leave retention away")
+
+    def hurry(self) -> None:
+        """What is being done is given up: calls that wait for better times fail now. Later calls are as ever."""
 
     def close(self) -> None:
         """Let go of connections; the object is not used afterwards. Idempotent."""

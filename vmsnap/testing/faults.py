@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -394,6 +395,14 @@ class FaultyStorage(StorageBackend):
     def doctor(self) -> Sequence[Finding]:
         """See the role."""
         return self._call(self.driver.doctor)
+
+    def retain(self, keys: Iterable[str], until: datetime) -> None:
+        """See the role."""
+        return self._call(self.driver.retain, keys, until)
+
+    def hurry(self) -> None:
+        """See the role; never fails on plan."""
+        self.driver.hurry()
 
     def close(self) -> None:
         """Close the driver; never fails on plan."""
