@@ -14,7 +14,7 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -48,16 +48,17 @@ def unprotect(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def kept_unprotected(pid: int) -> Iterator[None]:
-    """While this lasts, lift every write protection as soon as it comes: QEMU may be about to set one."""
+def kept_unprotected(lift: Callable[[], object]) -> Iterator[None]:
+    """While this lasts, `lift` every write protection as soon as it comes: QEMU may be about to set one. `lift` calls
+    `unprotect`, if it may."""
     over = threading.Event()
 
     def repeat() -> None:
         with contextlib.suppress(PermissionError):
             while True:
-                unprotect(pid)
+                lift()
                 if over.wait(_EACH_SECONDS):
-                    unprotect(pid)
+                    lift()
                     return
 
     thread = threading.Thread(target=repeat, name="vmsnap-unprotect", daemon=True)

@@ -23,6 +23,7 @@ from vmsnap.errors import HypervisorError, PauseExceeded
 from vmsnap.model import Moment, VmState
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
+from vmsnap_drivers.hypervisors.qemu.migration import FAILURES, is_status, start_migration
 from vmsnap_drivers.hypervisors.qemu.session import Capture, Session
 from vmsnap_drivers.hypervisors.qemu.settings import apply
 from vmsnap_drivers.qemu.peer import thread_waiting_on
@@ -91,18 +92,15 @@ class CowCapture(Capture):
         while not thread_waiting_on(monitor.peer_pid, inode):
             if time.monotonic() > deadline:
                 raise HypervisorError("QEMU did not begin its background snapshot in time")
-            failed = [e for e in monitor.events_since(session.mark) if e.data.get("status") in ("failed", "cancelled")]
-            if failed:
+            if any(is_status(event, FAILURES) for event in monitor.events_since(session.started)):
                 raise HypervisorError(f"QEMU cannot make a background snapshot: {session.failure()}")
             time.sleep(_LOOK_EACH_SECONDS)
 
     def _start(self) -> None:
         session = self.session
-        if not self._held:
-            session.monitor.execute("migrate", {"uri": STREAM_URI})
-            return
-        session.mark = session.monitor.mark()
-        session.monitor.execute("migrate", {"uri": STREAM_URI})
+        if self._held:
+            session.mark = session.monitor.mark()
+        session.started = start_migration(session.monitor, STREAM_URI)
 
     def _await_pages(self) -> None:
         """Wait until the pages are protected, which they are when the first ones come.

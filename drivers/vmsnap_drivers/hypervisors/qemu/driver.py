@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,15 +33,16 @@ from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, LoadedVm, Lo
 from vmsnap_drivers.hypervisors.qemu import describe, doctor, launch, network, owned, plan, record, settings
 from vmsnap_drivers.hypervisors.qemu.cow import CowCapture, can_hold
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
-from vmsnap_drivers.hypervisors.qemu.heal import heal, needs_healing
+from vmsnap_drivers.hypervisors.qemu.heal import heal
+from vmsnap_drivers.hypervisors.qemu.migration import cancel_migration
 from vmsnap_drivers.hypervisors.qemu.precopy import PrecopyCapture
-from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration, make_run
+from vmsnap_drivers.hypervisors.qemu.revive import make_run
 from vmsnap_drivers.hypervisors.qemu.session import STALL_TIMEOUT_SECONDS, Capture, Session
+from vmsnap_drivers.hypervisors.qemu.turn import kept_free, turn_to_heal, turn_to_lift
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.stream import DEVICE_STATE_NAME
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
-from vmsnap_drivers.qemu.unprotect import kept_unprotected
 
 _PROGRESS_SECONDS: Final = 0.1
 
@@ -70,7 +69,7 @@ class QemuHypervisor(Hypervisor):
     def monitor(self) -> Monitor:
         """The connection, opened when first used."""
         if self._monitor is None:
-            with self._unprotected(giving_up=False):
+            with kept_free(self._record, giving_up=False):
                 self._monitor = Monitor.borrow(self._socket)
         return self._monitor
 
@@ -128,13 +127,16 @@ class QemuHypervisor(Hypervisor):
             try:
                 return self._capture.resume()
             except HypervisorError:
-                with self._unprotected(giving_up=True):
+                with kept_free(self._record, giving_up=True):
                     make_run(self.monitor)
                 raise
-        with self._unprotected(giving_up=True) as broken_off:
-            if broken_off:
-                cancel_migration(self.monitor)
-            return make_run(self.monitor)
+        with kept_free(self._record, giving_up=True):
+            monitor = self.monitor
+            # Asked once the monitor is ours: until then another process may have set it right, and begun anew.
+            with turn_to_lift(self._record, giving_up=True) as broken_off:
+                if broken_off:
+                    cancel_migration(monitor)
+            return make_run(monitor)
 
     def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
         capture = self._going_on()
@@ -143,7 +145,7 @@ class QemuHypervisor(Hypervisor):
         session.wait("MIGRATION", status="completed", timeout_seconds=STALL_TIMEOUT_SECONDS)
         session.drain.stop()
         settings.restore(session.monitor, session.before)
-        record.place(self.context.state_dir, self.vm).unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
         self._capture = None
         images = tuple(
             RamImage(
@@ -163,9 +165,9 @@ class QemuHypervisor(Hypervisor):
         )
 
     def abandon(self) -> None:
-        place = record.place(self.context.state_dir, self.vm)
+        place = self._record
         left = record.read(place)
-        with self._unprotected(giving_up=True):
+        with kept_free(self._record, giving_up=True):
             if self._capture is not None:
                 self._capture.session.drain.stop()
                 self._capture = None
@@ -173,9 +175,11 @@ class QemuHypervisor(Hypervisor):
                 if left.qemu_lives() and self.state() is not VmState.ABSENT:
                     cancel_migration(self.monitor)
                 shutil.rmtree(left.folder, ignore_errors=True)
-        if left is not None and left.qemu_lives():
-            self._restore(left)
-        place.unlink(missing_ok=True)
+        with turn_to_heal(place) as is_ours:
+            if is_ours:
+                if left is not None and left.qemu_lives():
+                    self._restore(left)
+                place.unlink()
 
     def discard_duplicate(self, name: str) -> None:
         owned.discard(self.context, name)
@@ -231,23 +235,13 @@ class QemuHypervisor(Hypervisor):
 
     # -- within
 
-    @contextmanager
-    def _unprotected(self, *, giving_up: bool) -> Iterator[bool]:
-        """What a capture by copy on write that was broken off may need for QEMU, and its monitor, to go on at all. Says
-        whether there is one. A capture that a living process is at is left alone, unless that is this one, `giving_up`.
-        """
-        left = record.read(record.place(self.context.state_dir, self.vm))
-        if left is not None and left.capture == "cow" and left.qemu_lives():
-            ours = giving_up and left.worker_pid == os.getpid()
-            if ours or not left.worker_lives():
-                with kept_unprotected(left.pid):
-                    yield True
-                return
-        yield False
+    @property
+    def _record(self) -> Path:
+        return record.place(self.context.state_dir, self.vm)
 
     def _restore(self, left: record.CaptureRecord) -> None:
         try:
-            if left.capture == "cow" and needs_healing(self.monitor):
+            if left.capture == "cow":
                 heal(self.monitor)
         except VmGone:
             return
@@ -262,7 +256,7 @@ class QemuHypervisor(Hypervisor):
 
     def _prepare(self, request: CaptureRequest, way: str) -> None:
         monitor = self.monitor
-        place = record.place(self.context.state_dir, self.vm)
+        place = self._record
         if self._capture is not None or record.read(place) is not None:
             raise Busy(f"a capture of VM {self.vm!r} is going on", cure=f"vmsnap recover {self.vm}")
         description = self.describe()

@@ -7,8 +7,10 @@ migration of that VM fails, its operator's too ("uffd_change_protection() failed
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from functools import partial
 from typing import Final
 
 from vmsnap.errors import HypervisorError
@@ -16,12 +18,19 @@ from vmsnap.model import VmState
 from vmsnap_drivers.hypervisors.qemu.cow import CAPABILITIES, LEAVES_STOPPED_FROM
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import DESCRIPTOR_NAME, STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration, migration_status
+from vmsnap_drivers.hypervisors.qemu.migration import (
+    ENDS,
+    cancel_migration,
+    is_status,
+    migration_status,
+    start_migration,
+)
 from vmsnap_drivers.hypervisors.qemu.settings import Settings, apply
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.unprotect import kept_unprotected
+from vmsnap_drivers.qemu.unprotect import kept_unprotected, unprotect
 
 _TIMEOUT_SECONDS: Final = 300.0
+_TRIES: Final = 5
 _BUFFER_BYTES: Final = 1024 * 1024
 
 
@@ -36,11 +45,26 @@ def needs_healing(monitor: Monitor) -> bool:
 
 
 def heal(monitor: Monitor) -> None:
-    """Make a background snapshot and throw it away: about 0.6 s a GiB, and a pause of some milliseconds. The migration
-    settings are those of a capture afterwards.
+    """If it is needed, make a background snapshot and throw it away: about 0.6 s a GiB, and a pause of some
+    milliseconds. The migration settings are those of a capture afterwards. Nobody else may touch the protection
+    meanwhile (module `turn`).
 
-    :raises HypervisorError: it did not complete
+    One that is broken off is tried again: somebody with a monitor of his own may have cancelled it.
+
+    :raises HypervisorError: none completed
     """
+    for _ in range(_TRIES):
+        if not needs_healing(monitor):
+            return
+        _make_and_throw_away(monitor)
+    if needs_healing(monitor):
+        raise HypervisorError(
+            f"the QEMU at {monitor.path} cannot migrate any more, after a capture that was broken off",
+            cure="restart the VM when it suits",
+        )
+
+
+def _make_and_throw_away(monitor: Monitor) -> None:
     near, far = socket.socketpair()
     with near:
         with far:
@@ -48,26 +72,21 @@ def heal(monitor: Monitor) -> None:
             monitor.send_descriptor(DESCRIPTOR_NAME, far.fileno())
         reader = threading.Thread(target=_throw_away, args=(near,), name="vmsnap-heal", daemon=True)
         reader.start()
-        mark = monitor.mark()
+        ended = False
         try:
-            monitor.execute("migrate", {"uri": STREAM_URI})
-            ended = monitor.wait_for_event(
-                "MIGRATION",
-                since=mark,
-                timeout_seconds=_TIMEOUT_SECONDS,
-                match=lambda event: event.data["status"] in ("completed", "failed", "cancelled"),
+            mark = start_migration(monitor, STREAM_URI)
+            event = monitor.wait_for_event(
+                "MIGRATION", since=mark, timeout_seconds=_TIMEOUT_SECONDS, match=lambda event: is_status(event, ENDS)
             )
-        except BaseException:
-            # Broken off, it does what it is to cure.
-            with kept_unprotected(monitor.peer_pid):
-                cancel_migration(monitor)
-            raise
-        if ended.data["status"] != "completed":
-            raise HypervisorError(
-                f"the QEMU at {monitor.path} cannot migrate any more, after a capture that was broken off",
-                cure="restart the VM when it suits",
-            )
-        reader.join()
+            ended = is_status(event, ("completed",))
+        finally:
+            if not ended:
+                # Broken off, it does what it is to cure.
+                with kept_unprotected(partial(unprotect, monitor.peer_pid)):
+                    cancel_migration(monitor)
+            with contextlib.suppress(OSError):  # it has ended by itself already
+                near.shutdown(socket.SHUT_RDWR)
+            reader.join()
 
 
 def _throw_away(near: socket.socket) -> None:

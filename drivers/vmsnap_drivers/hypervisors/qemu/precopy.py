@@ -15,7 +15,7 @@ from vmsnap.errors import CannotCapture, HypervisorError, PauseExceeded
 from vmsnap.model import Moment, VmState
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.revive import cancel_migration
+from vmsnap_drivers.hypervisors.qemu.migration import cancel_migration, start_migration
 from vmsnap_drivers.hypervisors.qemu.session import Capture
 from vmsnap_drivers.hypervisors.qemu.settings import UNLIMITED_BYTES_PER_SECOND, apply
 
@@ -64,7 +64,7 @@ class PrecopyCapture(Capture):
         apply(session.monitor, session.before, CAPABILITIES, downtime_ms=DOWNTIME_STEPS_MS[0])
         session.drain.hand_over(session.monitor)
         session.mark = session.monitor.mark()
-        session.monitor.execute("migrate", {"uri": STREAM_URI})
+        session.started = start_migration(session.monitor, STREAM_URI)
         session.drain.release()
         deadline = 0.0
         while not self._is_stopping():

@@ -7,33 +7,11 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, VmGone
 from vmsnap.model import Moment
+from vmsnap_drivers.hypervisors.qemu.migration import MIGRATION_RUNS, cancel_migration, migration_status
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
 
-MIGRATION_RUNS: Final = frozenset(
-    ["setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling", "postcopy-active", "colo"]
-)
 _ENDED: Final = frozenset(["shutdown", "internal-error", "guest-panicked"])
 _BETWEEN_TRIES_SECONDS: Final = 0.001
-
-
-def migration_status(monitor: Monitor) -> str:
-    """What QEMU's migration does now; ``none`` where there was none yet."""
-    return str(monitor.execute("query-migrate").get("status", "none"))
-
-
-def cancel_migration(monitor: Monitor, timeout_seconds: float = 5.0) -> None:
-    """End a migration that is going on and wait until it has ended; the VM may run again by that. Idempotent.
-
-    :raises HypervisorError: it did not end in time
-    """
-    deadline = time.monotonic() + timeout_seconds
-    mark = monitor.mark()
-    while migration_status(monitor) in MIGRATION_RUNS:
-        monitor.execute("migrate_cancel")
-        if time.monotonic() > deadline:
-            raise HypervisorError(f"the migration of the QEMU at {monitor.path} cannot be cancelled")
-        # The capability "events" may be off, so an event is only the quicker of the two ways to hear of the end.
-        _wait_shortly(monitor, mark)
 
 
 def make_run(monitor: Monitor, timeout_seconds: float = 5.0) -> Moment:
@@ -66,14 +44,3 @@ def make_run(monitor: Monitor, timeout_seconds: float = 5.0) -> Moment:
             # QEMU 10.0 says "Migration is not finalized yet" for a moment after the end of a migration.
             refused = e.description
             time.sleep(_BETWEEN_TRIES_SECONDS)
-
-
-def _wait_shortly(monitor: Monitor, mark: int) -> None:
-    deadline = time.monotonic() + 0.01
-    while time.monotonic() < deadline:
-        ended = [
-            e for e in monitor.events_since(mark) if e.name == "MIGRATION" and e.data["status"] not in MIGRATION_RUNS
-        ]
-        if ended:
-            return
-        time.sleep(_BETWEEN_TRIES_SECONDS)

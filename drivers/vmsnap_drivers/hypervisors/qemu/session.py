@@ -13,13 +13,13 @@ from vmsnap.errors import HypervisorError, PauseExceeded, VmGone
 from vmsnap.model import Moment, VmState
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
+from vmsnap_drivers.hypervisors.qemu.migration import FAILURES, is_status
 from vmsnap_drivers.hypervisors.qemu.settings import Settings
 from vmsnap_drivers.qemu.monitor import Event, Monitor, MonitorError
 
 STALL_TIMEOUT_SECONDS: Final = 60.0
 _RESUME_SECONDS: Final = 5.0
 _BETWEEN_TRIES_SECONDS: Final = 0.0005
-_FAILURES: Final = ("failed", "cancelled")
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Session:
 
     :ivar stopped_at: when the guest was stopped, None where it stood still before
     :ivar mark: the point in QEMU's events from which the guest may only stop once and go on once
+    :ivar started: the point from which MIGRATION tells of this capture
     """
 
     monitor: Monitor
@@ -37,6 +38,7 @@ class Session:
     drain: Drain
     stopped_at: Event | None = None
     mark: int = 0
+    started: int = 0
 
     def left_seconds(self) -> float:
         """What is left of the pause that is allowed; all of it before the guest has stopped.
@@ -58,9 +60,9 @@ class Session:
         """
 
         def fits(event: Event) -> bool:
-            if event.name == "MIGRATION":
-                return event.data["status"] in (*_FAILURES, status)
-            return True
+            if event.name != "MIGRATION":
+                return True
+            return event.number > self.started and is_status(event, (*FAILURES, status))
 
         allowed = self.left_seconds() if timeout_seconds is None else timeout_seconds
         try:
@@ -71,7 +73,7 @@ class Session:
             raise
         except HypervisorError as e:
             raise PauseExceeded(f"the guest would have stood still longer than {self.max_pause_seconds:g} s") from e
-        if event.name == "MIGRATION" and event.data["status"] in _FAILURES:
+        if is_status(event, FAILURES):
             raise HypervisorError(f"QEMU could not capture the guest: {self.failure()}")
         return event
 
