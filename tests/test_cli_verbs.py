@@ -67,7 +67,7 @@ def test_backup_reports_what_was_promised(house: House) -> None:
         "capture": "fork",
     }
     assert backup["disks"] == [{"device": "disk0", "size_bytes": 8 << 20}, {"device": "disk1", "size_bytes": 4 << 20}]
-    assert 0 < backup["pause_seconds"] < 1 and backup["seconds"] > 0
+    assert 0 < backup["pause_seconds"] <= 5 and backup["seconds"] > 0
     assert 0 < backup["stored_bytes"] < backup["read_bytes"]
     assert backup["warnings"] == []
 

@@ -64,14 +64,14 @@ def test_a_fault_before_and_a_fault_after(rig: SimulatedRig) -> None:
 
 
 def test_a_hanging_call_ends_when_it_is_released_or_its_time_is_over(rig: SimulatedRig) -> None:
-    plan = FaultPlan(Fault("resume", 1, Effect.HANG), Fault("resume", 2, Effect.HANG_AFTER), hang_seconds=30)
+    plan = FaultPlan(Fault("resume", 1, Effect.HANG), Fault("resume", 2, Effect.HANG_AFTER), hang_seconds=120)
     driver = FaultyHypervisor(rig.driver(rig.vm), plan)
     driver.pause()
     threading.Timer(0.05, plan.release).start()
     begin = time.monotonic()
     with pytest.raises(HypervisorError):
         driver.resume()
-    assert time.monotonic() - begin < 10 and driver.state() is VmState.STOPPED
+    assert time.monotonic() - begin < 60 and driver.state() is VmState.STOPPED
     with pytest.raises(HypervisorError):
         driver.resume()
     assert driver.state() is VmState.EXECUTING

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.workers import worker_that_waits_at
+from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
 from tests.world import World
 from vmsnap_drivers.hypervisors.simulated.control import ask
 
@@ -44,7 +44,7 @@ def test_killed_at_any_call_the_vm_runs_again_and_recover_removes_the_rest(world
     worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
     worker.kill()
     worker.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while world.status()["state"] != "executing":
         assert time.monotonic() < deadline, "the guardian did not resume the VM"
         time.sleep(0.01)
@@ -71,7 +71,7 @@ def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_vm_runs_within_the_l
     begun = time.monotonic()
     assert worker.wait(timeout=30) == -signal.SIGKILL
     while world.status()["state"] != "executing":
-        assert time.monotonic() - begun < 3, "the limit was 2 seconds"
+        assert time.monotonic() - begun < MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS
         time.sleep(0.01)
     with world.controller() as controller:
         controller.recover()

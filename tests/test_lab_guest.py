@@ -42,7 +42,7 @@ def test_a_guest_boots_counts_agrees_with_itself_and_flushes_at_the_power_button
     tmp_path: Path, qemu: QemuBuild, machine_type: str
 ) -> None:
     with LabMachine(tmp_path, qemu, machine_type=machine_type, disks=RAW_DISKS) as machine:
-        machine.wait_for_count(10, timeout_seconds=30)
+        machine.wait_for_count(10)
         machine.wait_for_check(300)
         assert machine.oracle.execute("query-version")["qemu"]["major"] == int(qemu.version.split(".")[0])
         last = machine.powerdown()

@@ -91,7 +91,7 @@ def test_qemu_killed_while_the_snapshot_is_read(machine: Machine, context: Drive
             reader.read_into(0, memoryview(bytearray(MIB)))
         with pytest.raises((SnapshotError, VmGone)):
             driver.reader(snapshots[1])
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30, "a read that nobody answers is given up after 60 seconds"
     for _ in range(2):
         driver.delete(plan)
         assert files(machine) == before

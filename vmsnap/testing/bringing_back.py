@@ -245,7 +245,7 @@ class BringingBackScenarios:
         begin = time.monotonic()
         with pytest.raises(HypervisorError):
             loaded.shut_down(0.3)
-        assert time.monotonic() - begin < 5.0
+        assert time.monotonic() - begin < 30.0
         assert loaded.state() is VmState.EXECUTING
         loaded.destroy()
 
