@@ -42,7 +42,7 @@ def _passphrase(session: Session, encryption: str | None) -> str | None:
 
     if encryption == "none":
         return None
-    found = find_passphrase(session.passphrase_given, session.configuration)
+    found = find_passphrase(session.configuration)
     if found is None and (encryption is not None or can_ask()):
         found = ask_for_new(may_be_empty=encryption is None)
     return found

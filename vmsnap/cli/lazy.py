@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import click
 from vmsnap.cli.failures import Stopped, exit_code_of
 from vmsnap.cli.session import Session, SessionGroup
 from vmsnap.errors import UsageError
+from vmsnap.secret import take_from_environment
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,8 @@ class CommandLine(SessionGroup):
     ) -> Any:
         """Run as a process: never returns, exits with the code that says how it went."""
         session = Session(program=self.name or "vmsnap", hypervisor=self._hypervisor)
-        # Processes that we start (guardians, VMs) have no business with it.
-        session.passphrase_given = os.environ.pop("VMSNAP_PASSPHRASE", None)
-        session.new_passphrase_given = os.environ.pop("VMSNAP_NEW_PASSPHRASE", None)
+        # Processes that we start (guardians, VMs) have no business with them.
+        take_from_environment()
         run = super().main
 
         def call() -> object:

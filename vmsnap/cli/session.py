@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,6 @@ class Session:
     config: Path | None = None
     json: bool = False
     debug: bool = False
-    passphrase_given: str | None = field(default=None, repr=False)
-    new_passphrase_given: str | None = field(default=None, repr=False)
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -104,7 +102,7 @@ class Session:
         """
         from vmsnap.cli.passphrase import ask, find_passphrase
 
-        found = find_passphrase(self.passphrase_given, self.configuration)
+        found = find_passphrase(self.configuration)
         return ask() if found is None else found
 
     def new_passphrase(self) -> str:
@@ -114,7 +112,7 @@ class Session:
         """
         from vmsnap.cli.passphrase import new_passphrase
 
-        return new_passphrase(self.new_passphrase_given)
+        return new_passphrase()
 
     def emit(self, document: object, people: Callable[[], None]) -> None:
         """Report: `document` as JSON with ``--json``, else whatever `people` writes."""
