@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, busybox, cpio and xfsprogs from
-# the machine's own suites; and, in the cache folder, the guest's kernel and QEMU 10.0 from
-# bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is
+# the machine's own suites; and, in the cache folder, the guest's kernel, an SSH server that no
+# system starts, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is
 # there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
@@ -9,7 +9,7 @@ set -eu
 
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev xfsprogs'
+packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev xfsprogs openssh-client'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
 mkdir -p "$cache"
@@ -66,6 +66,19 @@ unpack_kernel() {
     touch "$cache/kernel/complete"
 }
 
+# Unpacked, not installed: installing it would start a server that the whole network can reach.
+unpack_sshd() {
+    sshd=$cache/sshd
+    [ -e "$sshd/complete" ] && return
+    refresh_lists
+    rm -rf "$sshd"
+    # The libraries that this machine lacks.
+    needed=$(apt-get -s -q install --no-install-recommends openssh-server | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$sshd" download openssh-server $needed
+    touch "$sshd/complete"
+}
+
 # The backports suite gets a source list and list folder of its own, so that the machine's apt
 # configuration stays as it is. What a (simulated) installation would bring is what is unpacked:
 # QEMU and those shared libraries that this machine lacks.
@@ -118,4 +131,5 @@ WRAPPER
 
 install_packages
 unpack_kernel
+unpack_sshd
 unpack_backported_qemu
