@@ -14,7 +14,7 @@ import pytest
 
 from tests.lab.sshd import SshServer
 from tests.test_storage_local import Files
-from vmsnap.errors import ObjectExists, StorageError, StorageFull
+from vmsnap.errors import ObjectExists, StorageError, StorageFull, TransientStorageError
 from vmsnap.testing.storage import StorageContract
 from vmsnap_storage_backends.local import LocalStorage
 from vmsnap_storage_backends.sftp import SftpStorage
@@ -225,7 +225,7 @@ def test_a_dropped_connection_is_one_clear_error_and_the_next_call_has_a_new_one
         try:
             storage.put("y", b"2")
             break
-        except StorageError as e:
+        except TransientStorageError as e:
             assert "y" in str(e) and "\n" not in str(e)
             assert time.monotonic() < deadline
     assert storage.get("y") == b"2"

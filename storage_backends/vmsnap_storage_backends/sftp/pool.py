@@ -20,6 +20,7 @@ class Pool:
         self._most = most
         self._changed = Condition()
         self._idle: list[Connection] = []
+        self._busy: list[Connection] = []
         self._lent = 0
         self._closed = False
 
@@ -54,6 +55,13 @@ class Pool:
         for connection in idle:
             connection.close()
 
+    def interrupt(self) -> None:
+        """Close the connections that are lent: whoever waits for the server gets `Lost`."""
+        with self._changed:
+            busy = list(self._busy)
+        for connection in busy:
+            connection.close()
+
     def _borrow(self) -> Connection:
         broken: list[Connection] = []
         try:
@@ -64,22 +72,27 @@ class Pool:
                 while self._idle:
                     connection = self._idle.pop()
                     if connection.is_usable():
+                        self._busy.append(connection)
                         return connection
                     broken.append(connection)
         finally:
             for connection in broken:
                 connection.close()
         try:
-            return self._connect()
+            connection = self._connect()
         except BaseException:
             with self._changed:
                 self._lent -= 1
                 self._changed.notify()
             raise
+        with self._changed:
+            self._busy.append(connection)
+        return connection
 
     def _give_back(self, connection: Connection) -> None:
         with self._changed:
             self._lent -= 1
+            self._busy.remove(connection)
             keep = not self._closed and connection.is_usable()
             if keep:
                 self._idle.append(connection)

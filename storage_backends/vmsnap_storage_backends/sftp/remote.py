@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
 
-from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, StorageFull
+from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, StorageFull, TransientStorageError
 from vmsnap.roles.storage import ObjectInfo, StorageProperties
 from vmsnap_storage_backends.sftp.connection import Connection
 from vmsnap_storage_backends.sftp.conversation import Conversation, Lost, Refused
@@ -38,7 +38,8 @@ _DEAD_AFTER_SECONDS = 3600
 class RemoteFolder:
     """The objects below one folder. Keys are checked by the caller. Used by several threads at once.
 
-    Every method raises `StorageError` where the server refuses or the connection breaks.
+    Every method raises `StorageError` where the server refuses, and `TransientStorageError` where the connection breaks
+    or does not come about now.
     """
 
     def __init__(self, url: str, root: str, connect: Callable[[], Connection], connections: int) -> None:
@@ -58,6 +59,10 @@ class RemoteFolder:
     def close(self) -> None:
         """Close the connections; idempotent."""
         self._pool.close()
+
+    def hurry(self) -> None:
+        """What waits for the server fails now."""
+        self._pool.interrupt()
 
     def create(self) -> None:
         """Make the folder and its missing parents."""
@@ -144,7 +149,7 @@ class RemoteFolder:
                 except Refused as e:
                     raise self._error(talk, e, f"{what} in {self._url}", size_bytes) from e
         except Lost as e:
-            raise StorageError(f"{what} in {self._url}: {e}") from e
+            raise TransientStorageError(f"{what} in {self._url}: {e}") from e
 
     def _error(self, talk: Conversation, refused: Refused, what: str, size_bytes: int) -> StorageError:
         if refused.code == Code.FAILURE and size_bytes:

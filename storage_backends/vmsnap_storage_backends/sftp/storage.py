@@ -100,6 +100,13 @@ class SftpStorage(StorageBackend):
 
         return examine(self.address, self._config_file, self._timeout_seconds)
 
+    def hurry(self) -> None:
+        """See `StorageBackend.hurry`: the connections that are in use are closed."""
+        with self._lock:
+            folder = self._folder
+        if folder is not None:
+            folder.hurry()
+
     def close(self) -> None:
         """Close the connections; idempotent."""
         with self._lock:
