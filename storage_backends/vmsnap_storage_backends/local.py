@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import secrets
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -278,29 +277,12 @@ def _read_range(fd: int, key: str, offset: int, length: int | None) -> bytes:
         raise StorageError(f"{key} has {size} bytes, and {end} were asked for")
     if size < _LARGE_OBJECT_BYTES or end - offset < _LARGE_PART_BYTES:
         content = os.pread(fd, end - offset, offset)
-        if len(content) != end - offset:
-            raise StorageError(f"{key} became shorter while it was read")
-        return content
-    return _read_quietly(fd, key, offset, end)
-
-
-def _read_quietly(fd: int, key: str, offset: int, end: int) -> bytes:
-    # A BytesIO gives its buffer to be read into and, unlike a bytearray, hands it out as bytes without a copy.
-    content = io.BytesIO()
-    content.seek(end - offset - 1)
-    content.write(b"\0")
-    reader = QuietReader(fd)
-    try:
-        with content.getbuffer() as view:
-            at = 0
-            while at < len(view):
-                count = reader.read_into(view[at:], offset + at)
-                if not count:
-                    raise StorageError(f"{key} became shorter while it was read")
-                at += count
-    finally:
-        reader.close()
-    return content.getvalue()
+    else:
+        with closing(QuietReader(fd)) as reader:
+            content = reader.read(offset, end - offset)
+    if len(content) != end - offset:
+        raise StorageError(f"{key} became shorter while it was read")
+    return content
 
 
 def _fsync_folder(folder: Path) -> None:

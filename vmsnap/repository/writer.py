@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import secrets
@@ -17,6 +16,7 @@ from typing import TypeAlias
 import vmsnap
 from vmsnap.errors import ObjectExists, ObjectNotFound, RepositoryError, StorageError
 from vmsnap.model import Extent
+from vmsnap.pagecache import direct_buffer
 from vmsnap.repository.base import (
     BaseImage,
     OldTree,
@@ -88,8 +88,7 @@ class BackupWriter:
         self._ahead = workers + 2
         self._blocks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(self._ahead):
-            # Anonymous memory begins at a page, as direct I/O wants it.
-            self._blocks.put(memoryview(mmap.mmap(-1, max(_BLOCK_BYTES, chunks.disk, chunks.ram, chunks.state))))
+            self._blocks.put(direct_buffer(max(_BLOCK_BYTES, chunks.disk, chunks.ram, chunks.state)))
 
     def __enter__(self) -> BackupWriter:
         return self
