@@ -11,8 +11,11 @@ import pytest
 from vmsnap.protocol import (
     BACKUP_CONSISTENT,
     BACKUP_LIVE,
+    CONSOLIDATE,
+    FAILOVER,
     PROTOCOLS,
     RESTORE,
+    VERIFY_BOOT,
     Compensation,
     Instruction,
     Protocol,
@@ -60,7 +63,7 @@ def test_disks_and_memory_are_fixed_between_pause_and_resume_in_either_order(pro
     assert len(orders) == 2
 
 
-@pytest.mark.parametrize("protocol", [BACKUP_CONSISTENT, *PROTOCOLS[3:4]], ids=lambda p: p.name)
+@pytest.mark.parametrize("protocol", [BACKUP_CONSISTENT, CONSOLIDATE, VERIFY_BOOT], ids=lambda p: p.name)
 def test_a_duplicate_that_is_to_be_consolidated_runs_only_on_its_own_disks_with_its_network_cut(
     protocol: Protocol,
 ) -> None:
@@ -74,6 +77,18 @@ def test_a_duplicate_that_is_to_be_consolidated_runs_only_on_its_own_disks_with_
 def test_a_restored_vm_runs_only_on_its_own_disks() -> None:
     for path in RESTORE.paths():
         assert path.index(Instruction.SWITCH_DISKS) < path.index(Instruction.RESUME_DUPLICATE)
+
+
+def test_a_duplicate_takes_a_vms_place_only_after_that_is_fenced_and_is_never_removed() -> None:
+    for path in FAILOVER.paths():
+        assert path[0] is Instruction.FENCE
+        for length in range(len(path) + 1):
+            undone = set(FAILOVER.to_undo(path[:length]))
+            assert not undone & {
+                Compensation.DISCARD_DUPLICATE,
+                Compensation.REMOVE_DISKS,
+                Compensation.DESTROY_LOADED,
+            }
 
 
 def test_every_compensation_has_its_place_in_the_order() -> None:

@@ -45,7 +45,8 @@ def leave_a_dead_restore(world: World, name: str, disks: list[Path]) -> None:
         "from vmsnap.journal import Journal\n"
         "operation = Journal(Database(Path(sys.argv[1]))).begin(sys.argv[2], sys.argv[3], 'simulated', {})\n"
         "for data in sys.argv[4:]: operation.will_make('file', '', data)\n"
-        "operation.will_make('loaded', 'simulated', sys.argv[3])\n"
+        "from vmsnap.controller.running import LoadedRecord; from vmsnap.model import to_json\n"
+        "operation.will_make('loaded', 'simulated', to_json(LoadedRecord(sys.argv[3])))\n"
     )
     subprocess.run(
         [

@@ -5,6 +5,7 @@
     repository = "file:///srv/backups"        # what -r would say
     state_dir = "/var/lib/vmsnap"
     spool_dir = "/srv/spool"                  # allows guest RAM on a disk when memory is short
+    duplicates_dir = "/srv/vms/duplicates"    # where disks of duplicates are made; beside the VMs' own, reflinks work
     cache_dir = "/var/cache/vmsnap"           # where the index of a remote repository is kept
     memory_budget = "8GiB"                    # what duplicates may take in memory together
     compression_level = 1                     # of zstd, from -7 (fastest) to 19 (smallest)
@@ -47,6 +48,7 @@ class Configuration:
     repository: str | None = None
     state_dir: Path | None = None
     spool_dir: Path | None = None
+    duplicates_dir: Path | None = None
     cache_dir: Path | None = None
     memory_budget_bytes: int | None = None
     compression_level: int | None = None
@@ -125,6 +127,7 @@ class _Reader:
             repository=self._repository(),
             state_dir=self._folder("state_dir"),
             spool_dir=self._folder("spool_dir"),
+            duplicates_dir=self._folder("duplicates_dir"),
             cache_dir=self._folder("cache_dir"),
             memory_budget_bytes=self._size("memory_budget"),
             compression_level=self._level("compression_level"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmsnap.errors import VmsnapError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -59,7 +59,7 @@ CREATE TABLE entry (
 CREATE TABLE resource (
     operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
     position      INTEGER NOT NULL,
-    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'loaded', 'file'
+    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'clone', 'loaded', 'takeover', 'file'
     driver        TEXT NOT NULL,
     data          TEXT NOT NULL,              -- JSON: all that is needed to remove it
     gone          INTEGER NOT NULL DEFAULT 0,
@@ -71,6 +71,13 @@ CREATE TABLE repository (
     url           TEXT PRIMARY KEY,
     id            TEXT NOT NULL,
     encryption    TEXT NOT NULL               -- when this host last stored a backup there
+) STRICT
+"""
+_SINCE_VERSION_3 = """
+CREATE TABLE held (
+    duplicate     TEXT PRIMARY KEY REFERENCES vm ON DELETE CASCADE ON UPDATE CASCADE,
+    vm            TEXT NOT NULL,
+    data          TEXT NOT NULL               -- JSON: a HeldDuplicate
 ) STRICT
 """
 
@@ -110,6 +117,8 @@ class Database:
                     connection.execute(statement)
             if version in (0, 1):
                 connection.execute(_SINCE_VERSION_2)
+            if version in (0, 1, 2):
+                connection.execute(_SINCE_VERSION_3)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise VmsnapError(

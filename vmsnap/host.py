@@ -20,13 +20,14 @@ class HostFolders:
 
     `state_dir` holds database, locks, logs and what drivers keep; `memory_dir` (tmpfs) holds RAM images of
     duplicates. `spool_dir` is where RAM images may go when tmpfs is too small: guest RAM on a disk, so it is never
-    set by itself.
+    set by itself. `duplicates_dir` is where disks of duplicates go, a folder of the state folder by default.
     """
 
     state_dir: Path
     memory_dir: Path
     spool_dir: Path | None = None
     memory_budget_bytes: int | None = None
+    duplicates_dir: Path | None = None
 
     @classmethod
     def find(
@@ -35,6 +36,7 @@ class HostFolders:
         *,
         spool_dir: Path | None = None,
         memory_budget_bytes: int | None = None,
+        duplicates_dir: Path | None = None,
     ) -> HostFolders:
         """The folders for `state_dir`, or those of `VMSNAP_STATE_DIR`, or the default of this user; made where missing.
 
@@ -48,13 +50,15 @@ class HostFolders:
         digest = hashlib.blake2b(os.fsencode(state_dir), digest_size=6).hexdigest()
         root = TMPFS if TMPFS.is_dir() else Path(tempfile.gettempdir())
         memory_dir = root / f"vmsnap-{os.getuid()}" / digest
-        for folder in (state_dir, memory_dir.parent, memory_dir, *([spool_dir] if spool_dir else [])):
+        for folder in (state_dir, memory_dir.parent, memory_dir, *filter(None, (spool_dir, duplicates_dir))):
             _private_folder(folder)
-        return cls(state_dir, memory_dir, spool_dir, memory_budget_bytes)
+        return cls(state_dir, memory_dir, spool_dir, memory_budget_bytes, duplicates_dir)
 
     def context(self) -> DriverContext:
         """What drivers are told of this host."""
-        return DriverContext(self.state_dir, self.memory_dir, self.spool_dir, self.memory_budget_bytes)
+        return DriverContext(
+            self.state_dir, self.memory_dir, self.spool_dir, self.memory_budget_bytes, self.duplicates_dir
+        )
 
 
 def default_state_dir() -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,28 +79,13 @@ class Journal:
 
     def begin(self, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]) -> Operation:
         """Enter a new operation of this process, and return it."""
-        name = f"vmsnap-{secrets.token_hex(5)}"
-        pid = os.getpid()
         with self._database.transaction() as db:
             db.execute(
                 "DELETE FROM operation WHERE ended_ns < ? AND NOT EXISTS"
                 " (SELECT 1 FROM resource WHERE resource.operation = operation.operation AND gone = 0)",
                 (time.time_ns() - KEPT_SECONDS * 10**9,),
             )
-            db.execute(
-                "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",
-                (
-                    name,
-                    protocol,
-                    vm,
-                    hypervisor,
-                    json.dumps(dict(options), sort_keys=True),
-                    boot_id(),
-                    pid,
-                    process_start(pid) or 0,
-                    time.time_ns(),
-                ),
-            )
+            name = insert_operation(db, protocol, vm, hypervisor, options)
         return Operation(self._database, name)
 
     def open_operation(self, operation: str) -> Operation:
@@ -216,17 +202,25 @@ class Operation:
     def will_make(self, kind: str, driver: str, data: str) -> int:
         """Enter something that is about to be made; returns its position for `is_gone`."""
         with self._database.transaction() as db:
-            row = db.execute(
-                "INSERT INTO resource SELECT ?, coalesce(max(position) + 1, 0), ?, ?, ?, 0"
-                " FROM resource WHERE operation = ? RETURNING position",
-                (self.name, kind, driver, data, self.name),
-            ).fetchone()
-            return int(row[0])
+            return insert_resource(db, self.name, kind, driver, data)
+
+    def owns(self, position: int) -> bool:
+        """Whether a resource is still ours to remove, as far as the journal knows."""
+        query = "SELECT gone FROM resource WHERE operation = ? AND position = ?"
+        return any(not row["gone"] for row in self._database.rows(query, self.name, position))
 
     def is_gone(self, position: int) -> None:
         """Enter that a resource is no longer there, or no longer ours to remove. Idempotent."""
         with self._database.transaction() as db:
             db.execute("UPDATE resource SET gone = 1 WHERE operation = ? AND position = ?", (self.name, position))
+
+    def are_gone(self, positions: Iterable[int]) -> None:
+        """The same for several, all or none."""
+        with self._database.transaction() as db:
+            db.executemany(
+                "UPDATE resource SET gone = 1 WHERE operation = ? AND position = ?",
+                [(self.name, position) for position in positions],
+            )
 
     def hand_to_user(self, row: VmRow) -> None:
         """Enter the VM that was made into the VM table, and that nothing of it is ours to remove any more: in one
@@ -261,3 +255,36 @@ class Operation:
                 "UPDATE operation SET outcome = ?, ended_ns = ? WHERE operation = ?",
                 (outcome, time.time_ns(), self.name),
             )
+
+
+def insert_operation(
+    db: sqlite3.Connection, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]
+) -> str:
+    """Enter a new operation of this process inside a transaction; returns its name."""
+    name = f"vmsnap-{secrets.token_hex(5)}"
+    pid = os.getpid()
+    db.execute(
+        "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",
+        (
+            name,
+            protocol,
+            vm,
+            hypervisor,
+            json.dumps(dict(options), sort_keys=True),
+            boot_id(),
+            pid,
+            process_start(pid) or 0,
+            time.time_ns(),
+        ),
+    )
+    return name
+
+
+def insert_resource(db: sqlite3.Connection, operation: str, kind: str, driver: str, data: str) -> int:
+    """Enter something that is about to be made, or to be removed, inside a transaction; returns its position."""
+    row = db.execute(
+        "INSERT INTO resource SELECT ?, coalesce(max(position) + 1, 0), ?, ?, ?, 0"
+        " FROM resource WHERE operation = ? RETURNING position",
+        (operation, kind, driver, data, operation),
+    ).fetchone()
+    return int(row[0])

@@ -46,6 +46,11 @@ class VmTable:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @property
+    def database(self) -> Database:
+        """Where it lies."""
+        return self._database
+
     def add(self, row: VmRow) -> None:
         """Enter a VM.
 
@@ -83,8 +88,7 @@ class VmTable:
     def set_disks(self, vm: str, disks: Sequence[DiskRow]) -> None:
         """Replace the disks of a VM."""
         with self._database.transaction() as db:
-            db.execute("DELETE FROM disk WHERE vm = ?", (vm,))
-            db.executemany("INSERT INTO disk VALUES (?, ?, ?, ?, ?)", _disk_values(vm, disks))
+            replace_disks(db, vm, disks)
 
     def _select(self, where: str, *values: object) -> list[VmRow]:
         disks: dict[str, list[DiskRow]] = {}
@@ -107,6 +111,12 @@ class VmTable:
 
 def _disk_values(vm: str, disks: Sequence[DiskRow]) -> list[tuple[str, int, str, str, str | None]]:
     return [(vm, position, disk.device, disk.address, disk.mechanism) for position, disk in enumerate(disks)]
+
+
+def replace_disks(db: sqlite3.Connection, vm: str, disks: Sequence[DiskRow]) -> None:
+    """Replace the disks of a VM inside a transaction."""
+    db.execute("DELETE FROM disk WHERE vm = ?", (vm,))
+    db.executemany("INSERT INTO disk VALUES (?, ?, ?, ?, ?)", _disk_values(vm, disks))
 
 
 def insert_row(db: sqlite3.Connection, row: VmRow) -> None:

@@ -54,7 +54,10 @@ class Session:
         if state_dir is None and not os.environ.get("VMSNAP_STATE_DIR"):
             state_dir = configured.state_dir
         return HostFolders.find(
-            state_dir, spool_dir=configured.spool_dir, memory_budget_bytes=configured.memory_budget_bytes
+            state_dir,
+            spool_dir=configured.spool_dir,
+            memory_budget_bytes=configured.memory_budget_bytes,
+            duplicates_dir=configured.duplicates_dir,
         )
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,18 @@ from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.progress import Progress, ProgressCallback, silent
 from vmsnap.controller.recovery import Recovery
-from vmsnap.controller.results import BackupDisk, BackupResult, RecoveryResult, RestoreResult
+from vmsnap.controller.results import (
+    BackupDisk,
+    BackupResult,
+    BootResult,
+    ConsolidateResult,
+    DuplicateInfo,
+    FailoverResult,
+    RecoveryResult,
+    RestoreResult,
+)
 from vmsnap.database import Database
-from vmsnap.errors import AlreadyExists, Busy, UsageError
+from vmsnap.errors import AlreadyExists, Busy, UnknownDuplicate, UsageError
 from vmsnap.guardian import start_for
 from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
@@ -24,13 +34,18 @@ from vmsnap.model import Finding, check_name
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 if TYPE_CHECKING:
+    from vmsnap.controller.holding import Holding
     from vmsnap.repository import Repository
 
 __all__ = [
     "BackupDisk",
     "BackupResult",
+    "BootResult",
+    "ConsolidateResult",
     "Controller",
     "Drivers",
+    "DuplicateInfo",
+    "FailoverResult",
     "Progress",
     "ProgressCallback",
     "RecoveryResult",
@@ -38,6 +53,14 @@ __all__ = [
 ]
 
 DEFAULT_MAX_PAUSE_SECONDS = 5.0
+DEFAULT_TIMEOUT_SECONDS = 300.0
+"""How long a guest may take to shut down: services of a Linux guest are given 90 s each, one after the other."""
+DEFAULT_LIFE_SECONDS = 10.0
+"""How long a sign of life is waited for."""
+
+
+def silently(_: str) -> None:
+    """For those who do not want to be told."""
 
 
 class Controller:
@@ -129,11 +152,13 @@ class Controller:
         return self.table.rows()
 
     def vm(self, name: str) -> VmRow:
-        """One row, its state asked of the hypervisor now and entered.
+        """One row, its state asked of the hypervisor now and entered; that of a duplicate as it stands in the table.
 
         :raises UnknownVm: not registered
         """
         row = self.table.get(name)
+        if row.kind == "duplicate":
+            return row
         driver = self.drivers.hypervisor(row.hypervisor, row.vm, row.options)
         try:
             self.table.set_state(name, driver.state().value)
@@ -142,13 +167,22 @@ class Controller:
         return self.table.get(name)
 
     def remove_vm(self, name: str) -> VmRow:
-        """Strike a VM out of the table; the VM itself and its backups stay as they are.
+        """Strike a VM out of the table; the VM itself and its backups stay as they are, a duplicate of it that is held
+        in memory is discarded.
 
         :raises UnknownVm: not registered
+        :raises UsageError: it is a duplicate
         :raises Busy: an operation works on it
         """
         row = self.table.get(name)
+        if row.kind == "duplicate":
+            raise UsageError(
+                f"{name!r} is a duplicate of VM {row.duplicate_of!r}", cure="see: vmsnap duplicate discard"
+            )
         with vm_lock(self.folders.state_dir, name, "vm remove"):
+            holding = self._holding()
+            for held in holding.held.all(name):
+                holding.discard(held)
             self.table.remove(name)
         return row
 
@@ -159,37 +193,69 @@ class Controller:
         vm: str,
         repository: Repository,
         *,
+        mode: str = "live",
         max_pause_seconds: float = DEFAULT_MAX_PAUSE_SECONDS,
         tags: Sequence[str] = (),
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        on_timeout: str = "fail",
+        keep_duplicate: bool = False,
+        keep_seconds: float | None = None,
         accept_unencrypted: bool = False,
         progress: ProgressCallback = silent,
         notify: Sequence[Callable[[BackupResult], None]] = (),
     ) -> BackupResult:
-        """Back a VM up, mode live: memory and disks of one instant, the guest standing still for milliseconds.
+        """Back a VM up: memory and disks of one instant, the guest standing still for milliseconds.
 
         Blocks until the backup is committed. Whatever fails, the VM runs again if it ran.
 
+        :param mode: ``live``, or ``consistent``: the captured machine is run on writable clones of its disks, its
+            network cut, and shut down in order; the disks as they are then are the backup, without memory
+        :param timeout_seconds: how long the guest may take for that
+        :param on_timeout: ``fail``, or ``keep-live``: store the live backup where the guest does not shut down
+        :param keep_duplicate: hold the captured machine in memory, on disks of its own, for `failover`; one that was
+            held before is discarded then. With `keep_seconds` its time is over after so long.
         :param accept_unencrypted: go on where an unencrypted repository has taken the place of an encrypted one
         :raises RepositoryError: that is so, and was not accepted
         :raises UnknownVm: not registered
         :raises Busy: another operation works on this VM, or its monitor serves somebody else
         :raises CannotCapture: refused before anything was paused
+        :raises StorageFull: no room for the duplicate in memory, beside those that are held
         :raises VmsnapError: it failed; nothing is left behind, or it stands in the journal for `recover`
         """
         from vmsnap.controller.backup import BackupOrder, LiveBackup
+        from vmsnap.controller.consistent import ConsistentBackup, ConsistentOrder
         from vmsnap.repository.manifest import check_tag
 
-        if not 0 < max_pause_seconds < math.inf:
-            raise UsageError("the pause must be allowed more than 0 seconds, and an end")
+        if mode not in ("live", "consistent") or on_timeout not in ("fail", "keep-live"):
+            raise UsageError(f"there is no mode {mode!r} with on_timeout {on_timeout!r}")
+        for what, seconds in (("pause", max_pause_seconds), ("shutdown", timeout_seconds), ("stay", keep_seconds or 1)):
+            if not 0 < seconds < math.inf:
+                raise UsageError(f"the {what} must be allowed more than 0 seconds, and an end")
+        if keep_seconds is not None and not keep_duplicate:
+            raise UsageError("a duplicate that is not held needs no time limit", cure="add --keep-duplicate")
         for tag in tags:
             check_tag(tag)
         known, place = KnownRepositories(self._database), (repository.storage.url, repository.id, repository.encryption)
         if not accept_unencrypted:
             known.expect(*place)
         known.note(*place)
+        begin: type[LiveBackup] = LiveBackup
+        order = BackupOrder(vm, max_pause_seconds, tuple(tags), keep_duplicate, keep_seconds)
+        if mode == "consistent":
+            begin = ConsistentBackup
+            order = ConsistentOrder(
+                order.vm,
+                order.max_pause_seconds,
+                order.tags,
+                order.keep_duplicate,
+                order.keep_seconds,
+                timeout_seconds,
+                on_timeout == "keep-live",
+            )
         with self.interruption.handled():
-            return LiveBackup(
-                BackupOrder(vm, max_pause_seconds, tuple(tags)),
+            self._holding().discard_ended(silently)
+            return begin(
+                order,
                 repository,
                 self.drivers,
                 self.journal,
@@ -199,6 +265,130 @@ class Controller:
                 progress=progress,
                 notify=notify,
             ).run()
+
+    def consolidate(
+        self,
+        repository: Repository,
+        backup: str,
+        target: Path,
+        *,
+        store: bool = False,
+        tags: Sequence[str] = (),
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        options: Mapping[str, str] | None = None,
+        accept_loss: bool = False,
+        progress: ProgressCallback = silent,
+    ) -> ConsolidateResult:
+        """Bring a live backup up out of everybody's reach, shut it down in order, and leave its disks, clean, in the
+        folder `target`; `store` them as a backup of mode consistent too. Blocks.
+
+        :raises UnknownBackup: there is none of that id
+        :raises UsageError: it holds disks alone
+        :raises AlreadyExists: a file where a disk is to be exists
+        :raises HypervisorError: the guest did not shut down in order; nothing is left
+        """
+        from vmsnap.controller.consolidate import Consolidate
+        from vmsnap.repository.manifest import check_tag
+
+        for tag in tags:
+            check_tag(tag)
+        with self.interruption.handled(), repository.session("read", f"consolidation of {backup}"):
+            return Consolidate(
+                repository,
+                backup,
+                self.drivers,
+                self.journal,
+                self.table,
+                self.interruption,
+                progress,
+                target=target,
+                store=store,
+                tags=tags,
+                timeout_seconds=timeout_seconds,
+                options=options,
+                accept_loss=accept_loss,
+            ).run()
+
+    def verify_boot(
+        self,
+        repository: Repository,
+        backup: str,
+        *,
+        life_seconds: float = DEFAULT_LIFE_SECONDS,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        options: Mapping[str, str] | None = None,
+        progress: ProgressCallback = silent,
+    ) -> BootResult:
+        """Bring a backup up out of everybody's reach, wait `life_seconds` at most for a sign of life, shut it down in
+        order within `timeout_seconds`, and remove it again. Blocks.
+
+        :raises UnknownBackup: there is none of that id
+        :raises UsageError: it holds disks alone
+        :raises DamageFound: it is damaged
+        :raises HypervisorError: it did not come up, showed no life, or did not shut down; nothing is left
+        """
+        from vmsnap.controller.bootverify import BootVerification
+
+        with self.interruption.handled(), repository.session("read", f"verification of {backup}"):
+            return BootVerification(
+                repository,
+                backup,
+                self.drivers,
+                self.journal,
+                self.table,
+                self.interruption,
+                progress,
+                life_seconds=life_seconds,
+                timeout_seconds=timeout_seconds,
+                options=options,
+            ).run()
+
+    def failover(self, vm: str, *, fence: bool = False) -> FailoverResult:
+        """Let the duplicate of a VM that is held in memory go on in its place: under its name, on the duplicate's
+        disks, its network connected. Blocks until the guest runs.
+
+        :param fence: kill the VM first if it lives
+        :raises UnknownVm: not registered
+        :raises UnknownDuplicate: none is held
+        :raises Busy: the VM lives, or another one has its network address
+        :raises VmsnapError: it failed; no failure removes the duplicate
+        """
+        from vmsnap.controller.failover import Failover, FailoverOrder
+
+        with self.interruption.handled():
+            return Failover(FailoverOrder(vm, fence), self.drivers, self.journal, self.table, self.interruption).run()
+
+    # -- duplicates in memory
+
+    def duplicates(self, tell: Callable[[str], None] = silently) -> list[DuplicateInfo]:
+        """The duplicates that are held in memory, the oldest first. Those whose time is over are discarded before, and
+        what is left of those from before a restart of the host; `tell` is given one line for each.
+        """
+        with self.interruption.handled():
+            self._holding().discard_ended(tell)
+        return self._holding().list()
+
+    def discard_duplicate(self, name: str) -> DuplicateInfo:
+        """Remove a duplicate that is held in memory, and its disks.
+
+        :raises UnknownDuplicate: there is none of that name
+        :raises Busy: an operation works on its VM
+        :raises VmsnapError: not all of it could be removed; it stands in the journal
+        """
+        holding = self._holding()
+        held = holding.held.get(name)
+        with self.interruption.handled(), vm_lock(self.folders.state_dir, held.vm, "discard of a duplicate"):
+            found = [each for each in holding.list() if each.duplicate == name]
+            if not found:
+                raise UnknownDuplicate(f"duplicate {name!r} is gone meanwhile")
+            with self.interruption.deferred():
+                holding.discard(held)
+            return found[0]
+
+    def _holding(self) -> Holding:
+        from vmsnap.controller.holding import Holding
+
+        return Holding(self.drivers, self.journal, self.table)
 
     def restore(
         self,
@@ -244,7 +434,10 @@ class Controller:
         if vm is not None and not self.journal.unfinished(vm):
             self.table.get(vm)
         with self.interruption.handled(), self.interruption.deferred():
-            return Recovery(self.drivers, self.journal, self.table).run(vm)
+            recovered = Recovery(self.drivers, self.journal, self.table).run(vm)
+            ended: list[str] = []
+            self._holding().discard_ended(ended.append)
+            return replace(recovered, removed=(*recovered.removed, *ended))
 
     # -- asking
 

@@ -1,48 +1,46 @@
-"""Backup, mode live: a capture, stored with one commit."""
+"""Backup, mode live: a capture, stored with one commit, and held in memory afterwards if that was asked for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmsnap.controller.capture import Capture, GuardianStart
+from vmsnap.controller.clones import Clones
 from vmsnap.controller.drivers import Drivers
-from vmsnap.controller.execution import Execution
+from vmsnap.controller.execution import Action, Execution
+from vmsnap.controller.holding import Holding, check_cloneable, keep, tell_of_held
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.previous import Previous
 from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import BackupDisk, BackupResult
+from vmsnap.controller.storing import Storing
 from vmsnap.errors import ProtocolError, VmsnapError
-from vmsnap.journal import Journal
+from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
-from vmsnap.model import DiskSnapshot, RamImage
-from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction
-from vmsnap.repository import (
-    BackupFields,
-    BackupWriter,
-    DiskImage,
-    ImageKind,
-    Manifest,
-    MemoryImage,
-    Repository,
-    SparseFileReader,
-)
+from vmsnap.model import Duplicate
+from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction, Protocol
+from vmsnap.repository import BackupFields, DiskImage, Manifest, Repository
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 
 @dataclass(frozen=True)
 class BackupOrder:
-    """What is to be backed up, and how."""
+    """What is to be backed up, and how. `keep_duplicate`: hold it in memory afterwards, `keep_seconds` long at most."""
 
     vm: str
     max_pause_seconds: float = 5.0
     tags: tuple[str, ...] = ()
+    keep_duplicate: bool = False
+    keep_seconds: float | None = None
 
 
 class LiveBackup:
     """One backup in mode live: the actions and compensations of the protocol `BACKUP_LIVE`."""
+
+    protocol: Protocol = BACKUP_LIVE
 
     def __init__(
         self,
@@ -65,13 +63,17 @@ class LiveBackup:
         self._table = table
         self._start_guardian = start_guardian
         self._interruption = interruption
-        self._progress = progress
+        self._bars = Bars(progress)
         self._notify = notify
         self._prefer = prefer
+        self._holding = Holding(drivers, journal, table)
         self._warnings: list[str] = []
         self._manifest: Manifest | None = None
         self._result: BackupResult | None = None
+        self._finished: Duplicate | None = None
+        self._kept: Clones | None = None
         self._begun = 0.0
+        self._operation: Operation
         self._capture: Capture
 
     def run(self) -> BackupResult:
@@ -85,8 +87,8 @@ class LiveBackup:
         with vm_lock(self._drivers.context.state_dir, self._order.vm, "backup"):
             self._recover_first(self._order.vm)
             row = self._table.get(self._order.vm)
-            operation = self._journal.begin(BACKUP_LIVE.name, row.vm, row.hypervisor, row.options)
-            capture = self._capture = Capture(
+            operation = self._operation = self._journal.begin(self.protocol.name, row.vm, row.hypervisor, row.options)
+            self._capture = Capture(
                 row,
                 operation,
                 self._drivers,
@@ -96,17 +98,12 @@ class LiveBackup:
                 start_guardian=self._start_guardian,
             )
             execution = Execution(
-                BACKUP_LIVE,
+                self.protocol,
                 operation,
                 row.vm,
-                actions={
-                    **capture.actions,
-                    Instruction.STORE: self._store,
-                    Instruction.RELEASE: self._release,
-                    Instruction.NOTIFY: self._tell,
-                },
-                compensations={**capture.compensations, Compensation.DROP_UNCOMMITTED: self._drop},
-                holds=lambda condition: condition is Condition.EXECUTING and capture.executing,
+                actions=self._actions(),
+                compensations=self._compensations(),
+                holds=self._holds,
                 interruption=self._interruption,
                 prefer=self._prefer,
             )
@@ -117,8 +114,7 @@ class LiveBackup:
                     error.add_note(f"the backup {self._manifest.backup} is stored all the same")
                 raise
             finally:
-                capture.close()
-                self._table.remove(capture.duplicate_name)
+                self._close()
         if self._result is None:
             raise ProtocolError(f"the backup of {row.vm!r} ended without a result")
         return self._result
@@ -128,92 +124,166 @@ class LiveBackup:
         recovered = Recovery(self._drivers, self._journal, self._table).run(vm, locked=True)
         self._warnings += [f"left by an earlier run and not removed yet: {line}" for line in recovered.kept]
 
+    def _actions(self) -> dict[Instruction, Action]:
+        return {
+            **self._capture.actions,
+            Instruction.CHECK: self._check,
+            Instruction.PREPARE: self._prepare,
+            Instruction.STORE: self._store,
+            Instruction.KEEP: self._keep,
+            Instruction.RELEASE: self._release,
+            Instruction.NOTIFY: self._tell,
+        }
+
+    def _compensations(self) -> dict[Compensation, Action]:
+        return {
+            **self._capture.compensations,
+            Compensation.DROP_UNCOMMITTED: self._drop,
+            Compensation.REMOVE_DISKS: self._remove_disks,
+        }
+
+    def _holds(self, condition: Condition) -> bool:
+        if condition is Condition.EXECUTING:
+            return self._capture.executing
+        return self._order.keep_duplicate
+
+    def _close(self) -> None:
+        self._capture.close()
+        if not self._holding.held.is_held(self._capture.duplicate_name):
+            self._table.remove(self._capture.duplicate_name)
+
     # -- instructions
 
-    def _store(self) -> None:
-        capture, description = self._capture, self._capture.description
-        capture.settled()
-        self._enter_duplicate()
-        bars = Bars(self._progress)
-        duplicate = capture.finish_duplicate(lambda done: bars.show("copying memory", done, description.memory_bytes))
-        instant = capture.instant()
-        mechanisms = {row.device: row.mechanism or "" for row in capture.row.disks}
-        total_bytes = sum(image.size_bytes for image in duplicate.images)
-        total_bytes += sum(snapshot.disk.size_bytes for snapshot in capture.snapshots)
-        bars.begin("storing", total_bytes)
-        with self._repository.writer(purpose=f"backup of {description.vm}") as writer:
-            previous = Previous(self._repository.latest(description.vm))
-            memory = tuple(self._store_memory(writer, image, previous, bars) for image in duplicate.images)
-            device_state = writer.add_blob("device state", duplicate.device_state.read_bytes())
-            disks = tuple(
-                self._store_disk(writer, snapshot, mechanisms[snapshot.disk.device], previous, bars)
-                for snapshot in capture.snapshots
-            )
-            fields = BackupFields(
-                vm=description.vm,
-                hypervisor=description.hypervisor,
-                hypervisor_version=description.hypervisor_version,
-                mode="live",
-                capture=capture.plan.capture,
-                pause_seconds=instant.pause_seconds(),
-                moments=instant.moments(),
-                resume_flag=capture.executing,
-                memory_bytes=description.memory_bytes,
-                definition=description.definition,
-                duplicate_details=duplicate.details,
-                memory=memory,
-                device_state=device_state,
-                disks=disks,
-                tags=self._order.tags,
-            )
-            self._manifest = writer.commit(
-                fields, seconds=time.monotonic() - self._begun, instant_ns=instant.duplicated.wall_ns
-            )
-            self._warnings += writer.warnings
+    def _check(self) -> None:
+        self._capture.check()
+        if self._needs_clones():
+            check_cloneable(self._capture.row, self._drivers)
 
-    def _store_memory(self, writer: BackupWriter, image: RamImage, previous: Previous, bars: Bars) -> MemoryImage:
-        base = previous.memory(image)
-        with SparseFileReader(image.path, image.size_bytes) as source:
-            record = writer.add_image(f"memory {image.region}", source, ImageKind.RAM, bars.part, base=base)
-        bars.part_done(image.size_bytes)
-        return MemoryImage(image.region, image.page_bytes, record)
+    def _needs_clones(self) -> bool:
+        return self._order.keep_duplicate
 
-    def _store_disk(
-        self, writer: BackupWriter, snapshot: DiskSnapshot, mechanism: str, previous: Previous, bars: Bars
-    ) -> DiskImage:
-        disk = snapshot.disk
-        driver = self._capture.mechanisms[mechanism]
-        base = previous.disk(snapshot, mechanism, driver)
-        with driver.reader(snapshot) as source:
-            record = writer.add_image(f"disk {disk.device}", source, ImageKind.DISK, bars.part, base=base)
-        bars.part_done(disk.size_bytes)
-        return DiskImage(disk.device, disk.size_bytes, disk.format, disk.address, mechanism, record, snapshot.mark)
+    def _prepare(self) -> None:
+        with tell_of_held(self._holding.held, self._order.vm):
+            self._capture.prepare()
 
-    def _enter_duplicate(self) -> None:
-        """The duplicate's row in the VM table, for as long as it is held: its disks are the snapshots."""
+    def _finish_copy(self) -> Duplicate:
+        """After the pause: the evidence, what the mechanisms had put off, and the copy of the memory."""
+        if self._finished is None:
+            capture, memory_bytes = self._capture, self._capture.description.memory_bytes
+            capture.settled()
+            self._enter_duplicate(
+                [
+                    DiskRow(snapshot.disk.device, f"{snapshot.plan.mechanism}:{snapshot.plan.tag}", None)
+                    for snapshot in capture.snapshots
+                ],
+                "captured",
+            )
+            self._finished = capture.finish_duplicate(
+                lambda done: self._bars.show("copying memory", done, memory_bytes)
+            )
+        return self._finished
+
+    def _enter_duplicate(self, disks: Sequence[DiskRow], state: str) -> None:
+        """The duplicate's row in the VM table, beside that of its VM, for as long as there is one."""
         capture = self._capture
+        self._table.remove(capture.duplicate_name)
         self._table.add(
             VmRow(
                 vm=capture.duplicate_name,
                 hypervisor=capture.row.hypervisor,
                 options={},
-                disks=tuple(
-                    DiskRow(snapshot.disk.device, f"{snapshot.plan.mechanism}:{snapshot.plan.tag}", None)
-                    for snapshot in capture.snapshots
-                ),
-                state="captured",
+                disks=tuple(disks),
+                state=state,
                 kind="duplicate",
                 duplicate_of=capture.row.vm,
             )
         )
 
+    def _store(self) -> None:
+        self._store_live()
+
+    def _store_live(self, *remarks: str) -> None:
+        """Memory and disks as they were captured."""
+        duplicate, capture = self._finish_copy(), self._capture
+        total_bytes = sum(image.size_bytes for image in duplicate.images)
+        total_bytes += sum(snapshot.disk.size_bytes for snapshot in capture.snapshots)
+        self._bars.begin("storing", total_bytes)
+        with self._repository.writer(purpose=f"backup of {capture.row.vm}") as writer:
+            storing = Storing(writer, Previous(self._repository.latest(capture.row.vm)), self._bars)
+            memory = tuple(storing.memory(image) for image in duplicate.images)
+            device_state = storing.device_state(duplicate.device_state)
+            disks = []
+            for snapshot in capture.snapshots:
+                name = snapshot.plan.mechanism
+                mechanism = capture.mechanisms[name]
+                base = storing.previous.disk(snapshot, name, mechanism)
+                disks.append(storing.disk(snapshot.disk, name, mechanism.reader(snapshot), base, snapshot.mark))
+            fields = replace(
+                self._fields("live", tuple(disks)),
+                memory=memory,
+                memory_bytes=capture.description.memory_bytes,
+                device_state=device_state,
+                duplicate_details=duplicate.details,
+                remarks=remarks,
+            )
+            self._manifest = writer.commit(
+                fields, seconds=time.monotonic() - self._begun, instant_ns=duplicate.instant.wall_ns
+            )
+            self._warnings += writer.warnings
+
+    def _fields(self, mode: str, disks: tuple[DiskImage, ...]) -> BackupFields:
+        """What every manifest says of the capture."""
+        capture, description, instant = self._capture, self._capture.description, self._capture.instant()
+        return BackupFields(
+            vm=description.vm,
+            hypervisor=description.hypervisor,
+            hypervisor_version=description.hypervisor_version,
+            mode=mode,
+            capture=capture.plan.capture,
+            pause_seconds=instant.pause_seconds(),
+            moments=instant.moments(),
+            resume_flag=capture.executing,
+            definition=description.definition,
+            disks=disks,
+            tags=self._order.tags,
+        )
+
+    def _keep(self) -> None:
+        """Hold the duplicate; from then on it is the user's, and the ones before it are discarded."""
+        capture = self._capture
+        self._kept = Clones(
+            capture.duplicate_name,
+            self._drivers.context.folder_of_duplicate(capture.duplicate_name),
+            self._operation,
+            capture.mechanisms,
+        )
+        self._bars.show("cloning disks", 0, None)
+        keep(
+            capture,
+            self._stored().backup,
+            self._kept,
+            self._operation,
+            self._holding.held,
+            keep_seconds=self._order.keep_seconds,
+        )
+        for older in self._holding.held.all(capture.row.vm):
+            if older.name == capture.duplicate_name:
+                continue
+            try:
+                self._holding.discard(older)
+            except VmsnapError as e:
+                self._warnings.append(f"the duplicate {older.name} that is superseded: {e}")
+
     def _release(self) -> None:
         """The backup is whole: what cannot be removed now stays in the journal and is a warning, not a failure."""
-        for release in (self._capture.delete_snapshots, self._capture.discard_duplicate):
+        for release in self._to_release():
             try:
                 release()
             except VmsnapError as e:
                 self._warnings.append(f"not removed yet, vmsnap recover will try again: {e}")
+
+    def _to_release(self) -> Sequence[Action]:
+        return (self._capture.delete_snapshots, self._capture.discard_duplicate)
 
     def _tell(self) -> None:
         manifest, capture = self._stored(), self._capture
@@ -229,6 +299,7 @@ class LiveBackup:
             memory_bytes=manifest.memory_bytes,
             capture=capture.plan.capture,
             warnings=tuple(self._warnings),
+            duplicate=capture.duplicate_name if self._order.keep_duplicate else "",
         )
         for tell in self._notify:
             tell(self._result)
@@ -243,3 +314,7 @@ class LiveBackup:
     def _drop(self) -> None:
         """Nothing to do: the writer has given up by itself when `_store` was left, and what is not named by a manifest
         is not listed; the chunks that it leaves are garbage to be collected."""
+
+    def _remove_disks(self) -> None:
+        if self._kept is not None:
+            self._kept.delete()

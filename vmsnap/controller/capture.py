@@ -157,6 +157,11 @@ class Capture:
         """Its name."""
         return self._request.duplicate
 
+    @property
+    def duplicate_position(self) -> int:
+        """Where it stands in the journal."""
+        return _known(self._duplicate_position, "duplicate")
+
     def instant(self) -> Instant:
         """The evidence, checked.
 
@@ -318,7 +323,9 @@ class Capture:
             raise failed
 
     def discard_duplicate(self) -> None:
-        """Remove the duplicate from host memory."""
+        """Remove the duplicate from host memory, unless it was handed over."""
+        if self._duplicate_position is not None and not self._operation.owns(self._duplicate_position):
+            return
         self.hypervisor.discard_duplicate(self._request.duplicate)
         if self._duplicate_position is not None:
             self._operation.is_gone(self._duplicate_position)

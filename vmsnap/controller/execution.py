@@ -11,7 +11,8 @@ from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Operation
 from vmsnap.protocol import Compensation, Condition, Instruction, Protocol, State
 
-Action = Callable[[], None]
+Action = Callable[[], object]
+"""Carries out an instruction or a compensation. Text that it returns is what the journal says of it."""
 
 
 class Execution:
@@ -105,11 +106,11 @@ class Execution:
         else:
             self._begun.append(instruction)
             try:
-                self._actions[instruction]()
+                told = self._actions[instruction]()
             except BaseException as error:
                 self._operation.ended(instruction.value, "failed", str(error))
                 raise
-            self._operation.ended(instruction.value, "done")
+            self._operation.ended(instruction.value, "done", told if isinstance(told, str) else "")
         self.state = self._protocol.after(self.state, instruction)
 
     def _set_right(self, error: BaseException) -> None:

@@ -37,6 +37,13 @@ class Previous:
             return BaseImage(old.image)
         return None
 
+    def disk_content(self, device: str) -> BaseImage | None:
+        """The image of the same device, for a disk that no record of changes stands for: all of it is read."""
+        for old in self._manifest.disks if self._manifest else ():
+            if old.device == device:
+                return BaseImage(old.image)
+        return None
+
 
 def _changes(driver: SnapshotMechanism, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
     """Asked when it is needed, so that a mechanism that cannot say costs the hint and not the backup."""

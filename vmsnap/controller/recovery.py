@@ -8,11 +8,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.folders import remove_file
+from vmsnap.controller.reach import WORKING
 from vmsnap.controller.results import RecoveryResult
+from vmsnap.controller.running import LoadedRecord
+from vmsnap.controller.takeover import settle_takeover
 from vmsnap.errors import VmGone, VmsnapError
 from vmsnap.journal import Journal, OperationRow, Resource
 from vmsnap.locks import vm_lock
-from vmsnap.model import SnapshotPlan, VmState, from_json
+from vmsnap.model import ClonePlan, SnapshotPlan, VmState, from_json
 from vmsnap.roles import Hypervisor
 from vmsnap.vmtable import VmTable
 
@@ -45,6 +49,13 @@ class Recovery:
                 self._kept.append(f"{row.operation} (VM {row.vm}): {e}")
         return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
 
+    def finish(self, operation: str) -> RecoveryResult:
+        """Remove what one operation of this process has left; the lock of its VM is held by the caller."""
+        for row in self._journal.unfinished():
+            if row.operation == operation:
+                self._recover(row)
+        return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
+
     def _recover(self, row: OperationRow) -> None:
         if row.outcome is None and row.worker_alive():
             self._kept.append(f"{row.operation}: process {row.pid} is still at it")
@@ -55,12 +66,15 @@ class Recovery:
             settled = self._free_vm(row)
         for resource in reversed(operation.resources()):
             try:
-                self._remove(row, resource)
+                told = self._remove(row, resource)
             except VmsnapError as e:
                 self._kept.append(f"{resource.kind} of {row.operation}: {e}")
             else:
                 operation.is_gone(resource.position)
-                self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
+                if told is None:
+                    self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
+                elif told:
+                    self._removed.append(told)
         if settled:
             operation.must_execute(False)
             if row.outcome is None:
@@ -93,45 +107,71 @@ class Recovery:
             state = VmState.EXECUTING
         self._table.set_state(row.vm, state.value, resume_flag=False)
 
-    def _remove(self, row: OperationRow, resource: Resource) -> None:
-        if resource.kind == "snapshot":
-            mechanism = self._drivers.mechanism(resource.driver)
-            try:
-                mechanism.delete(from_json(resource.data, SnapshotPlan))
-            finally:
-                mechanism.close()
-        elif resource.kind in ("duplicate", "loaded"):
-            hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
-            try:
-                if resource.kind == "duplicate":
-                    name = from_json(resource.data, str)
-                    hypervisor.discard_duplicate(name)
-                    self._table.remove(name)
-                else:
-                    if row.vm in {vm.vm for vm in self._table.rows()}:
-                        raise VmsnapError(f"VM {row.vm!r} is registered", cure=f"vmsnap vm remove {row.vm}")
-                    hypervisor.destroy()
-            finally:
-                hypervisor.close()
-        elif resource.kind == "file":
-            path = Path(from_json(resource.data, str))
-            used = [vm.vm for vm in self._table.rows() for disk in vm.disks if disk.address == str(path)]
-            if used:
-                raise VmsnapError(f"{path} is a disk of VM {used[0]!r} now", cure=f"vmsnap vm remove {used[0]}")
-            remove_file(path)
-        else:
+    def _remove(self, row: OperationRow, resource: Resource) -> str | None:
+        """Returns what is to be reported instead of the removal, empty where nothing is."""
+        if resource.kind == "takeover":
+            return self._settle_takeover(row, resource)
+        remove = {
+            "snapshot": self._delete_snapshot,
+            "clone": self._delete_clone,
+            "duplicate": self._discard_duplicate,
+            "loaded": self._destroy_loaded,
+            "file": self._remove_file,
+        }.get(resource.kind)
+        if remove is None:
             raise VmsnapError(f"the journal names a {resource.kind!r}, which this vmsnap does not know")
+        remove(row, resource)
+        return None
 
+    def _delete_snapshot(self, _row: OperationRow, resource: Resource) -> None:
+        mechanism = self._drivers.mechanism(resource.driver)
+        try:
+            mechanism.delete(from_json(resource.data, SnapshotPlan))
+        finally:
+            mechanism.close()
 
-def remove_file(path: Path) -> None:
-    """Remove a file or an empty folder that we made; succeeds where there is none.
+    def _delete_clone(self, _row: OperationRow, resource: Resource) -> None:
+        mechanism = self._drivers.mechanism(resource.driver)
+        try:
+            mechanism.delete_clone(from_json(resource.data, ClonePlan))
+        finally:
+            mechanism.close()
 
-    :raises VmsnapError: it cannot be removed
-    """
-    try:
-        if path.is_dir():
-            path.rmdir()
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as e:
-        raise VmsnapError(f"cannot remove {path}: {e.strerror}") from e
+    def _discard_duplicate(self, row: OperationRow, resource: Resource) -> None:
+        name = from_json(resource.data, str)
+        hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
+        try:
+            hypervisor.discard_duplicate(name)
+        finally:
+            hypervisor.close()
+        self._table.remove(name)
+
+    def _destroy_loaded(self, _row: OperationRow, resource: Resource) -> None:
+        loaded = from_json(resource.data, LoadedRecord)
+        if any(vm.vm == loaded.vm and vm.kind == WORKING for vm in self._table.rows()):
+            raise VmsnapError(f"VM {loaded.vm!r} is registered", cure=f"vmsnap vm remove {loaded.vm}")
+        hypervisor = self._drivers.hypervisor(resource.driver, loaded.vm, loaded.options)
+        try:
+            hypervisor.destroy()
+        finally:
+            hypervisor.close()
+        self._table.remove(loaded.vm)
+
+    def _settle_takeover(self, row: OperationRow, resource: Resource) -> str:
+        hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
+        try:
+            name, operation = from_json(resource.data, str), self._journal.open_operation(row.operation)
+            settled = settle_takeover(name, operation, hypervisor, self._table)
+        finally:
+            hypervisor.close()
+        if settled.runs:
+            self._resumed.append(row.vm)
+            return ""
+        return settled.line
+
+    def _remove_file(self, _row: OperationRow, resource: Resource) -> None:
+        path = Path(from_json(resource.data, str))
+        used = [vm.vm for vm in self._table.rows() for disk in vm.disks if disk.address == str(path)]
+        if used:
+            raise VmsnapError(f"{path} is a disk of VM {used[0]!r} now", cure=f"vmsnap vm remove {used[0]}")
+        remove_file(path)

@@ -4,7 +4,15 @@ Everything that decides what may follow what stands in `vmsnap.protocol.tables`;
 diagrams in docs/ are drawn from it and the property tests run over it.
 """
 
-from vmsnap.protocol.tables import BACKUP_CONSISTENT, BACKUP_LIVE, CONSOLIDATE, FAILOVER, PROTOCOLS, RESTORE
+from vmsnap.protocol.tables import (
+    BACKUP_CONSISTENT,
+    BACKUP_LIVE,
+    CONSOLIDATE,
+    FAILOVER,
+    PROTOCOLS,
+    RESTORE,
+    VERIFY_BOOT,
+)
 from vmsnap.protocol.words import Compensation, Condition, Instruction, Protocol, State
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "FAILOVER",
     "PROTOCOLS",
     "RESTORE",
+    "VERIFY_BOOT",
     "Compensation",
     "Condition",
     "Instruction",

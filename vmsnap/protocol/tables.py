@@ -19,7 +19,8 @@ BACKUP_LIVE = Protocol(
         (S.DUPLICATED, I.SNAPSHOT): S.CAPTURED,
         (S.CAPTURED, I.RESUME): S.RESUMED,
         (S.RESUMED, I.STORE): S.STORED,
-        (S.STORED, I.RELEASE): S.RELEASED,
+        (S.STORED, I.KEEP): S.KEPT,
+        (S.KEPT, I.RELEASE): S.RELEASED,
         (S.RELEASED, I.NOTIFY): S.DONE,
     },
     compensations={
@@ -29,9 +30,11 @@ BACKUP_LIVE = Protocol(
         I.DUPLICATE: (C.RESUME_VM, C.ABANDON_CAPTURE, C.DISCARD_DUPLICATE),
         I.RESUME: (C.RESUME_VM,),
         I.STORE: (C.DROP_UNCOMMITTED, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
+        # Once it is held it is the user's: what is left to be undone then are the snapshots.
+        I.KEEP: (C.REMOVE_DISKS, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
         I.RELEASE: (C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
     },
-    conditions={I.RESUME: Condition.EXECUTING},
+    conditions={I.RESUME: Condition.EXECUTING, I.KEEP: Condition.KEEP},
     window=frozenset({I.PAUSE, I.SNAPSHOT, I.DUPLICATE, I.RESUME}),
 )
 
@@ -54,15 +57,17 @@ BACKUP_CONSISTENT = Protocol(
         (S.DUPLICATE_EXECUTING, I.SHUT_DOWN): S.SHUTTING_DOWN,
         (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
         (S.DUPLICATE_STOPPED, I.STORE): S.STORED,
-        (S.STORED, I.RELEASE): S.RELEASED,
+        (S.STORED, I.KEEP): S.KEPT,
+        (S.KEPT, I.RELEASE): S.RELEASED,
         (S.RELEASED, I.NOTIFY): S.DONE,
     },
     compensations={
         **BACKUP_LIVE.compensations,
         I.LOAD: (C.DESTROY_LOADED, C.REMOVE_DISKS, C.DISCARD_DUPLICATE),
-        I.RELEASE: (C.DESTROY_LOADED, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
+        I.RELEASE: (C.DESTROY_LOADED, C.REMOVE_DISKS, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
     },
-    conditions=BACKUP_LIVE.conditions,
+    # A guest that does not shut down: the backup fails, or what was captured live is stored instead.
+    conditions={**BACKUP_LIVE.conditions, I.AWAIT_STOPPED: Condition.ENDED},
     window=BACKUP_LIVE.window,
 )
 
@@ -94,12 +99,35 @@ CONSOLIDATE = Protocol(
         (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
         (S.DUPLICATE_EXECUTING, I.SHUT_DOWN): S.SHUTTING_DOWN,
         (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
+        (S.DUPLICATE_STOPPED, I.STORE): S.STORED,
+        (S.STORED, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        I.LOAD: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
+        I.STORE: (C.DROP_UNCOMMITTED,),
+        I.RELEASE: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE),
+    },
+    conditions={I.STORE: Condition.STORE},
+)
+
+VERIFY_BOOT = Protocol(
+    name="verify by booting",
+    transitions={
+        (S.READY, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.CUT_NETWORK): S.CUT,
+        (S.CUT, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.AWAIT_LIFE): S.DUPLICATE_ALIVE,
+        (S.DUPLICATE_ALIVE, I.SHUT_DOWN): S.SHUTTING_DOWN,
+        (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
         (S.DUPLICATE_STOPPED, I.RELEASE): S.RELEASED,
         (S.RELEASED, I.NOTIFY): S.DONE,
     },
     compensations={
         I.LOAD: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
-        I.RELEASE: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE),
+        I.RELEASE: (C.DESTROY_LOADED, C.DISCARD_DUPLICATE, C.REMOVE_DISKS),
     },
     conditions={},
 )
@@ -114,9 +142,10 @@ FAILOVER = Protocol(
         (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
         (S.DUPLICATE_EXECUTING, I.NOTIFY): S.DONE,
     },
-    # The duplicate and its disks are the only copy left of the failed VM: nothing of them is ever undone.
-    compensations={I.LOAD: (C.DESTROY_LOADED,)},
+    # The duplicate and its disks are the only copy left of the failed VM: neither is ever removed. One that has begun
+    # to run has written to its disks, so there is no way back from there.
+    compensations={I.LOAD: (C.SETTLE_TAKEOVER,)},
     conditions={},
 )
 
-PROTOCOLS: tuple[Protocol, ...] = (BACKUP_LIVE, BACKUP_CONSISTENT, RESTORE, CONSOLIDATE, FAILOVER)
+PROTOCOLS: tuple[Protocol, ...] = (BACKUP_LIVE, BACKUP_CONSISTENT, RESTORE, CONSOLIDATE, FAILOVER, VERIFY_BOOT)

@@ -24,6 +24,8 @@ class Instruction(enum.Enum):
     """Let the vCPUs run; clears resume_flag."""
     STORE = "store"
     """Memory and disks into the repository, visible by one commit."""
+    KEEP = "keep"
+    """Make lasting disks for the duplicate, and hold it in memory."""
     RELEASE = "release"
     """Remove what was made for the capture and is no longer needed."""
     NOTIFY = "notify"
@@ -38,6 +40,8 @@ class Instruction(enum.Enum):
     """Let the duplicate run."""
     AWAIT_EXECUTING = "await_executing"
     """See that the duplicate runs."""
+    AWAIT_LIFE = "await_life"
+    """See that its guest lives."""
     SHUT_DOWN = "shut_down"
     """Ask the duplicate's guest to end in order."""
     AWAIT_STOPPED = "await_stopped"
@@ -64,8 +68,10 @@ class State(enum.Enum):
     DUPLICATE_EXECUTING = "duplicate executing"
     SHUTTING_DOWN = "shutting down"
     DUPLICATE_STOPPED = "duplicate stopped"
+    DUPLICATE_ALIVE = "duplicate alive"
     FENCED = "fenced"
     STORED = "stored"
+    KEPT = "kept"
     RELEASED = "released"
     DONE = "done"
 
@@ -76,6 +82,9 @@ class Condition(enum.Enum):
     EXECUTING = "the VM was executing"
     ISOLATED = "isolation was asked for"
     RUN = "the duplicate is to run"
+    ENDED = "its guest has shut down in order"
+    KEEP = "the duplicate is to be held"
+    STORE = "its disks are to be stored"
 
 
 class Compensation(enum.Enum):
@@ -88,15 +97,17 @@ class Compensation(enum.Enum):
     DROP_UNCOMMITTED = "drop what was not committed"
     DESTROY_LOADED = "destroy the loaded duplicate"
     REMOVE_DISKS = "remove the duplicate's disks"
+    SETTLE_TAKEOVER = "let the duplicate take the VM's place if it has begun to run, else put it back"
 
 
 COMPENSATION_ORDER: tuple[Compensation, ...] = (
     Compensation.RESUME_VM,
     Compensation.ABANDON_CAPTURE,
+    Compensation.SETTLE_TAKEOVER,
     Compensation.DESTROY_LOADED,
+    Compensation.REMOVE_DISKS,
     Compensation.DELETE_SNAPSHOTS,
     Compensation.DISCARD_DUPLICATE,
-    Compensation.REMOVE_DISKS,
     Compensation.DROP_UNCOMMITTED,
 )
 """The guest first; what uses a thing goes before the thing."""

@@ -78,6 +78,7 @@ class BackupFields:
     memory_bytes: int = 0
     tags: tuple[str, ...] = ()
     hypervisor_version: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,12 @@ class Hypervisor(ABC):
 
     # -- bringing back
 
+    def duplicate_options(self) -> Mapping[str, str]:
+        """The options for a driver instance that loads a duplicate of this VM beside it, under another name: where the
+        hypervisor is (a URI), and nothing that means this VM (its socket). No I/O.
+        """
+        return {}
+
     @abstractmethod
     def load(self, request: LoadRequest) -> LoadedVm:
         """Make this instance's VM exist, stopped at the captured instant, on the disks of the request. All or nothing.

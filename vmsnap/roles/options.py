@@ -33,13 +33,19 @@ class DriverContext:
     `state_dir` (0700) outlives the host's restart; a driver keeps what it must keep in ``state_dir/<driver name>/``.
     `memory_dir` (0700) lies on tmpfs: RAM images go there, never anywhere else unless `spool_dir` is set, which the
     user does to allow guest RAM on a disk. `memory_budget_bytes` bounds what all images in `memory_dir` may take
-    together (None: what tmpfs has free).
+    together (None: what tmpfs has free). Disks of duplicates are made below `duplicates_dir` (None: a folder of
+    `state_dir`).
     """
 
     state_dir: Path
     memory_dir: Path
     spool_dir: Path | None = None
     memory_budget_bytes: int | None = None
+    duplicates_dir: Path | None = None
+
+    def folder_of_duplicate(self, name: str) -> Path:
+        """Where the disks of the duplicate `name` lie."""
+        return (self.duplicates_dir or self.state_dir / "duplicates") / name
 
 
 def check_options(driver: str, declared: Sequence[Option], given: Mapping[str, str]) -> dict[str, str]:

@@ -211,6 +211,10 @@ class FaultyHypervisor(Hypervisor):
         """See the role."""
         return self._call(self.driver.discard_duplicate, name)
 
+    def duplicate_options(self) -> Mapping[str, str]:
+        """See the role; never fails on plan, as it does no I/O."""
+        return self.driver.duplicate_options()
+
     def load(self, request: LoadRequest) -> LoadedVm:
         """See the role."""
         return self._call(self.driver.load, request)

@@ -282,6 +282,10 @@ class SimulatedHypervisor(Hypervisor):
 
     # -- bringing back
 
+    def duplicate_options(self) -> Mapping[str, str]:
+        """How long an answer is waited for."""
+        return {"timeout": f"{self._timeout:g}"}
+
     def load(self, request: LoadRequest) -> LoadedVm:
         """Start a new process from the images; see the role. What a dead VM left at the socket is replaced always."""
         if record.alive(self.socket):
