@@ -100,15 +100,17 @@ vmsnap_sim = HypervisorCommandLine(
 )
 """The entry point ``vmsnap-sim``."""
 
+_PLACE_COMMANDS = {
+    "init": LazyCommand("vmsnap.cli.storage:init", "Make a repository.", PLACES),
+    "list": LazyCommand("vmsnap.cli.storage:list_backups", "List its backups.", PLACES),
+    "check": LazyCommand("vmsnap.cli.storage:check", "Check it.", PLACES),
+    "doctor": LazyCommand("vmsnap.cli.storage:doctor", "Say whether the place can be used.", PLACES),
+    "bench": LazyCommand("vmsnap.cli.storage:bench", "Measure how fast the place is.", PLACES),
+}
+
 vmsnap_local = CommandLine(
     "vmsnap-local",
-    {
-        "init": LazyCommand("vmsnap.cli.storage:init", "Make a repository.", PLACES),
-        "list": LazyCommand("vmsnap.cli.storage:list_backups", "List its backups.", PLACES),
-        "check": LazyCommand("vmsnap.cli.storage:check", "Check it.", PLACES),
-        "doctor": LazyCommand("vmsnap.cli.storage:doctor", "Say whether the place can be used.", PLACES),
-        "bench": LazyCommand("vmsnap.cli.storage:bench", "Measure how fast the place is.", PLACES),
-    },
+    _PLACE_COMMANDS,
     params=[version_option(__version__)],
     help="vmsnap repositories in folders of this host, or of anything that is mounted on it.",
     epilog="""\
@@ -116,3 +118,15 @@ vmsnap_local = CommandLine(
         vmsnap-local bench file:///srv/backups""",
 )
 """The entry point ``vmsnap-local``."""
+
+vmsnap_s3 = CommandLine(
+    "vmsnap-s3",
+    _PLACE_COMMANDS,
+    params=[version_option(__version__)],
+    help="vmsnap repositories in buckets of any service that speaks S3; credentials are found as boto3 finds them.",
+    epilog="""\
+        vmsnap-s3 doctor s3://bucket/prefix -o endpoint=https://s3.example.com
+        vmsnap-s3 init s3://bucket/prefix
+        vmsnap-s3 bench s3://bucket/prefix --size 512M""",
+)
+"""The entry point ``vmsnap-s3``."""

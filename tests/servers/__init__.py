@@ -1,0 +1,1 @@
+"""Real storage servers, started by the tests on the loopback and gone after them."""

@@ -1,0 +1,23 @@
+"""moto's S3 server: takes any credentials and any check sum, but has versions, object lock and a great many errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.servers.processes import Processes, free_ports
+from tests.servers.s3 import S3Server
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[S3Server]:
+    """The server, answering, while the context lasts."""
+    [port] = free_ports(1)
+    with Processes(folder) as processes:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        processes.start("moto", command, os.environ)
+        processes.wait_for(port)
+        yield S3Server("moto", port, "any", "anything", processes)

@@ -1,0 +1,56 @@
+"""The S3 backend on real servers: the contract of every backend, and what is S3's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers.moto import moto
+from tests.servers.s3 import Bucket, S3Server
+from tests.servers.swift import swift
+from vmsnap.testing.storage import StorageContract
+from vmsnap_storage_backends.s3 import S3Storage
+
+
+@pytest.fixture(scope="module", params=["swift", "moto"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    with {"swift": swift, "moto": moto}[request.param](folder) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+class TestContract(StorageContract):
+    # Every put is durable here, and a listing has as many pages as its size is set to.
+    state_machine_examples = 3
+    many_objects = 60
+
+    @pytest.fixture
+    def bucket(self, server: S3Server) -> str:
+        return server.new_bucket()
+
+    @pytest.fixture
+    def storage(self, bucket: str) -> Iterator[S3Storage]:
+        backend = S3Storage(f"s3://{bucket}/some/prefix")
+        backend.page_objects = 25
+        backend.create()
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def oracle(self, server: S3Server, bucket: str) -> Bucket:
+        return Bucket(server, bucket, "some/prefix/")
+
+
+def test_conditional_puts_are_found_out_and_not_assumed(server: S3Server) -> None:
+    backend = S3Storage(f"s3://{server.new_bucket()}")
+    # Swift looks for the object when a request begins: two that overlap both succeed.
+    assert backend.properties().conditional_put == (server.name == "moto")
+    backend.close()
