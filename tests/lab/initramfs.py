@@ -12,6 +12,8 @@ from .qemus import cache_folder
 _SOURCES = Path(__file__).parent / "guest"
 _BUSYBOX = Path("/bin/busybox")
 _COMPILE = ("gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+# Programs of their own, started where asked for; each with the libraries it needs.
+_PROGRAMS = {"application": ("-s", "-Wl,--no-warnings", "-lsqlite3", "-lm"), "packets": ("-s",)}
 
 # Each needs those before it.
 _MODULES = (
@@ -24,6 +26,7 @@ _MODULES = (
     "drivers/acpi/button",
     "drivers/input/evdev",
 )
+_NETWORK_MODULES = ("net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def guest_image() -> GuestImage:
 
 
 def _fingerprint(kernel: Path) -> str:
-    digest = hashlib.sha256(repr((kernel.name, _MODULES, _COMPILE)).encode())
-    for path in [_BUSYBOX, *sorted(_SOURCES.iterdir())]:
+    made_of = (kernel.name, _MODULES, _NETWORK_MODULES, _COMPILE, _PROGRAMS)
+    digest = hashlib.sha256(repr(made_of).encode())
+    for path in [_BUSYBOX, *sorted(path for path in _SOURCES.rglob("*") if path.is_file())]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -67,11 +71,15 @@ def _build(folder: Path, modules: Path) -> Path:
     shutil.copy(_BUSYBOX, root / "bin/busybox")
     shutil.copy(_SOURCES / "init", root / "init")
     (root / "init").chmod(0o755)
-    for module in _MODULES:
-        shutil.copy(modules / f"{module}.ko", root / "modules")
-    (root / "modules/order").write_text("\n".join(Path(module).name for module in _MODULES) + "\n")
+    for name, wanted in (("order", _MODULES), ("network", _NETWORK_MODULES)):
+        for module in wanted:
+            shutil.copy(modules / f"{module}.ko", root / "modules")
+        (root / "modules" / name).write_text("\n".join(Path(module).name for module in wanted) + "\n")
     sources = [str(path) for path in sorted(_SOURCES.glob("*.c"))]
     subprocess.run([*_COMPILE, "-o", str(root / "workload"), *sources], check=True)
+    for program, libraries in _PROGRAMS.items():
+        source = str(_SOURCES / "programs" / f"{program}.c")
+        subprocess.run([*_COMPILE, "-o", str(root / program), source, *libraries], check=True)
     names = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
     archive = folder / "initramfs.cpio"
     # Not compressed: reading 3 MB more costs the emulated CPU less than unpacking them.

@@ -58,6 +58,7 @@ class LabMachine:
         disks: Sequence[Disk] = DEFAULT_DISKS,
         machine_type: str = "pc",
         settings: Mapping[str, int] | None = None,
+        network: str = "user,restrict=on",
         extra_arguments: Sequence[str] = (),
     ) -> None:
         """Describe a machine; nothing is started.
@@ -68,6 +69,7 @@ class LabMachine:
         :param round_memory: see `memory_bytes`.
         :param machine_type: ``pc`` or ``q35``.
         :param settings: the workload's settings, see ``guest/workload.c``.
+        :param network: what the NIC is connected to, a value of ``-netdev`` without its id.
         :param extra_arguments: more QEMU arguments, at the end of its command line.
         :raise ValueError: when `folder` is too deep for the names of UNIX sockets.
         """
@@ -84,6 +86,7 @@ class LabMachine:
         self.disks = tuple(disks)
         self.machine_type = machine_type
         self.settings = dict(settings or {})
+        self.network = network
         self.extra_arguments = tuple(extra_arguments)
         self.uuid = str(uuid.uuid4())
         self._process: subprocess.Popen[bytes] | None = None
@@ -149,7 +152,7 @@ class LabMachine:
             "-qmp", f"unix:{self.qmp_socket},server=on,wait=off",
             "-qmp", f"unix:{self.oracle_socket},server=on,wait=off",
             *self._disk_arguments(),
-            "-netdev", "user,id=net0,restrict=on", "-device", "virtio-net-pci,netdev=net0,id=nic0,romfile=",
+            "-netdev", f"{self.network},id=net0", "-device", "virtio-net-pci,netdev=net0,id=nic0,romfile=",
             *loaded, *self.extra_arguments,
         )
         # fmt: on

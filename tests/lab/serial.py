@@ -14,6 +14,9 @@ _COUNT = re.compile(r"^COUNT (\d+) ok\s*$", re.MULTILINE)
 _CHECK = re.compile(r"^CHECK (\d+) ok\s*$", re.MULTILINE)
 _BULK = re.compile(r"^BULK (\d+) ok\s*$", re.MULTILINE)
 _FLUSHED = re.compile(r"^FLUSHED (\d+)\s*$", re.MULTILINE)
+_PACKETS = re.compile(r"^PACKETS (\d+) (?:sent|refused)\s*$", re.MULTILINE)
+_APPLICATION = re.compile(r"^APPLICATION (\d+) ok\s*$", re.MULTILINE)
+_APPLICATION_FLUSHED = re.compile(r"^APPLICATION FLUSHED (\d+)\s*$", re.MULTILINE)
 _STALL = re.compile(r"^STALL max_us=(-?\d+) stopped_us=(-?\d+)\s*$", re.MULTILINE)
 _FAULT = re.compile(r"^.*(?:FAULT: |Kernel panic|Oops|I/O error|segfault|INIT ).*$", re.MULTILINE)
 _GOOD_END = "INIT workload ended with status 0"
@@ -50,6 +53,22 @@ def bulk_checks(text: str) -> list[int]:
 def flushed(text: str) -> int | None:
     """The last count, which the guest flushed to disk on its way down; None when it did not."""
     found = _FLUSHED.findall(text)
+    return int(found[-1]) if found else None
+
+
+def packets(text: str) -> list[int]:
+    """The numbers of packets that the guest said it tried to send, each tenth."""
+    return [int(number) for number in _PACKETS.findall(text)]
+
+
+def application_counts(text: str) -> list[int]:
+    """How many entries the application said it had in its buffer and its transaction, each tenth."""
+    return [int(number) for number in _APPLICATION.findall(text)]
+
+
+def application_flushed(text: str) -> int | None:
+    """How many entries the application brought to the disk on its way down; None when it did not."""
+    found = _APPLICATION_FLUSHED.findall(text)
     return int(found[-1]) if found else None
 
 

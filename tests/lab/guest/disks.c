@@ -105,7 +105,7 @@ unsigned open_disks(void)
     found = pages(slots);
     expected = pages(1);
     log_pages = pages(LOG_PAGES);
-    for (; disk_count < MAX_DISKS; disk_count++) {
+    for (; disk_count < MAX_DISKS && disk_count + 1 != setting("ext4_disk"); disk_count++) {
         char path[] = "/dev/vda";
         path[7] = (char)('a' + disk_count);
         int fd = open(path, O_RDWR | O_DIRECT | O_DSYNC);

@@ -47,6 +47,9 @@ static struct setting settings[] = {
     {"pause_us", 5000, 0},   /* sleep after each count */
     {"count_every", 10, 1},  /* counts from one COUNT line to the next */
     {"check_every", 100, 1}, /* counts from one full check to the next */
+    {"ext4_disk", 0, 0},     /* the number, from 1 on, of a disk, the last one, that is left to programs/application.c */
+    {"packets", 0, 0},       /* not 0: programs/packets.c runs */
+    {"deaf", 0, 0},          /* not 0: the power button does nothing */
 };
 
 uint64_t count, seed;
