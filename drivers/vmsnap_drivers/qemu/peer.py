@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import CannotCapture, VmGone
+from vmsnap.errors import CannotCapture, HypervisorError, VmGone
+from vmsnap_drivers.qemu.unix_socket import connect_unix
 
 _KEPT_VARIABLES: Final = (
     "LD_LIBRARY_PATH",
@@ -25,6 +28,8 @@ stand in it.
 
 _TMPFS: Final = frozenset({"tmpfs", "ramfs"})
 _RAM_AT_LEAST: Final = 16 * 1024 * 1024
+_UCRED: Final = struct.Struct("3i")
+_CONNECT_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,23 @@ def start_time(pid: int) -> int | None:
         return None
     fields = text[text.rindex(")") + 2 :].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def listener(path: Path) -> int | None:
+    """The process that listens on a UNIX socket, whether it answers or not; None where nobody does.
+
+    :raises HypervisorError: it cannot be told
+    """
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(_CONNECT_SECONDS)
+        try:
+            connect_unix(client, path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except OSError as e:
+            # A full backlog (EAGAIN, or the time-out) is somebody who listens and takes nobody.
+            raise HypervisorError(f"whether somebody listens on {path} cannot be told: {e}") from e
+        return int(_UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
 
 
 def mapped_memory(pid: int) -> MappedMemory:

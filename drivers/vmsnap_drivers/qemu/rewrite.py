@@ -48,6 +48,8 @@ class NewVm:
     :ivar take_images: the VM's writes go into those files; else each VM has its own copy of what it writes
     :ivar block_sizes: bytes of each RAM block, by name
     :ivar default_ram: the RAM block that ``-m`` makes where no ``-object`` does (``pc.ram``); empty where one does
+    :ivar takeover: the original is gone for good, and the VM takes its place: sockets, logs, ports and networks are
+        where they were; its files go on instead of being begun anew
     """
 
     name: str
@@ -60,6 +62,7 @@ class NewVm:
     take_images: bool = False
     block_sizes: Mapping[str, int] = field(default_factory=dict)
     default_ram: str = ""
+    takeover: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class _Rewriter:
                 kept.append(with_image(argument, disks[number].address, disks[number].format))
             elif argument.name == "blockdev" and argument.properties.get("node-name") in unused:
                 continue
-            elif argument.name not in _DROPPED:
+            elif argument.name not in _DROPPED or self._other_monitor(argument):
                 changed = self._change(argument)
                 if changed is not None:
                     kept.append(changed)
@@ -117,9 +120,19 @@ class _Rewriter:
         below = children(arguments, nodes)
         return [node for node in nodes if node not in replaced and node not in below]
 
+    def _other_monitor(self, argument: Argument) -> bool:
+        """Whether it is a monitor of somebody else's, who waits for the VM that is replaced."""
+        if not self.new.takeover or argument.name != "qmp":
+            return False
+        path = (argument.properties.names or [""])[0]
+        return path.startswith("unix:") and path != f"unix:{self.new.qmp_socket}"
+
     def _change(self, argument: Argument) -> Argument | None:
         if argument.name == "chardev":
-            return argument.with_properties(self._chardev(argument.properties))
+            taken_over = self._taken_over(argument.properties) if self.new.takeover else None
+            return argument.with_properties(taken_over or self._chardev(argument.properties))
+        if argument.name == "qmp":
+            return Argument("qmp", _listening(Properties.parse(argument.value or "")).text())
         if argument.name in _CHARACTER_DEVICES and argument.value is not None:
             return Argument(argument.name, self._legacy_chardev(argument.value))
         if argument.name in ("netdev", "nic"):
@@ -131,6 +144,7 @@ class _Rewriter:
         if argument.name in ("fsdev", "virtfs") and self.new.isolated:
             self.notes.append(f"the shared folder {argument.properties.get('id')!r} is read-only")
             return argument.with_properties(argument.properties.set("readonly", "on"))
+        # Also of a VM that takes the place of another: QEMU would begin that one's file anew.
         if argument.name == "object" and argument.properties.get("qom-type") == "filter-dump":
             return argument.with_properties(self._with_own(argument.properties, "file"))
         if argument.name == "audiodev":
@@ -167,6 +181,16 @@ class _Rewriter:
         self.notes.append(f"character device {old.get('id')!r} ({backend}) is connected to nothing")
         return _null(old)
 
+    def _taken_over(self, old: Properties) -> Properties | None:
+        """A character device where the original had it; None where that cannot be."""
+        kept = old.set("logappend", "on") if old.get("logfile") else old
+        backend, path = old.get("backend"), old.get("path")
+        if backend == "file" and path:
+            return kept.set("append", "on")
+        if backend == "socket" and path and old.get("server", "off") == "on":
+            return None if Path(path) == self.new.qmp_socket else _listening(kept)
+        return None
+
     def _legacy_chardev(self, value: str) -> str:
         kind, colon, rest = value.partition(":")
         if kind == "mon":
@@ -176,7 +200,8 @@ class _Rewriter:
         properties = Properties.parse(rest)
         path = properties.names[0] if properties.names else ""
         if kind == "unix" and properties.get("server", "off") == "on":
-            moved = Properties([(f"unix:{self._own(path)}", None), ("server", "on"), ("wait", "off")])
+            place = path if self.new.takeover else self._own(path)
+            moved = Properties([(f"unix:{place}", None), ("server", "on"), ("wait", "off")])
             return moved.text()
         if kind == "file" and colon:
             return Properties([(f"file:{self._own(path)}", None)]).text()
@@ -193,6 +218,8 @@ class _Rewriter:
                     f"network {old.get('id')!r} was handed over as a descriptor: it is connected to nothing"
                 )
             return self._unconnected(old, kind)
+        if self.new.takeover:
+            return old
         if kind in _MEETING_POINTS:
             self.notes.append(
                 f"network {old.get('id')!r} ({kind}) is connected to nothing, as the original may be there"
@@ -301,6 +328,8 @@ class _Rewriter:
 
     def _name(self, arguments: Sequence[Argument]) -> str:
         old = next((a.properties for a in arguments if a.name == "name"), Properties([], "guest"))
+        if self.new.takeover and old.get("guest"):
+            return old.without("process").text()
         return Properties([("guest", self.new.name)], "guest").text() + (
             f",debug-threads={old.get('debug-threads')}" if old.get("debug-threads") else ""
         )

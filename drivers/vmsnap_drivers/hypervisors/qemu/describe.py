@@ -19,6 +19,8 @@ from vmsnap_drivers.qemu.peer import Peer, file_system_of, look_at
 
 _ENDED: Final = frozenset(["shutdown"])
 _NIC: Final = re.compile(r"^(\S+): index=\d+,type=nic,model=([^,]*),macaddr=([0-9a-fA-F:]+)")
+_HUB: Final = re.compile(r"^hub (\d+)$")
+_PORT: Final = re.compile(r"^ \\ ([^\s:]+)(?:: (.*))?$")
 _BACKEND: Final = re.compile(r"^ \\ (\S+): index=\d+,type=([a-z-]+)(.*)$")
 
 
@@ -77,7 +79,7 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
         memory=tuple(_memory(monitor, arguments, peer.cwd)),
         disks=tuple(disks),
         nics=tuple(
-            Nic(network.nic, network.mac, network.kind or "none", bool(network.backend))
+            Nic(network.nic, network.mac, network.kind or "none", _is_connected(network))
             for network in networks(monitor)
             if network.nic
         ),
@@ -88,14 +90,23 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
 
 
 def networks(monitor: Monitor) -> list[Network]:
-    """All NICs with their backends, and the backends without a NIC.
+    """All NICs with their backends, and the backends without a NIC. The `details` of a hub's port are the names of the
+    hub's other ports.
 
-    There is no QMP command for it; ``info network`` has had this form since QEMU 1.2 (``net/net.c``).
+    There is no QMP command for it; ``info network`` has had this form since QEMU 1.2 (``net/net.c``, ``net/hub.c``).
     """
     text = monitor.execute("human-monitor-command", {"command-line": "info network"})
     found: list[Network] = []
+    hubs: list[dict[str, str]] = []
+    in_hub = False
     for line in text.replace("\r", "").split("\n"):
-        if nic := _NIC.match(line):
+        if _HUB.match(line):
+            hubs.append({})
+            in_hub = True
+        elif in_hub and (port := _PORT.match(line)):
+            hubs[-1][port[1]] = port[2] or ""
+        elif nic := _NIC.match(line):
+            in_hub = False
             found.append(Network(nic[1], nic[3].lower(), "", "", ""))
         elif (backend := _BACKEND.match(line)) and found:
             last = found[-1]
@@ -104,7 +115,23 @@ def networks(monitor: Monitor) -> list[Network]:
             else:
                 found.append(Network("", "", backend[1], backend[2], backend[3]))
         elif alone := re.match(r"^(\S+): index=\d+,type=([a-z-]+)(.*)$", line):
+            in_hub = False
             found.append(Network("", "", alone[1], alone[2], alone[3]))
+    return found + [network for ports in hubs for network in _ports(ports)]
+
+
+def _is_connected(network: Network) -> bool:
+    """Whether the backend leads anywhere: a hub's only port does not."""
+    return bool(network.backend) and (network.kind != "hubport" or bool(network.details))
+
+
+def _ports(ports: dict[str, str]) -> list[Network]:
+    found = []
+    for name, peer in ports.items():
+        others = ",".join(sorted(set(ports) - {name}))
+        nic = _NIC.match(peer)
+        # A port without a NIC may be a way out, to the backend that is its peer.
+        found.append(Network(nic[1] if nic else "", nic[3].lower() if nic else "", name, "hubport", others))
     return found
 
 
@@ -117,7 +144,7 @@ def _disks(monitor: Monitor, peer: Peer, arguments: list[Argument]) -> tuple[lis
         inserted = entry.get("inserted")
         if inserted is None:
             continue
-        filename = _filename(inserted)
+        filename = image_name(inserted)
         device = _device_name(entry, inserted, {disk.device for disk in disks})
         read_only = bool(inserted.get("ro"))
         address = absolute(filename, peer.cwd)
@@ -142,9 +169,9 @@ def _disks(monitor: Monitor, peer: Peer, arguments: list[Argument]) -> tuple[lis
     return disks, defined, problems
 
 
-def _filename(inserted: dict[str, Any]) -> str:
-    """The image's name. QEMU writes it as JSON where options of the node do not fit into a name."""
-    filename = str(inserted["image"].get("filename") or inserted.get("file", ""))
+def image_name(node: dict[str, Any]) -> str:
+    """The name of the image of a block node. QEMU writes it as JSON where options do not fit into a name."""
+    filename = str(node["image"].get("filename") or node.get("file", ""))
     found = re.search(r'"filename": "((?:[^"\\]|\\.)*)"', filename) if filename.startswith("json:") else None
     return found[1] if found else filename
 

@@ -30,7 +30,21 @@ from vmsnap.model import (
     check_name,
 )
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, LoadedVm, LoadRequest, Option
-from vmsnap_drivers.hypervisors.qemu import describe, doctor, launch, network, owned, plan, record, settings
+from vmsnap_drivers.hypervisors.qemu import (
+    describe,
+    doctor,
+    ending,
+    fence,
+    launch,
+    life,
+    network,
+    own_disks,
+    owned,
+    plan,
+    process,
+    record,
+    settings,
+)
 from vmsnap_drivers.hypervisors.qemu.cow import CowCapture, can_hold
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
 from vmsnap_drivers.hypervisors.qemu.heal import heal
@@ -188,33 +202,27 @@ class QemuHypervisor(Hypervisor):
 
     def load(self, request: LoadRequest) -> LoadedVm:
         mark = launch.load(self.vm, self._folder, Path(self._socket), request)
+        process.note(self.context.state_dir, self.vm, mark.pid, mark.socket, request.disks)
         return LoadedVm(self.vm, {"qmp": mark.socket})
 
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
-        given = {disk.address for disk in disks}
-        now = self.describe().disks
-        strangers = [disk for disk in now if not disk.read_only and disk.address not in given]
-        if strangers:
-            raise HypervisorError(f"VM {self.vm!r} writes to {strangers[0].address}, which is none of its own disks")
-        return now
+        own_disks.check(self.vm, self.monitor, disks, self._folder, self.context.state_dir)
+        return self.describe().disks
 
     def cut_network(self) -> tuple[Nic, ...]:
         return network.cut(self.monitor)
 
     def shut_down(self, timeout_seconds: float) -> None:
-        monitor = self.monitor
-        mark = monitor.mark()
-        if describe.vm_state(monitor) is VmState.ENDED:
-            return
-        monitor.execute("system_powerdown")
-        try:
-            event = monitor.wait_for_event("SHUTDOWN", since=mark, timeout_seconds=timeout_seconds)
-        except VmGone:
-            raise
-        except HypervisorError as e:
-            raise HypervisorError(f"the guest of VM {self.vm!r} did not shut down in {timeout_seconds:g} s") from e
-        if not event.data.get("guest") or event.data.get("reason") != "guest-shutdown":
-            raise HypervisorError(f"VM {self.vm!r} ended without its guest's shutdown ({event.data.get('reason')})")
+        ending.shut_down(self.vm, self.monitor, timeout_seconds)
+
+    def fence(self, *, kill: bool = False) -> str:
+        self.close()
+        known = process.read(self.context.state_dir, self.vm)
+        return fence.fence(self.vm, Path(self._socket), known, kill=kill)
+
+    def await_life(self, seconds: float) -> str:
+        logs, agent = life.signs(self.monitor, self._folder)
+        return life.await_life(self.vm, self.monitor, logs, agent, seconds)
 
     def destroy(self) -> None:
         mark = launch.read_mark(self._folder) or launch.find_unmarked(self.vm, self._folder, self._socket)
@@ -224,6 +232,7 @@ class QemuHypervisor(Hypervisor):
             return
         self.close()
         launch.destroy(self._folder, mark)
+        process.forget(self.context.state_dir, self.vm)
 
     def list_owned(self) -> Sequence[OwnedResource]:
         return owned.list_owned(self.context)
@@ -263,6 +272,7 @@ class QemuHypervisor(Hypervisor):
         folder = plan.choose_folder(self.context, self.vm, description.memory_bytes) / request.duplicate
         before = settings.Settings.read(monitor)
         pid = monitor.peer_pid
+        process.note(self.context.state_dir, self.vm, pid, self._socket, description.disks)
         record.write(place, record.CaptureRecord.of_this_process(self.vm, folder, way, pid, before))
         try:
             record.make_duplicate_folder(folder, self.vm, way)

@@ -24,7 +24,7 @@ from vmsnap.roles import LoadRequest
 from vmsnap_drivers.hypervisors.qemu.definition import Definition
 from vmsnap_drivers.hypervisors.qemu.record import write_whole
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.peer import start_time
+from vmsnap_drivers.qemu.peer import listener, start_time
 from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
@@ -88,7 +88,7 @@ def is_alive(mark: LoadedMark) -> bool:
 
 
 def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> LoadedMark:
-    """Start the VM, stopped. All or nothing.
+    """Start the VM, stopped. All or nothing. One that takes over replaces a socket on which nobody listens any more.
 
     :raises AlreadyExists: a VM of that name lives, or something is at the socket's path
     :raises HypervisorError: it did not come up
@@ -98,6 +98,8 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
     old = read_mark(folder)
     if old is not None and is_alive(old):
         raise AlreadyExists(f"a VM {vm!r} runs already (process {old.pid})")
+    if request.takeover:
+        _remove_stale(qmp_socket)
     if qmp_socket.exists() and qmp_socket.parent != folder:
         raise AlreadyExists(f"there is something at {qmp_socket} already")
     if folder.exists():
@@ -175,7 +177,17 @@ def _new_vm(
         take_images=request.images_disposable,
         block_sizes=sizes,
         default_ram=definition.default_ram,
+        takeover=request.takeover,
     )
+
+
+def _remove_stale(qmp_socket: Path) -> None:
+    if not qmp_socket.is_socket():
+        return
+    pid = listener(qmp_socket)
+    if pid is not None:
+        raise AlreadyExists(f"process {pid} listens on {qmp_socket}", cure="fence the VM first")
+    qmp_socket.unlink()
 
 
 def _stream_images(folder: Path, request: LoadRequest, new: NewVm) -> Path:

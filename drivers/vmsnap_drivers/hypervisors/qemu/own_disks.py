@@ -1,0 +1,66 @@
+"""Sees that a loaded VM writes to its own disks and to nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from vmsnap.errors import HypervisorError
+from vmsnap.model import Disk, from_json
+from vmsnap_drivers.hypervisors.qemu.definition import absolute
+from vmsnap_drivers.hypervisors.qemu.describe import image_name
+from vmsnap_drivers.hypervisors.qemu.process import ProcessRecord
+from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.peer import look_at, start_time
+
+_NOT_DISKS: Final = frozenset(["null-co", "null-aio"])
+
+
+def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, state_dir: Path) -> None:
+    """Ask QEMU for every block node that can be written, whether a device uses it or not, and compare its file with
+    `disks` (what lies in the VM's own `folder` is its own, too), and with the disks of all other VMs that are known.
+    Files are compared by what they are, not by their names.
+
+    :raises HypervisorError: one is no disk of this VM, or another's
+    """
+    peer = look_at(monitor.peer_pid)
+    others = _disks_of_others(state_dir, monitor.peer_pid)
+    own = {_identity(disk.address) for disk in disks}
+    for node in monitor.execute("query-named-block-nodes", {"flat": True}):
+        if node.get("ro") or node.get("drv") in _NOT_DISKS:
+            continue
+        address = absolute(image_name(node), peer.cwd)
+        identity = _identity(address)
+        if identity not in own and Path(address).parent != folder:
+            raise HypervisorError(f"VM {vm!r} writes to {address}, which is none of its own disks")
+        if identity in others:
+            raise HypervisorError(f"VM {vm!r} writes to {address}, which is a disk of VM {others[identity]!r}")
+
+
+def _identity(address: str) -> str | tuple[int, int]:
+    """What tells a disk from all others: device and inode of a file, the number of a block device, else its name."""
+    try:
+        found = Path(address).stat()
+    except (OSError, ValueError):
+        return address
+    return (-1, found.st_rdev) if found.st_rdev else (found.st_dev, found.st_ino)
+
+
+def _disks_of_others(state_dir: Path, pid: int) -> dict[str | tuple[int, int], str]:
+    return {
+        _identity(disk): record.vm
+        for record in _records(state_dir / "qemu" / "processes")
+        if record.pid != pid and start_time(record.pid) == record.pid_started
+        for disk in record.disks
+    }
+
+
+def _records(folder: Path) -> Iterable[ProcessRecord]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield from_json(path.read_text(), ProcessRecord)
+        except FileNotFoundError:
+            continue
+        except ValueError as e:
+            raise HypervisorError(f"the record of a VM's process, {path}, is damaged") from e
