@@ -206,7 +206,7 @@ def _set_right(charge: Charge, hypervisor: Hypervisor, why: str) -> None:
             stack.enter_context(
                 vm_lock(charge.context.state_dir, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS)
             )
-            _log(f"{charge.vm}: recovered: {_recover(charge)}")
+            _log(f"{charge.vm}: recovered: {_recover(charge, why)}")
         except (VmsnapError, OSError) as e:
             _log(f"{charge.vm}: {e}; vmsnap recover does the rest")
 
@@ -231,18 +231,22 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
             return
 
 
-def _recover(charge: Charge) -> str:
+def _recover(charge: Charge, why: str) -> str:
     """Undo what the worker left, by the journal: the capture and the snapshots of its disks, since a guest must not go
-    on writing to an overlay that nobody knows of. Returns what was done, one line."""
+    on writing to an overlay that nobody knows of. Enters that a guardian acted, and why. Returns what was done, one
+    line."""
     from vmsnap.controller.drivers import Drivers
     from vmsnap.controller.recovery import Recovery
     from vmsnap.database import Database
-    from vmsnap.journal import Journal
+    from vmsnap.journal import Deed, Journal
     from vmsnap.vmtable import VmTable
 
     database = Database(charge.context.state_dir / "vmsnap.db")
     try:
         journal, table = Journal(database), VmTable(database)
+        for row in journal.unfinished(charge.vm):
+            if row.pid == charge.worker_pid:
+                journal.open_operation(row.operation).did(Deed.now("guardian", f"made the VM execute: {why}"))
         done = Recovery(Drivers(charge.context), journal, table).run(charge.vm, locked=True)
     finally:
         database.close()

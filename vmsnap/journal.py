@@ -36,6 +36,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Deed:
+    """What was done for an operation beside its instructions, to set it right: by its own process after a failure, by a
+    guardian, by a recovery. Entered when it is over, since the guest comes before the journal.
+    """
+
+    name: str
+    status: str
+    message: str
+    begun_ns: int
+    ended_ns: int
+
+    @classmethod
+    def now(cls, name: str, message: str, status: str = "done") -> Deed:
+        """One that took no time worth telling."""
+        now = time.time_ns()
+        return cls(name, status, message, now, now)
+
+
+@dataclass(frozen=True)
 class Resource:
     """Something an operation makes outside of vmsnap. `data` (JSON text) is enough to remove it."""
 
@@ -60,12 +79,15 @@ class OperationRow:
     pid: int
     process_start: int
     begun_ns: int
+    ended_ns: int | None
     outcome: str | None
 
     def worker_alive(self) -> bool:
         """Whether the process that ran it still does."""
         return self.boot_id == boot_id() and process_start(self.pid) == self.process_start
 
+
+_NEW_ENTRY = "INSERT INTO entry SELECT ?, coalesce(max(position) + 1, 0), ?, ?, ?, ?, ? FROM entry WHERE operation = ?"
 
 KEPT_SECONDS = 90 * 86400
 """How long an operation that ended and left nothing stays in the journal."""
@@ -104,9 +126,10 @@ class Journal:
             if vm is None or row.vm == vm
         ]
 
-    def operations(self) -> list[OperationRow]:
-        """All operations, oldest first."""
-        return self._select("")
+    def operations(self, vm: str | None = None, *, since_ns: int = 0) -> list[OperationRow]:
+        """All operations that began at `since_ns` (nanoseconds since 1970) or later, oldest first; of one VM or of
+        all."""
+        return [row for row in self._select("") if row.begun_ns >= since_ns and vm in (None, row.vm)]
 
     def _select(self, where: str) -> list[OperationRow]:
         return [
@@ -121,6 +144,7 @@ class Journal:
                 pid=row["pid"],
                 process_start=row["process_start"],
                 begun_ns=row["begun_ns"],
+                ended_ns=row["ended_ns"],
                 outcome=row["outcome"],
             )
             for row in self._database.rows(f"SELECT * FROM operation {where} ORDER BY begun_ns, operation")
@@ -133,23 +157,21 @@ class Operation:
     def __init__(self, database: Database, name: str) -> None:
         self._database = database
         self.name = name
-        self._buffered: list[tuple[str, int, str, str]] | None = None
+        self._buffered: list[tuple[str, int, str, int, str]] | None = None
+        self._begun_ns = 0
 
     # -- instructions
 
     def begun(self, instruction: str) -> None:
         """Enter that `instruction` is about to be carried out; inside an open window it stands there already."""
+        self._begun_ns = time.time_ns()
         if self._buffered is None:
             with self._database.transaction() as db:
-                db.execute(
-                    "INSERT INTO entry SELECT ?, coalesce(max(position) + 1, 0), ?, 'begun', ?, NULL, ''"
-                    " FROM entry WHERE operation = ?",
-                    (self.name, instruction, time.time_ns(), self.name),
-                )
+                db.execute(_NEW_ENTRY, (self.name, instruction, "begun", self._begun_ns, None, "", self.name))
 
     def ended(self, instruction: str, status: str, message: str = "") -> None:
         """Enter how `instruction` ended: ``done``, ``passed over`` or ``failed``."""
-        change = (status, time.time_ns(), message, instruction)
+        change = (status, time.time_ns(), message, self._begun_ns, instruction)
         if self._buffered is None:
             self._write_ends([change])
         else:
@@ -161,11 +183,7 @@ class Operation:
         now = time.time_ns()
         with self._database.transaction() as db:
             for instruction in instructions:
-                db.execute(
-                    "INSERT INTO entry SELECT ?, coalesce(max(position) + 1, 0), ?, 'begun', ?, NULL, ''"
-                    " FROM entry WHERE operation = ?",
-                    (self.name, instruction, now, self.name),
-                )
+                db.execute(_NEW_ENTRY, (self.name, instruction, "begun", now, None, "", self.name))
             if executing:
                 db.execute("UPDATE vm SET state = 'stopped', resume_flag = 1, changed_ns = ? WHERE vm = ?", (now, vm))
         self._buffered = []
@@ -182,16 +200,24 @@ class Operation:
                     "UPDATE entry SET status = 'not reached' WHERE status = 'begun' AND operation = ?", (self.name,)
                 )
 
-    def _write_ends(self, ends: Iterable[tuple[str, int, str, str]]) -> None:
+    def _write_ends(self, ends: Iterable[tuple[str, int, str, int, str]]) -> None:
         with self._database.transaction() as db:
             db.executemany(
-                "UPDATE entry SET status = ?, ended_ns = ?, message = ?"
+                "UPDATE entry SET status = ?, ended_ns = ?, message = ?, begun_ns = ?"
                 " WHERE instruction = ? AND status = 'begun' AND operation = ?",
                 [(*end, self.name) for end in ends],
             )
 
+    def did(self, *deeds: Deed) -> None:
+        """Enter what was done to set it right, behind its instructions."""
+        if deeds:
+            with self._database.transaction() as db:
+                for deed in deeds:
+                    values = (deed.name, deed.status, deed.begun_ns, deed.ended_ns, deed.message)
+                    db.execute(_NEW_ENTRY, (self.name, *values, self.name))
+
     def entries(self) -> list[Entry]:
-        """The instructions in order."""
+        """The instructions in order, and then what was done to set things right."""
         return [
             Entry(row["instruction"], row["status"], row["begun_ns"], row["ended_ns"], row["message"])
             for row in self._database.rows("SELECT * FROM entry WHERE operation = ? ORDER BY position", self.name)

@@ -28,6 +28,7 @@ COMMANDS = {
     "gc": LazyCommand("vmsnap.cli.collect:gc", "Free the room of what no backup needs.", CARE),
     "doctor": LazyCommand("vmsnap.cli.doctor:doctor", "Say what works on this host, and what is missing.", CARE),
     "drivers": LazyCommand("vmsnap.cli.drivers:drivers", "List the installed drivers, show their options.", CARE),
+    "log": LazyCommand("vmsnap.cli.log:log", "Show what was done, a line an instruction.", CARE),
     "recover": LazyCommand("vmsnap.cli.recover:recover", "Finish or undo what a crash left.", CARE),
 }
 """The commands of every console script that works with VMs."""

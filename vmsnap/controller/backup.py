@@ -16,7 +16,7 @@ from vmsnap.controller.previous import Previous
 from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import BackupDisk, BackupResult
-from vmsnap.controller.storing import Storing
+from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
@@ -199,8 +199,9 @@ class LiveBackup:
             )
         )
 
-    def _store(self) -> None:
+    def _store(self) -> str:
         self._store_live()
+        return stored_text(self._stored())
 
     def _store_live(self, *remarks: str) -> None:
         """Memory and disks as they were captured."""

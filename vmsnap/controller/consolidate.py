@@ -14,7 +14,7 @@ from vmsnap.controller.previous import Previous
 from vmsnap.controller.reach import rows_of
 from vmsnap.controller.results import ConsolidateResult
 from vmsnap.controller.retrieval import disk_paths
-from vmsnap.controller.storing import Storing
+from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import AlreadyExists
 from vmsnap.model import Disk, Moment
 from vmsnap.protocol import CONSOLIDATE, Condition, Instruction
@@ -79,7 +79,7 @@ class Consolidate(CleanRun):
     def _holds(self, condition: Condition) -> bool:
         return self._store_them if condition is Condition.STORE else super()._holds(condition)
 
-    def _store(self) -> None:
+    def _store(self) -> str:
         manifest, begun = self._manifest, time.monotonic()
         self._bars.begin("storing", sum(disk.size_bytes for disk in manifest.disks))
         paths = disk_paths(manifest, self._target)
@@ -111,6 +111,7 @@ class Consolidate(CleanRun):
             instant_ns = int(datetime.fromisoformat(manifest.time).timestamp()) * 10**9
             self._made = writer.commit(fields, seconds=time.monotonic() - begun, instant_ns=instant_ns)
             self._warnings += writer.warnings
+        return stored_text(self._made)
 
     def _remarks(self) -> tuple[str, ...]:
         lost = [

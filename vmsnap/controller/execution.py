@@ -4,11 +4,12 @@ on failure.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from vmsnap.controller.interruption import Interruption
 from vmsnap.errors import ProtocolError, VmsnapError
-from vmsnap.journal import Operation
+from vmsnap.journal import Deed, Operation
 from vmsnap.protocol import Compensation, Condition, Instruction, Protocol, State
 
 Action = Callable[[], object]
@@ -110,21 +111,30 @@ class Execution:
             except BaseException as error:
                 self._operation.ended(instruction.value, "failed", str(error))
                 raise
-            self._operation.ended(instruction.value, "done", told if isinstance(told, str) else "")
+            self._operation.ended(instruction.value, "done", _text(told))
         self.state = self._protocol.after(self.state, instruction)
 
     def _set_right(self, error: BaseException) -> None:
         """Do what the table says for what was begun, all of it even where some fails; what fails stays in the
         journal.
         """
+        deeds = []
         with self._interruption.deferred(quietly=True):
             for compensation in self._protocol.to_undo(self._begun):
+                begun_ns, status, message = time.time_ns(), "done", ""
                 try:
-                    self._compensations[compensation]()
+                    message = _text(self._compensations[compensation]())
                 except Exception as left:  # noqa: BLE001 - one failure must not keep the others from being done
                     error.add_note(f"while it was tried to {compensation.value}: {left}")
+                    status, message = "failed", str(left)
+                deeds.append(Deed(compensation.value, status, message, begun_ns, time.time_ns()))
             try:
                 self._operation.close_window()
+                self._operation.did(*deeds)
                 self._operation.end("failed")
             except VmsnapError as left:
                 error.add_note(f"the journal could not be written: {left}")
+
+
+def _text(told: object) -> str:
+    return told if isinstance(told, str) else ""

@@ -14,7 +14,7 @@ from vmsnap.controller.results import RecoveryResult
 from vmsnap.controller.running import LoadedRecord
 from vmsnap.controller.takeover import settle_takeover
 from vmsnap.errors import VmGone, VmsnapError
-from vmsnap.journal import Journal, OperationRow, Resource
+from vmsnap.journal import Deed, Journal, Operation, OperationRow, Resource
 from vmsnap.locks import vm_lock
 from vmsnap.model import ClonePlan, SnapshotPlan, VmState, from_json
 from vmsnap.roles import Hypervisor
@@ -61,6 +61,7 @@ class Recovery:
             self._kept.append(f"{row.operation}: process {row.pid} is still at it")
             return
         operation = self._journal.open_operation(row.operation)
+        counts = len(self._resumed), len(self._removed), len(self._kept)
         settled = True
         if row.protocol.startswith("backup") and (row.outcome is None or row.executing):
             settled = self._free_vm(row)
@@ -75,10 +76,19 @@ class Recovery:
                     self._removed.append(f"{resource.kind} of {row.operation} (VM {row.vm})")
                 elif told:
                     self._removed.append(told)
+        self._enter(operation, *counts)
         if settled:
             operation.must_execute(False)
             if row.outcome is None:
                 operation.end("recovered")
+
+    def _enter(self, operation: Operation, resumed: int, removed: int, kept: int) -> None:
+        """Enter what was done for one operation: what was reported since these counts."""
+        operation.did(
+            *(Deed.now("recover", f"VM {vm} executes again") for vm in self._resumed[resumed:]),
+            *(Deed.now("recover", f"removed {line}") for line in self._removed[removed:]),
+            *(Deed.now("recover", line, "failed") for line in self._kept[kept:]),
+        )
 
     def _free_vm(self, row: OperationRow) -> bool:
         """Make the VM execute if that is owed, and give the capture up; False where it could not be done now."""

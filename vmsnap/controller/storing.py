@@ -13,6 +13,7 @@ from vmsnap.repository import (
     DiskImage,
     ImageKind,
     ImageRecord,
+    Manifest,
     MemoryImage,
     SparseFileReader,
 )
@@ -45,3 +46,8 @@ class Storing:
             record = self._writer.add_image(f"disk {disk.device}", source, ImageKind.DISK, self._bars.part, base=base)
         self._bars.part_done(disk.size_bytes)
         return DiskImage(disk.device, disk.size_bytes, disk.format, disk.address, mechanism, record, mark)
+
+
+def stored_text(manifest: Manifest) -> str:
+    """What the journal says of a backup that is stored."""
+    return f"backup {manifest.backup}, {manifest.stats.stored_bytes} bytes stored"
