@@ -17,7 +17,7 @@ import pytest
 
 from vmsnap import __version__
 from vmsnap.cli.failures import exit_code_of
-from vmsnap.cli.main import COMMANDS, LATER
+from vmsnap.cli.main import COMMANDS
 from vmsnap.cli.session import Session
 from vmsnap.errors import Busy
 from vmsnap.host import HostFolders
@@ -169,9 +169,9 @@ WRONG_USAGE = [
     (("lits",), "did you mean 'list'"),
     (("backup",), "missing argument"),
     (("backup", "--nonsense", "web1"), "--nonsense"),
-    (("backup", "web1", "--mode", "consistent"), "not available in this version"),
-    (("backup", "web1", "--keep-duplicate"), "not available in this version"),
-    (("verify", "web1", "--boot"), "not available in this version"),
+    (("backup", "web1", "--mode", "warm"), "'warm' is not one of"),
+    (("backup", "web1", "--keep-for", "soon"), "'soon' is no duration"),
+    (("consolidate", "web1"), "missing option '--target'"),
     (("backup", "web1", "--max-pause", "long"), "long"),
     (("list",), "no repository was named"),
     (("vm", "add", "web1"), "no hypervisor was named"),
@@ -189,15 +189,12 @@ def test_wrong_usage_is_one_line_and_2(scripts: Scripts, words: tuple[str, ...],
     assert said in scripts.error(2, *words)
 
 
-def test_commands_of_later_versions_say_so(scripts: Scripts) -> None:
-    for name in LATER:
-        assert "not available in this version" in scripts.error(2, name, "web1")
-
-
 def test_what_is_not_there_is_3_and_6(scripts: Scripts) -> None:
     assert "no VM named 'web1'" in scripts.error(3, "backup", "web1", "-r", str(scripts.folder / "nothing"))
     assert "no VM named 'web1'" in scripts.error(3, "vm", "show", "web1")
     assert "no VM named 'web1'" in scripts.error(3, "doctor", "web1")
+    assert "no VM named 'web1'" in scripts.error(3, "failover", "web1")
+    assert "no duplicate named 'bk-1'" in scripts.error(3, "duplicate", "discard", "bk-1")
     assert "no vmsnap repository" in scripts.error(3, "list", "-r", str(scripts.folder / "nothing"))
     assert "no hypervisor driver 'xen'" in scripts.error(6, "vm", "add", "web1", "--hypervisor", "xen")
     assert "no storage backend driver 'tape'" in scripts.error(6, "list", "-r", "tape://robot/1")

@@ -13,6 +13,7 @@ import pytest
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext, SnapshotMechanism
+from vmsnap.testing.cloning import delete_all
 from vmsnap.testing.rigs import SnapshotRig
 from vmsnap.testing.snapshot import SnapshotContract, clone_all, contents_of, live
 from vmsnap_drivers.snapshots import file as file_mechanism
@@ -245,3 +246,14 @@ def test_clones_are_found_as_strays(tmp_path: Path) -> None:
     assert {(entry.kind, entry.name, entry.tag) for entry in owned} == {
         ("clone", clone.address, life.plan.tag) for clone in clones
     }
+
+
+def test_the_notes_of_folders_of_clones_do_not_pile_up(tmp_path: Path) -> None:
+    rig = FileRig(tmp_path)
+    life = live(rig)
+    notes = set((rig.context.state_dir / "file").iterdir())
+    clones = clone_all(rig, life, "bk.001")
+    assert len(set((rig.context.state_dir / "file").iterdir())) == len(notes) + 1
+    delete_all(rig.mechanism(), clones)
+    assert set((rig.context.state_dir / "file").iterdir()) == notes
+    life.end()

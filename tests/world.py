@@ -49,7 +49,9 @@ def unguarded(_context: DriverContext, _vm: str, _hypervisor: str, _options: Map
 class World:
     """One simulated VM ``vm001`` with two disks, executing, and an empty repository."""
 
-    def __init__(self, *, guarded: bool = False, memory_bytes: int = MIB, disk_bytes: int = MIB) -> None:
+    def __init__(
+        self, *, guarded: bool = False, memory_bytes: int = MIB, disk_bytes: int = MIB, deaf: bool = False
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-test-", dir="/dev/shm"))
         self.folders = HostFolders.find(self.folder / "state")
         self.start_guardian = start_for if guarded else unguarded
@@ -57,7 +59,12 @@ class World:
         self.url = str(self.folder / "repository")
         create_repository(self.url)
         loaded = lifecycle.start(
-            "vm001", memory_bytes, [disk_bytes, disk_bytes], self.disk_folder, state_dir=self.folders.state_dir
+            "vm001",
+            memory_bytes,
+            [disk_bytes, disk_bytes],
+            self.disk_folder,
+            state_dir=self.folders.state_dir,
+            deaf=deaf,
         )
         self.socket = Path(loaded.options["socket"])
         with self.controller() as controller:
@@ -102,6 +109,7 @@ class World:
     def files(self) -> set[str]:
         """Every file that belongs to the VM, its duplicates or its snapshots."""
         found = {str(path) for path in self.disk_folder.rglob("*")}
+        found |= {str(path) for path in (self.folders.state_dir / "duplicates").rglob("*")}
         found |= {str(path) for path in self.folders.memory_dir.rglob("*")}
         found |= {str(path) for path in (self.folders.state_dir / "simulated").rglob("*")}
         return found

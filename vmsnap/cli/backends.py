@@ -9,7 +9,7 @@ import click
 from vmsnap import __version__
 from vmsnap.cli import output
 from vmsnap.cli.lazy import CommandLine, LazyCommand
-from vmsnap.cli.main import BACKUPS, COMMANDS, LATER
+from vmsnap.cli.main import BACKUPS, COMMANDS
 from vmsnap.cli.options import driver_options
 from vmsnap.cli.session import DriverCommand, Session, pass_session, write_driver_options
 from vmsnap.cli.version import version_option
@@ -69,7 +69,6 @@ vmsnap_qemu = HypervisorCommandLine(
         **_WITH_VMS,
     },
     hypervisor="qemu",
-    later=LATER,
     params=[version_option(__version__)],
     help="vmsnap for VMs that QEMU runs, reached by their QMP sockets.",
     epilog="""\
@@ -90,7 +89,6 @@ vmsnap_sim = HypervisorCommandLine(
         "backups": LazyCommand("vmsnap.cli.listing:list_backups", "List the backups.", BACKUPS),
     },
     hypervisor="simulated",
-    later=LATER,
     params=[version_option(__version__)],
     help="vmsnap for simulated VMs: real processes with RAM, disks and a workload, to try everything out.",
     epilog="""\

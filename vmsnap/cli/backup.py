@@ -7,33 +7,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import not_yet
+from vmsnap.cli.options import duration_option, shutdown_timeout
 from vmsnap.cli.session import Session, SessionCommand, pass_session
-from vmsnap.errors import UsageError
 
 if TYPE_CHECKING:
     from vmsnap.controller import BackupResult
-
-
-def _only_live(ctx: click.Context, parameter: click.Parameter, value: str) -> None:
-    if value != "live":
-        raise UsageError(f"--mode {value} is not available in this version of vmsnap")
 
 
 @click.command(
     cls=SessionCommand,
     epilog="""\
         vmsnap backup web1 -r /srv/backups
-        vmsnap backup web1 -r /srv/backups --tag nightly --max-pause 0.5 --json""",
+        vmsnap backup web1 -r /srv/backups --tag nightly --max-pause 0.5 --json
+        vmsnap backup web1 -r /srv/backups --mode consistent --on-timeout keep-live
+        vmsnap backup web1 -r /srv/backups --keep-duplicate --keep-for 12h""",
 )
 @click.argument("vm")
 @click.option(
     "--mode",
     type=click.Choice(["live", "consistent"]),
     default="live",
-    expose_value=False,
-    callback=_only_live,
-    help="live: memory and disks of one instant, the only mode of this version.",
+    show_default=True,
+    help="live: memory and disks of one instant. consistent: what was captured is run apart and shut down in order, and"
+    " its disks are kept, without memory.",
 )
 @click.option(
     "--max-pause",
@@ -49,13 +45,41 @@ def _only_live(ctx: click.Context, parameter: click.Parameter, value: str) -> No
     is_flag=True,
     help="Store the backup even if the repository was encrypted when this host last used it, and is not now.",
 )
-@not_yet("--keep-duplicate", is_flag=True)
+@shutdown_timeout
+@click.option(
+    "--on-timeout",
+    type=click.Choice(["fail", "keep-live"]),
+    default="fail",
+    show_default=True,
+    help="With --mode consistent, what if the guest does not shut down: fail, or store the live backup instead.",
+)
+@click.option(
+    "--keep-duplicate",
+    is_flag=True,
+    help="Hold what was captured in memory, for vmsnap failover; the one before it goes.",
+)
+@duration_option("--keep-for", help="With --keep-duplicate: discard it after so long, such as 12h or 30min.")
 @pass_session
-def backup(session: Session, vm: str, max_pause: float, tags: tuple[str, ...], accept_unencrypted: bool) -> None:
+def backup(
+    session: Session,
+    vm: str,
+    mode: str,
+    max_pause: float,
+    tags: tuple[str, ...],
+    accept_unencrypted: bool,
+    timeout: float,
+    on_timeout: str,
+    keep_duplicate: bool,
+    keep_for: int | None,
+) -> None:
     """Back up the registered VM whole: RAM, vCPUs and every disk, all from one instant.
 
     The guest stands still for milliseconds and goes on; whatever happens, it runs again. The backup is there when
     this command has ended with 0, and not before.
+
+    In mode consistent the captured machine runs on clones of its disks, where nothing can reach it, until its guest has
+    shut down: file systems are clean and applications have written what they had in memory only. The VM itself does
+    not notice.
     """
     from vmsnap.cli.progress import progress_bar
 
@@ -66,8 +90,13 @@ def backup(session: Session, vm: str, max_pause: float, tags: tuple[str, ...], a
             result = controller.backup(
                 vm,
                 repository,
+                mode=mode,
                 max_pause_seconds=max_pause,
                 tags=tags,
+                timeout_seconds=timeout,
+                on_timeout=on_timeout,
+                keep_duplicate=keep_duplicate,
+                keep_seconds=keep_for,
                 accept_unencrypted=accept_unencrypted,
                 progress=progress,
             )
@@ -89,6 +118,7 @@ def backup_document(result: BackupResult) -> dict[str, Any]:
         "disks": [{"device": disk.device, "size_bytes": disk.size_bytes} for disk in result.disks],
         "memory_bytes": result.memory_bytes,
         "capture": result.capture,
+        "duplicate": result.duplicate or None,
         "warnings": list(result.warnings),
     }
 
@@ -98,12 +128,14 @@ def _summary(result: BackupResult) -> None:
     output.fields(
         [
             ("backup", result.backup),
+            *([("mode", result.mode)] if result.mode != "live" else []),
             ("pause", f"{output.milliseconds(result.pause_seconds)}, by the hypervisor's own clock"),
             ("capture", result.capture),
-            ("memory", output.size(result.memory_bytes)),
+            *([("memory", output.size(result.memory_bytes))] if result.memory_bytes else []),
             ("disks", disks),
             ("read", output.size(result.read_bytes)),
             ("stored", output.size(result.stored_bytes)),
+            *([("held", f"{result.duplicate}, in memory")] if result.duplicate else []),
             ("took", f"{result.seconds:.1f} s"),
         ]
     )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import not_yet
-from vmsnap.cli.session import Session, SessionCommand, pass_session
+from vmsnap.cli.options import driver_options, shutdown_timeout
+from vmsnap.cli.session import DriverCommand, Session, SessionCommand, pass_session
 from vmsnap.errors import DamageFound, UsageError
 
 if TYPE_CHECKING:
@@ -17,14 +17,33 @@ if TYPE_CHECKING:
 _RANGES_SHOWN = 8
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap verify web1-20260101T120000Z-1a2b3c -r /srv/backups")
+@click.command(
+    cls=DriverCommand,
+    epilog="""\
+        vmsnap verify web1-20260101T120000Z-1a2b3c -r /srv/backups
+        vmsnap verify web1-20260101T120000Z-1a2b3c -r /srv/backups --boot""",
+)
 @click.argument("backup")
-@not_yet("--boot", is_flag=True)
+@click.option("--boot", is_flag=True, help="Bring it up too, apart from everything, see it live, and shut it down.")
+@click.option(
+    "--alive-within",
+    metavar="SECONDS",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="With --boot: how long a sign of life is waited for.",
+)
+@shutdown_timeout
+@driver_options
 @pass_session
-def verify(session: Session, backup: str) -> None:
+def verify(
+    session: Session, backup: str, boot: bool, alive_within: float, timeout: float, options: dict[str, str]
+) -> None:
     """Read and authenticate all of BACKUP: every byte of its memory and disks.
 
-    Exit code 4 where something is not what was written; the lines name what it touches.
+    Exit code 4 where something is not what was written; the lines name what it touches. With --boot it is brought up
+    from the repository afterwards, on disks of its own, its network cut; it must show life and shut down in order,
+    and is removed again.
     """
     from vmsnap.cli.progress import byte_bar
 
@@ -38,7 +57,31 @@ def verify(session: Session, backup: str) -> None:
         raise
     document = {"backup": manifest.backup, **_document(report)}
     verified = f"{output.size(report.read_bytes)} were verified"
-    _report(session, report, document, f"{manifest.backup} is whole, {verified}", f"not whole, {verified}")
+    alive = ""
+    if boot and not report.findings:
+        life, seconds = _boot(session, repository, manifest.backup, alive_within, timeout, options)
+        document["boot"] = {"life": life, "seconds": seconds}
+        alive = f"; it ran ({life}) and shut down in order, in {seconds:.1f} s"
+    _report(session, report, document, f"{manifest.backup} is whole, {verified}{alive}", f"not whole, {verified}")
+
+
+def _boot(
+    session: Session, repository: Repository, backup: str, alive_within: float, timeout: float, options: dict[str, str]
+) -> tuple[str, float]:
+    from vmsnap.cli.progress import progress_bar
+
+    with session.controller() as controller, progress_bar() as progress:
+        result = controller.verify_boot(
+            repository,
+            backup,
+            life_seconds=alive_within,
+            timeout_seconds=timeout,
+            options=options,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        session.note(warning)
+    return result.life, result.seconds
 
 
 @click.command(

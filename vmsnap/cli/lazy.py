@@ -12,7 +12,6 @@ import click
 
 from vmsnap.cli.failures import Stopped, exit_code_of
 from vmsnap.cli.session import Session, SessionGroup
-from vmsnap.errors import UsageError
 from vmsnap.secret import take_from_environment
 
 
@@ -32,10 +31,7 @@ class LazyCommand:
 
 
 class CommandLine(SessionGroup):
-    """A console script: its commands are lazy, its errors are one line, its exit codes are those of `vmsnap.errors`.
-
-    `later` are commands of a later version, which are told apart from misspelt ones.
-    """
+    """A console script: its commands are lazy, its errors are one line, its exit codes are those of `vmsnap.errors`."""
 
     def __init__(
         self,
@@ -43,13 +39,11 @@ class CommandLine(SessionGroup):
         lazy: Mapping[str, LazyCommand],
         *,
         hypervisor: str | None = None,
-        later: Sequence[str] = (),
         **attributes: Any,
     ) -> None:
         super().__init__(name, no_args_is_help=True, **attributes)
         self._lazy = lazy
         self._hypervisor = hypervisor
-        self._later = later
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of the help."""
@@ -57,8 +51,6 @@ class CommandLine(SessionGroup):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, imported now."""
-        if cmd_name in self._later:
-            raise UsageError(f"{ctx.command_path} {cmd_name} is not available in this version of vmsnap")
         found = self._lazy.get(cmd_name)
         return found.load() if found else None
 

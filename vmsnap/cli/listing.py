@@ -86,6 +86,7 @@ def backup_document(manifest: Manifest) -> dict[str, Any]:
         "seconds": manifest.stats.seconds,
         "lost_bytes": manifest.lost_bytes,
         "tags": list(manifest.tags),
+        "remarks": list(manifest.remarks),
     }
 
 
@@ -135,12 +136,13 @@ def _show(manifest: Manifest) -> None:
             ("capture", manifest.capture),
             ("pause", output.milliseconds(manifest.pause_seconds)),
             ("was executing", "yes" if manifest.resume_flag else "no"),
-            ("memory", output.size(manifest.memory_bytes)),
+            ("memory", output.size(manifest.memory_bytes) if manifest.memory else "none, disks alone"),
             ("read", output.size(manifest.stats.read_bytes)),
             ("stored", output.size(manifest.stats.stored_bytes)),
             ("took", f"{manifest.stats.seconds:.1f} s"),
             *[("lost", f"{output.size(lost.length)} of {lost.part} at {lost.offset}") for lost in manifest.lost],
             ("tags", ", ".join(manifest.tags)),
+            *[("remark", remark) for remark in manifest.remarks],
         ]
     )
     click.echo()

@@ -18,10 +18,13 @@ COMMANDS = {
     "list": LazyCommand("vmsnap.cli.listing:list_backups", "List the backups.", BACKUPS),
     "show": LazyCommand("vmsnap.cli.listing:show", "Show one backup with its evidence.", BACKUPS),
     "restore": LazyCommand("vmsnap.cli.restore:restore", "Bring a backup up as a new VM.", BACKUPS),
+    "consolidate": LazyCommand("vmsnap.cli.consolidate:consolidate", "Get clean disks from a live backup.", BACKUPS),
+    "duplicate": LazyCommand("vmsnap.cli.duplicate:duplicate", "List and discard duplicates in memory.", BACKUPS),
+    "failover": LazyCommand("vmsnap.cli.duplicate:failover", "Let a duplicate take a failed VM's place.", BACKUPS),
     "export": LazyCommand("vmsnap.cli.export:export", "Write a backup's disks as image files.", BACKUPS),
     "prune": LazyCommand("vmsnap.cli.prune:prune", "Remove the backups that no rule keeps.", BACKUPS),
     "forget": LazyCommand("vmsnap.cli.prune:forget", "Remove single backups.", BACKUPS),
-    "verify": LazyCommand("vmsnap.cli.integrity:verify", "Read and authenticate all of one backup.", CARE),
+    "verify": LazyCommand("vmsnap.cli.integrity:verify", "Read and authenticate all of one backup, or boot it.", CARE),
     "check": LazyCommand("vmsnap.cli.integrity:check", "Check the repository.", CARE),
     "repair": LazyCommand("vmsnap.cli.integrity:repair", "Save what can be saved of a damaged repository.", CARE),
     "key": LazyCommand("vmsnap.cli.key:key", "Add, list, remove and change passphrases.", CARE),
@@ -33,13 +36,9 @@ COMMANDS = {
 }
 """The commands of every console script that works with VMs."""
 
-LATER = ("consolidate", "failover", "duplicate")
-"""Commands of a later version."""
-
 vmsnap = CommandLine(
     "vmsnap",
     COMMANDS,
-    later=LATER,
     params=[version_option(__version__)],
     help="Back up running virtual machines whole - RAM, vCPUs and every disk from one instant - and bring them back.",
     epilog="""\

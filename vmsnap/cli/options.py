@@ -62,14 +62,16 @@ def mechanism_choices(function: F) -> F:
     )(function)
 
 
-def not_yet(*declaration: str, **attributes: Any) -> Callable[[F], F]:
-    """An option of a later version: it is known, and refused in one clear line."""
-
-    def refuse(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
-        if value:
-            raise UsageError(f"{declaration[0]} is not available in this version of vmsnap")
-
-    return click.option(*declaration, hidden=True, expose_value=False, callback=refuse, **attributes)
+def shutdown_timeout(function: F) -> F:
+    """``--timeout SECONDS``, as the argument `timeout`."""
+    return click.option(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=300.0,
+        show_default=True,
+        help="How long the guest may take to shut down.",
+    )(function)
 
 
 def _pairs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:

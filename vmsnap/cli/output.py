@@ -24,6 +24,14 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
+def duration(seconds: float) -> str:
+    """A time span for people: ``42 s``, ``3.5 min``, ``12.0 h``, ``2.0 d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if abs(seconds) >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def local_time(utc: str) -> str:
     """A UTC time (RFC 3339) in the local time zone, ISO 8601; as it is where it cannot be read."""
     try:

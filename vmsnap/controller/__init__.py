@@ -228,9 +228,7 @@ class Controller:
 
         if mode not in ("live", "consistent") or on_timeout not in ("fail", "keep-live"):
             raise UsageError(f"there is no mode {mode!r} with on_timeout {on_timeout!r}")
-        for what, seconds in (("pause", max_pause_seconds), ("shutdown", timeout_seconds), ("stay", keep_seconds or 1)):
-            if not 0 < seconds < math.inf:
-                raise UsageError(f"the {what} must be allowed more than 0 seconds, and an end")
+        _check_times(pause=max_pause_seconds, shutdown=timeout_seconds, duplicate=keep_seconds)
         if keep_seconds is not None and not keep_duplicate:
             raise UsageError("a duplicate that is not held needs no time limit", cure="add --keep-duplicate")
         for tag in tags:
@@ -290,6 +288,7 @@ class Controller:
         from vmsnap.controller.consolidate import Consolidate
         from vmsnap.repository.manifest import check_tag
 
+        _check_times(shutdown=timeout_seconds)
         for tag in tags:
             check_tag(tag)
         with self.interruption.handled(), repository.session("read", f"consolidation of {backup}"):
@@ -329,6 +328,7 @@ class Controller:
         """
         from vmsnap.controller.bootverify import BootVerification
 
+        _check_times(life=life_seconds, shutdown=timeout_seconds)
         with self.interruption.handled(), repository.session("read", f"verification of {backup}"):
             return BootVerification(
                 repository,
@@ -448,3 +448,10 @@ class Controller:
         if vm is None:
             return examine_host(self.folders, self.drivers, self.journal)
         return examine_vm(self.table.get(vm), self.drivers)
+
+
+def _check_times(**seconds: float | None) -> None:
+    """:raises UsageError: something is allowed no time, or no end"""
+    for what, given in seconds.items():
+        if given is not None and not 0 < given < math.inf:
+            raise UsageError(f"the {what} must be allowed more than 0 seconds, and an end")

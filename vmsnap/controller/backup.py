@@ -10,7 +10,7 @@ from vmsnap.controller.capture import Capture, GuardianStart
 from vmsnap.controller.clones import Clones
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Action, Execution
-from vmsnap.controller.holding import Holding, check_cloneable, keep, tell_of_held
+from vmsnap.controller.holding import Holding, keep, tell_of_held
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.previous import Previous
 from vmsnap.controller.progress import Bars, ProgressCallback
@@ -96,6 +96,7 @@ class LiveBackup:
                 duplicate_name=f"bk-{operation.name.removeprefix('vmsnap-')}",
                 max_pause_seconds=self._order.max_pause_seconds,
                 start_guardian=self._start_guardian,
+                needs_clones=self._needs_clones(),
             )
             execution = Execution(
                 self.protocol,
@@ -127,7 +128,6 @@ class LiveBackup:
     def _actions(self) -> dict[Instruction, Action]:
         return {
             **self._capture.actions,
-            Instruction.CHECK: self._check,
             Instruction.PREPARE: self._prepare,
             Instruction.STORE: self._store,
             Instruction.KEEP: self._keep,
@@ -153,11 +153,6 @@ class LiveBackup:
             self._table.remove(self._capture.duplicate_name)
 
     # -- instructions
-
-    def _check(self) -> None:
-        self._capture.check()
-        if self._needs_clones():
-            check_cloneable(self._capture.row, self._drivers)
 
     def _needs_clones(self) -> bool:
         return self._order.keep_duplicate

@@ -84,6 +84,7 @@ class Capture:
         duplicate_name: str,
         max_pause_seconds: float,
         start_guardian: GuardianStart,
+        needs_clones: bool = False,
     ) -> None:
         self.row = row
         self.executing = False
@@ -104,6 +105,7 @@ class Capture:
         self._table = table
         self._request = CaptureRequest(duplicate_name, max_pause_seconds)
         self._start_guardian = start_guardian
+        self._needs_clones = needs_clones
         self._guard: Guard = NoGuard()
 
     @property
@@ -211,6 +213,8 @@ class Capture:
         for disk in description.disks:
             check_device(disk.device)
         disks = choose_mechanisms(self._drivers, description.disks, self.row.disks)
+        if self._needs_clones:
+            check_cloneable(self.row.vm, disks, self._drivers)
         self._table.set_disks(self.row.vm, disks)
         self._table.set_state(self.row.vm, description.state.value)
         self.row = self._table.get(self.row.vm)
@@ -386,6 +390,24 @@ def choose_mechanisms(
         for instance in known.values():
             instance.close()
     return tuple(rows)
+
+
+def check_cloneable(vm: str, disks: tuple[DiskRow, ...], drivers: Drivers) -> None:
+    """See, before anything is touched, that the disks of a VM can be cloned for a duplicate.
+
+    :raises CannotCapture: the mechanism of one cannot clone
+    """
+    for disk in disks:
+        if disk.mechanism is None:
+            continue
+        mechanism = drivers.mechanism(disk.mechanism)
+        mechanism.close()
+        if not mechanism.clones:
+            raise CannotCapture(
+                f"snapshot mechanism {disk.mechanism!r} of disk {disk.device} makes no writable disks,"
+                f" so no duplicate of VM {vm!r} can run",
+                cure="back it up without --mode consistent and --keep-duplicate, or choose another --mechanism",
+            )
 
 
 def _known(value: T | None, what: str) -> T:

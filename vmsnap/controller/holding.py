@@ -11,12 +11,12 @@ from vmsnap.controller.clones import Clones
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import DuplicateInfo
-from vmsnap.errors import Busy, CannotCapture, StorageFull, VmsnapError
+from vmsnap.errors import Busy, StorageFull, VmsnapError
 from vmsnap.heldduplicates import HELD, SPENT, HeldDuplicate, HeldDuplicates
 from vmsnap.host import boot_id
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
-from vmsnap.vmtable import DiskRow, VmRow, VmTable
+from vmsnap.vmtable import DiskRow, VmTable
 
 
 class Holding:
@@ -109,24 +109,6 @@ def keep(
         expires_ns=None if keep_seconds is None else now_ns + int(keep_seconds * 1e9),
     )
     held.hold(duplicate, operation.name, [*clones.positions, capture.duplicate_position])
-
-
-def check_cloneable(row: VmRow, drivers: Drivers) -> None:
-    """See, before anything is touched, that the disks of a VM can be cloned for a duplicate.
-
-    :raises CannotCapture: the mechanism of one cannot clone
-    """
-    for disk in row.disks:
-        if disk.mechanism is None:
-            continue
-        mechanism = drivers.mechanism(disk.mechanism)
-        mechanism.close()
-        if not mechanism.clones:
-            raise CannotCapture(
-                f"snapshot mechanism {disk.mechanism!r} of disk {disk.device} makes no writable disks,"
-                f" so no duplicate of VM {row.vm!r} can run",
-                cure="back it up without --mode consistent and --keep-duplicate, or choose another --mechanism",
-            )
 
 
 @contextmanager

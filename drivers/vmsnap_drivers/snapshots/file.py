@@ -198,9 +198,12 @@ class FileMechanism(SnapshotMechanism):
         try:
             path.unlink(missing_ok=True)
         except NotADirectoryError:
-            return
+            pass
         except OSError as e:
             raise SnapshotError(f"{path} could not be removed: {e.strerror}") from e
+        # each duplicate has a folder of its own: their notes must not pile up
+        if not any(path.parent.glob("vmsnap-*")):
+            self._note_of(path.parent).unlink(missing_ok=True)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> FileReader:
         """Open the clone's file; see the role."""
@@ -235,11 +238,14 @@ class FileMechanism(SnapshotMechanism):
     def _notes(self) -> Path:
         return self.context.state_dir / self.name
 
+    def _note_of(self, folder: Path) -> Path:
+        return self._notes() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.folder"
+
     def _note_folder(self, folder: Path) -> None:
         # files lie beside disks anywhere on the host; without these notes nobody would know where to look for strays
         notes = self._notes()
         notes.mkdir(mode=0o700, parents=True, exist_ok=True)
-        note = notes / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.folder"
+        note = self._note_of(folder)
         if not note.exists():
             partial = note.with_suffix(f".{os.getpid()}")
             partial.write_text(str(folder))
