@@ -74,6 +74,15 @@ class ChunkStore:
         self._uploader.append(blobs)
         return b"".join(ids)
 
+    def has(self, ids: Sequence[bytes]) -> list[bool]:
+        """For each id whether it is durable and listed, or stored by this backup, or about to be."""
+        found = self.known.contains(ids)
+        if all(found):
+            return found
+        with self._lock:
+            mine = self._mine.contains(ids)
+            return [known or here or each in self._pending for known, here, each in zip(found, mine, ids, strict=True)]
+
     def contains(self, ids: bytes) -> npt.NDArray[np.bool_]:
         """For each id whether it is durable and listed, or stands for zeros."""
         zero: npt.NDArray[np.bool_] = np.logical_not(np.frombuffer(ids, np.uint64).reshape(-1, 4).any(axis=1))
@@ -113,6 +122,13 @@ class ChunkStore:
         :raises StorageError: the storage failed
         """
         self._uploader.flush()
+        self._list_packs()
+
+    def list_stored(self) -> None:
+        """Make known what is durable already, whatever fails or is still to be stored. Blocks.
+
+        :raises StorageError: the storage failed
+        """
         self._list_packs()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from vmsnap.repository.seal import BrokenSeal, Vault
 from vmsnap.repository.tree import ImageRecord
 
 _BACKUP_ID = re.compile(r"(?P<vm>.{1,64})-\d{8}T\d{6}Z-[0-9a-f]{6}")
+_ORIGIN = re.compile(r"(?:[0-9a-f]{32})?")
 _DEVICE = re.compile(r"[A-Za-z0-9#@_][A-Za-z0-9#@_ .:,;+=()\[\]-]{0,199}")
 _TAG = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 
@@ -102,7 +103,7 @@ class LostRange:
 @dataclass(frozen=True, kw_only=True)
 class Manifest(BackupFields):
     """One backup. `backup` is its id, `time` the UTC time by RFC 3339 that stands in the id too. `lost` is what repair
-    could not save of it.
+    could not save of it. `origin` is the id of the repository in which it was made, empty for the one in which it lies.
     """
 
     backup: str
@@ -110,6 +111,7 @@ class Manifest(BackupFields):
     stats: BackupStats
     vmsnap: str
     lost: tuple[LostRange, ...] = ()
+    origin: str = ""
     version: int = FORMAT_VERSION
 
     @property
@@ -236,6 +238,8 @@ def open_manifest(vault: Vault, key: str, data: bytes) -> Manifest:
         manifest = from_json(content, Manifest)
         check_fields(manifest)
         check_lost(manifest)
+        if not _ORIGIN.fullmatch(manifest.origin):
+            raise UsageError(f"{manifest.origin!r} is no id of a repository")
         backup = _BACKUP_ID.fullmatch(manifest.backup)
     except (ValueError, RecursionError, UsageError) as e:
         raise DamageFound(f"{key} is damaged: {e}") from e

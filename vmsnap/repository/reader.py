@@ -163,6 +163,24 @@ class ImageReader(DiskReader):
             target.flush()
         return work.stats
 
+    def chunk_lists(self) -> Iterator[tuple[int, int, bytes]]:
+        """The image's chunks in order, in small batches: the first one's number, their count, their ids (none: holes).
+        Reads the tree, not the data.
+
+        :raises DamageFound: the tree is damaged, where that is not accepted
+        """
+        return self._batches(self._load)
+
+    def read_chunks(self, first: int, ids: bytes) -> Iterator[tuple[int, bytes | memoryview]]:
+        """The number and content of each of these chunks that is no hole, in the order in which they are stored. May be
+        called by several threads at once. Blocks.
+
+        :param first: the number of the first one
+        :raises DamageFound: one is damaged, where that is not accepted; those that are accepted come as zeros
+        :raises StorageError: the storage failed
+        """
+        return self._read_batch(first, ids)
+
     def verify(self, found: Callable[[int, int, DamageFound], None], progress: Progress | None = None) -> None:
         """Read and authenticate all of the image; go on behind what is damaged. Blocks.
 

@@ -454,6 +454,12 @@ class Repository:
 
         return repair_repository(self, dry_run=dry_run, forget_damaged=forget_damaged, progress=progress)
 
+    def cache_folder(self, *names: str) -> Path | None:
+        """A folder on this host in which something about this repository may be kept that can be had again; made by who
+        uses it. None where nothing is to be kept.
+        """
+        return self._cache_dir.joinpath(self.id, *names) if self._cache_dir else None
+
     def index(self, *, refresh: bool = False) -> ChunkIndex:
         """The chunks that the repository has; read when first used, and again when told."""
         from vmsnap.repository.cache import IndexCache

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TypeAlias
@@ -131,6 +131,101 @@ class BackupWriter:
         """Store bytes that are in memory, such as the device state. As `add_image`."""
         return self.add_image(name, BytesReader(content), ImageKind.STATE)
 
+    @property
+    def known(self) -> ChunkIndex:
+        """The chunks that were durable and listed when the backup began, and are in no condemned pack."""
+        return self._store.known
+
+    @property
+    def stored_bytes(self) -> int:
+        """What was added to the repository so far."""
+        return self._store.stored_bytes
+
+    def add_tree(
+        self,
+        image: ImageRecord,
+        chunks: Iterable[tuple[int, int, bytes]],
+        store: Callable[[ChunkStore, int, bytes], bytes],
+        progress: Callable[[int], None],
+        *,
+        older: ImageRecord | None = None,
+    ) -> ImageRecord:
+        """Store an image that another repository has, with chunks of the same sizes, and return how to find it here.
+        Blocks.
+
+        :param chunks: its chunks in order: the first one's number, their count, their ids there (none: holes)
+        :param store: sees to it that the chunks of these ids, from that number on, are here, and returns their ids
+            here; called from several threads
+        :param progress: told of the bytes of each batch that is done, from this thread
+        :param older: an image here whose tree is shared where it is the same
+        :raises StorageError: the storage failed; the writer is of no more use
+        :raises VmsnapError: what `chunks` and `store` raise
+        """
+        self._check_open()
+        self._broken = True
+        old = None
+        if older and (older.chunk_bytes, older.fanout) == (image.chunk_bytes, image.fanout):
+            old = OldTree(BlobReader(self._storage, self._vault, self._store.known), older)
+        tree = TreeBuilder(image.size_bytes, image.chunk_bytes, image.fanout, self._store, old)
+        waiting: deque[tuple[int, int, Future[bytes] | None]] = deque()
+
+        def settle(left: int) -> None:
+            while len(waiting) > left:
+                first, count, stored = waiting.popleft()
+                if stored is None:
+                    tree.append_holes(count)
+                else:
+                    tree.append(stored.result())
+                end = min((first + count) * image.chunk_bytes, image.size_bytes)
+                progress(end - first * image.chunk_bytes)
+
+        try:
+            for first, count, ids in chunks:
+                settle(self._ahead - 1)
+                stored = self._threads.submit(store, self._store, first, ids) if ids else None
+                waiting.append((first, count, stored))
+            settle(0)
+            record = tree.finish()
+        except BaseException:
+            # What is on its way ends before the caller lets go of what it reads from.
+            wait([stored for _, _, stored in waiting if stored and not stored.cancel()])
+            raise
+        self._broken = False
+        return record
+
+    def flush(self) -> None:
+        """Make durable and known what was stored so far, so that another backup finds it when this one fails. Blocks.
+
+        :raises StorageError: the storage failed
+        """
+        self._store.flush()
+
+    def keep(self) -> None:
+        """Make known what is durable already, so that another backup finds it. For one that is given up. Blocks.
+
+        :raises StorageError: the storage failed
+        """
+        self._close()
+        self._store.list_stored()
+
+    def adopt(self, manifest: Manifest) -> bool:
+        """As `commit`, for a backup of another repository whose images are here now; False where there is one of that
+        id already.
+
+        :raises UsageError: a name in it is not valid
+        :raises RepositoryError: garbage collection took this writer for dead; there is no copy
+        :raises StorageError: the storage failed; there is no copy
+        """
+        self._check_open()
+        check_fields(manifest)
+        self._store.flush()
+        self._session.require()
+        key, data = seal_manifest(self._vault, manifest)
+        if not self._put_manifest(key, data):
+            return False
+        self._finish(key)
+        return True
+
     def commit(self, fields: BackupFields, *, seconds: float | None = None, instant_ns: int | None = None) -> Manifest:
         """Make the backup exist: everything durable first, then the manifest by one atomic put. Blocks.
 
@@ -158,10 +253,7 @@ class BackupWriter:
             key, data = seal_manifest(self._vault, manifest)
             if self._put_manifest(key, data):
                 break
-        self._require_session_of(key)
-        self._done = True
-        self._close()
-        self._session.end()
+        self._finish(key)
         return manifest
 
     def abort(self) -> None:
@@ -181,6 +273,13 @@ class BackupWriter:
         self._session.end()
 
     # -- inside
+
+    def _finish(self, key: str) -> None:
+        """The manifest is there: see that it was right to put it, and end."""
+        self._require_session_of(key)
+        self._done = True
+        self._close()
+        self._session.end()
 
     def _add_image(
         self, name: str, source: DiskReader, chunk_bytes: int, progress: Progress | None, base: BaseImage | None
