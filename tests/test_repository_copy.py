@@ -299,6 +299,7 @@ def test_after_a_failure_only_what_is_missing_is_copied(tmp_path: Path) -> None:
 
 _KILLED = """
 import os, signal, sys
+from pathlib import Path
 from vmsnap.repository import Repository
 from vmsnap.repository.copying import copy_backups
 from vmsnap_storage_backends.local import LocalStorage
@@ -311,9 +312,7 @@ def counted(self, key, data, *, if_absent=False):
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
 LocalStorage.put = counted
-source, target = (Repository.open(LocalStorage(each), "x", cache_dir=sys.argv[3]) for each in sys.argv[1:3])
-from pathlib import Path
-source._cache_dir = target._cache_dir = Path(sys.argv[3])
+source, target = (Repository.open(LocalStorage(each), "x", cache_dir=Path(sys.argv[3])) for each in sys.argv[1:3])
 copy_backups(source, target, checkpoint_bytes=100_000)
 """
 

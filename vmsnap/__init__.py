@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from vmsnap.export import export_disks
     from vmsnap.host import HostFolders
     from vmsnap.places import create_repository, open_repository
+    from vmsnap.repository.copying import CopyReport, copy_backups
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackupResult",
     "Controller",
+    "CopyReport",
     "HostFolders",
     "Progress",
     "RecoveryResult",
     "RestoreResult",
     "__version__",
+    "copy_backups",
     "create_repository",
     "export_disks",
     "open_repository",
@@ -40,10 +43,12 @@ __all__ = [
 _HOMES = {
     "BackupResult": "vmsnap.controller",
     "Controller": "vmsnap.controller",
+    "CopyReport": "vmsnap.repository.copying",
     "HostFolders": "vmsnap.host",
     "Progress": "vmsnap.controller",
     "RecoveryResult": "vmsnap.controller",
     "RestoreResult": "vmsnap.controller",
+    "copy_backups": "vmsnap.repository.copying",
     "create_repository": "vmsnap.places",
     "export_disks": "vmsnap.export",
     "open_repository": "vmsnap.places",

@@ -128,3 +128,15 @@ vmsnap_s3 = CommandLine(
         vmsnap-s3 bench s3://bucket/prefix --size 512M""",
 )
 """The entry point ``vmsnap-s3``."""
+
+vmsnap_sftp = CommandLine(
+    "vmsnap-sftp",
+    _PLACE_COMMANDS,
+    params=[version_option(__version__)],
+    help="vmsnap repositories on SFTP servers; hosts, keys and known hosts are those of OpenSSH.",
+    epilog="""\
+        vmsnap-sftp doctor sftp://vault@far.example/srv/backups
+        vmsnap-sftp init sftp://vault@far.example/srv/backups
+        vmsnap-sftp bench sftp://vault@far.example/srv/backups --size 512M""",
+)
+"""The entry point ``vmsnap-sftp``."""

@@ -22,6 +22,7 @@ COMMANDS = {
     "duplicate": LazyCommand("vmsnap.cli.duplicate:duplicate", "List and discard duplicates in memory.", BACKUPS),
     "failover": LazyCommand("vmsnap.cli.duplicate:failover", "Let a duplicate take a failed VM's place.", BACKUPS),
     "export": LazyCommand("vmsnap.cli.export:export", "Write a backup's disks as image files.", BACKUPS),
+    "copy": LazyCommand("vmsnap.cli.copy:copy", "Copy backups into another repository.", BACKUPS),
     "prune": LazyCommand("vmsnap.cli.prune:prune", "Remove the backups that no rule keeps.", BACKUPS),
     "forget": LazyCommand("vmsnap.cli.prune:forget", "Remove single backups.", BACKUPS),
     "verify": LazyCommand("vmsnap.cli.integrity:verify", "Read and authenticate all of one backup, or boot it.", CARE),

@@ -29,14 +29,15 @@ def find_passphrase(configuration: Configuration, name: str = "VMSNAP_PASSPHRASE
     return None
 
 
-def ask() -> str:
+def ask(url: str = "") -> str:
     """Ask at the terminal for the passphrase of a repository.
 
+    :param url: which one it is, where there are several
     :raises UsageError: there is no terminal
     """
     if not can_ask():
         raise UsageError("the repository is encrypted and no passphrase was given", cure=_CURE)
-    return str(click.prompt("Passphrase", hide_input=True, err=True))
+    return str(click.prompt(f"Passphrase of {url}" if url else "Passphrase", hide_input=True, err=True))
 
 
 def ask_for_new(*, may_be_empty: bool) -> str | None:

@@ -89,24 +89,37 @@ class Session:
         :raises NotARepository: there is none
         :raises UsageError: no repository or passphrase was given, or the passphrase is wrong
         """
+        return self.open_place(self.repository_url())
+
+    def open_place(self, url: str, variable: str = "") -> Repository:
+        """Open the repository at `url`, as `open_repository`.
+
+        :param variable: holds its passphrase, where it has one of its own
+        """
         from vmsnap.host import default_cache_dir
         from vmsnap.places import open_repository
+        from vmsnap.secret import from_environment
+
+        def passphrase() -> str:
+            own = from_environment(variable, "passphrase") if variable else None
+            return self.passphrase(url if variable else "") if own is None else own
 
         cache_dir = None if os.environ.get("VMSNAP_CACHE_DIR") else self.configuration.cache_dir
         cache_dir = (cache_dir or default_cache_dir()).absolute()
-        repository = open_repository(self.repository_url(), self.passphrase, cache_dir=cache_dir)
+        repository = open_repository(url, passphrase, cache_dir=cache_dir)
         repository.compression_level = self.configuration.compression_level
         return repository
 
-    def passphrase(self) -> str:
+    def passphrase(self, url: str = "") -> str:
         """The passphrase of the repository, from wherever the user keeps it, at last from a prompt.
 
+        :param url: which one it is, where there are several
         :raises UsageError: there is none and nobody can be asked
         """
         from vmsnap.cli.passphrase import ask, find_passphrase
 
         found = find_passphrase(self.configuration)
-        return ask() if found is None else found
+        return ask(url) if found is None else found
 
     def new_passphrase(self) -> str:
         """The passphrase that is to open the repository from now on, at last from a prompt.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmsnap.roles import StorageBackend
 
 _OBJECT_BYTES = 16 << 20
-_SCHEMES = {"vmsnap-local": "file"}
+_SCHEMES = {"vmsnap-local": "file", "vmsnap-s3": "s3", "vmsnap-sftp": "sftp"}
 
 
 def _url(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:

@@ -233,10 +233,7 @@ class Controller:
             raise UsageError("a duplicate that is not held needs no time limit", cure="add --keep-duplicate")
         for tag in tags:
             check_tag(tag)
-        known, place = KnownRepositories(self._database), (repository.storage.url, repository.id, repository.encryption)
-        if not accept_unencrypted:
-            known.expect(*place)
-        known.note(*place)
+        self.see_the_place(repository, accept_unencrypted=accept_unencrypted)
         begin: type[LiveBackup] = LiveBackup
         order = BackupOrder(vm, max_pause_seconds, tuple(tags), keep_duplicate, keep_seconds)
         if mode == "consistent":
@@ -389,6 +386,16 @@ class Controller:
         from vmsnap.controller.holding import Holding
 
         return Holding(self.drivers, self.journal, self.table)
+
+    def see_the_place(self, repository: Repository, *, accept_unencrypted: bool = False) -> None:
+        """See that backups may go into a repository, and remember it.
+
+        :raises RepositoryError: an unencrypted one has taken the place of an encrypted one, and that was not accepted
+        """
+        known, place = KnownRepositories(self._database), (repository.storage.url, repository.id, repository.encryption)
+        if not accept_unencrypted:
+            known.expect(*place)
+        known.note(*place)
 
     def restore(
         self,

@@ -115,9 +115,8 @@ class _Copying:
         self._checkpoint_bytes = checkpoint_bytes
         self._translation: Translation | None = None
         self._cache: TranslationCache | None = None
-        folder = target.cache_folder("copied", source.id)
-        if folder:
-            self._cache = TranslationCache(folder, target.vault, source.id)
+        if target.cache_dir:
+            self._cache = TranslationCache(target.cache_dir / target.id / "copied" / source.id, target.vault, source.id)
         self._done_bytes = self._total_bytes = 0
 
     def run(self, backups: Sequence[str], vm: str | None, dry_run: bool) -> CopyReport:

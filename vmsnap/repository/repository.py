@@ -80,7 +80,7 @@ class Repository:
         self.config = config
         self.vault = vault
         self._keyring = keyring
-        self._cache_dir = cache_dir
+        self.cache_dir = cache_dir
         self._lock = Lock()
         self._loader: IndexLoader | None = None
         self.compression_level: int | None = None
@@ -454,12 +454,6 @@ class Repository:
 
         return repair_repository(self, dry_run=dry_run, forget_damaged=forget_damaged, progress=progress)
 
-    def cache_folder(self, *names: str) -> Path | None:
-        """A folder on this host in which something about this repository may be kept that can be had again; made by who
-        uses it. None where nothing is to be kept.
-        """
-        return self._cache_dir.joinpath(self.id, *names) if self._cache_dir else None
-
     def index(self, *, refresh: bool = False) -> ChunkIndex:
         """The chunks that the repository has; read when first used, and again when told."""
         from vmsnap.repository.cache import IndexCache
@@ -467,7 +461,7 @@ class Repository:
 
         with self._lock:
             if self._loader is None:
-                cache = IndexCache.beside(self.storage, self._cache_dir, self.id)
+                cache = IndexCache.beside(self.storage, self.cache_dir, self.id)
                 self._loader = IndexLoader(self.storage, self.vault, cache)
                 refresh = True
             return self._loader.load() if refresh else self._loader.index
