@@ -11,7 +11,8 @@ import pytest
 from vmsnap.errors import UsageError
 from vmsnap_drivers.hypervisors.qemu.definition import without_secrets
 from vmsnap_drivers.qemu.commandline import Argument, Properties, parse, split, to_argv
-from vmsnap_drivers.qemu.disk_arguments import find_argument, with_image
+from vmsnap_drivers.qemu.disk_arguments import with_image, without_image
+from vmsnap_drivers.qemu.drive_names import drive_names, keys_of_name
 from vmsnap_drivers.qemu.rewrite import NewDisk, NewVm, Rewritten, rewrite
 
 RUN = Path("/run/vmsnap/vm002")
@@ -99,22 +100,41 @@ def test_damaged_json_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "device", "node", "filename", "expected"),
+    ("text", "expected"),
     [
-        ("-drive file=/a,id=d0,if=none -drive file=/b,id=d1,if=none", "d1", "#block1", "/b", 1),
-        ("-drive file=/a,if=virtio -drive file=/b,if=virtio", "virtio1", "#block3", "/b", 1),
-        ("-m 1G -hda /a", "ide0-hd0", "#block1", "/a", 1),
-        ("/a -m 1G", "ide0-hd0", "#block1", "/a", 0),
-        ("-blockdev file,node-name=f,filename=/a -blockdev raw,node-name=d,file=f", "", "d", "/a", 1),
-        ("""-blockdev '{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"/a"}}'""", "", "d", "/a", 0),
-        ("-drive file=/a,if=none -drive file=/a,if=none", "none0", "#block1", "/a", None),
-        ("-m 1G", "", "hotplugged", "/a", None),
+        ("-drive file=/a,id=d0,if=none -drive file=/b,id=d1,if=none", {"d0": 0, "d1": 1}),
+        ("-drive file=/a,if=virtio -drive file=/b,if=virtio", {"virtio0": 0, "virtio1": 1}),
+        ("-m 1G -hda /a -cdrom /c", {"ide0-hd0": 1, "ide1-cd0": 2}),
+        ("/a -m 1G", {"ide0-hd0": 0}),
+        ("-drive file=/a -drive file=/b -drive file=/c,media=cdrom", {"ide0-hd0": 0, "ide0-hd1": 1, "ide1-cd0": 2}),
+        ("-drive if=ide,bus=1,unit=1,file=/a -fdb /f", {"ide1-hd1": 0, "floppy1": 1}),
+        ("-drive if=pflash,unit=0,file=/a -pflash /b", {"pflash0": 0, "pflash1": 1}),
+        ("-blockdev file,node-name=f,filename=/a -m 1G", {}),
     ],
 )
-def test_a_disk_is_found_in_the_command_line(
-    text: str, device: str, node: str, filename: str, expected: int | None
-) -> None:
-    assert find_argument(arguments(text), device, node, filename) == expected
+def test_drives_without_an_id_have_the_names_that_qemu_gives_them(text: str, expected: dict[str, int]) -> None:
+    assert drive_names(arguments(text), ide_units=2) == expected
+
+
+def test_a_bus_of_q35_has_one_drive() -> None:
+    assert drive_names(arguments("-hda /a -hdb /b -cdrom /c"), ide_units=1) == {
+        "ide0-hd0": 0,
+        "ide1-hd0": 1,
+        "ide2-cd0": 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["ide1-cd0", "ide0-hd1", "virtio3", "floppy0", "pflash1", "extra"])
+def test_the_keys_of_a_name_make_a_drive_of_that_name(name: str) -> None:
+    keys = ",".join(f"{key}={value}" for key, value in keys_of_name(name).items())
+    assert drive_names(arguments(f"-drive {keys}"), ide_units=2) == {name: 0}
+
+
+def test_a_drive_without_its_medium_is_the_same_drive() -> None:
+    (argument,) = arguments("-cdrom /a")
+    assert without_image(argument) == Argument("drive", "index=2,media=cdrom")
+    (argument,) = arguments("-drive if=none,id=cd,media=cdrom,file=/a,format=raw,cache=none")
+    assert without_image(argument) == Argument("drive", "if=none,media=cdrom,id=cd")
 
 
 @pytest.mark.parametrize(

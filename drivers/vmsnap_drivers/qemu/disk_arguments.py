@@ -1,4 +1,4 @@
-"""Which argument of a command line makes which disk, and the same argument with another image."""
+"""The arguments of a command line that make disks: the same with another image or without one, and new ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from vmsnap_drivers.qemu.commandline import Argument, Properties
+from vmsnap_drivers.qemu.drive_names import drive_keys
 
-_BY_LETTER: Final = ("hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd", "pflash")
 _KEPT_OF_THE_FILE: Final = ("aio", "cache.direct", "cache.no-flush", "discard", "detect-zeroes")
 _KEPT_OF_A_DRIVE_WORDS: Final = """
     if bus unit index media id cache aio discard detect-zeroes werror rerror snapshot readonly read-only serial
@@ -17,46 +17,43 @@ _KEPT_OF_A_DRIVE_WORDS: Final = """
 _KEPT_OF_A_DRIVE: Final = frozenset(_KEPT_OF_A_DRIVE_WORDS.split())
 
 
-def find_argument(
-    arguments: Sequence[Argument], device: str, node: str, filename: str, taken: Sequence[int] = ()
-) -> int | None:
-    """The index of the argument that made a disk; None where it cannot be told, as with a hot-plugged one.
-
-    :param device: name of the drive in ``query-block``, empty for disks made by ``-blockdev``
-    :param node: name of its top node
-    :param filename: name of its image as QEMU has it
-    :param taken: indexes that are other disks
-    """
-    free = [(number, argument) for number, argument in enumerate(arguments) if number not in taken]
-    if not device:
-        for number, argument in free:
-            if argument.name == "blockdev" and argument.properties.get("node-name") == node:
-                return number
-        return None
-    for number, argument in free:
-        if argument.name == "drive" and argument.properties.get("id") == device:
-            return number
-    same = [number for number, argument in free if _image_of(argument) == filename]
-    return same[0] if len(same) == 1 else None
-
-
 def with_image(argument: Argument, address: str, image_format: str) -> Argument:
     """The argument that makes the same disk on another image: a file, a block device, or a URL."""
     if argument.name == "blockdev":
         return Argument("blockdev", json.dumps(_node(argument.properties, address, image_format)))
-    if argument.name != "drive":
-        letter = argument.name or "hda"
-        if letter == "cdrom":
-            return Argument("drive", _drive({"media": "cdrom", "index": "2"}, address, image_format))
-        if letter in ("pflash", "mtdblock", "sd"):
-            return Argument("drive", _drive({"if": {"mtdblock": "mtd"}.get(letter, letter)}, address, image_format))
-        kind = {"if": "floppy"} if letter.startswith("f") else {"media": "disk"}
-        return Argument("drive", _drive({**kind, "index": str("abcd".index(letter[2]))}, address, image_format))
-    old = argument.properties
+    keys = drive_keys(argument) or {}
     kept = {
-        key: old.get(key) for key in old.names if key in _KEPT_OF_A_DRIVE or key.startswith(("throttling.", "cache."))
+        key: value
+        for key, value in keys.items()
+        if key in _KEPT_OF_A_DRIVE or key.startswith(("throttling.", "cache."))
     }
     return Argument("drive", _drive(kept, address, image_format))
+
+
+def without_image(argument: Argument) -> Argument:
+    """The ``-drive`` that makes the same disk with no medium in it."""
+    keys = drive_keys(argument) or {}
+    kept = [(key, keys[key]) for key in ("if", "bus", "unit", "index", "media", "id") if key in keys]
+    return Argument("drive", Properties(kept).text())
+
+
+def image_of(argument: Argument) -> str:
+    """The image that a drive's argument names; empty where it names none."""
+    if argument.name == "drive":
+        return argument.properties.get("file") or argument.properties.get("file.filename")
+    return argument.value or ""
+
+
+def new_drive(keys: Mapping[str, str], address: str, image_format: str, *, read_only: bool) -> Argument:
+    """A ``-drive`` on an image."""
+    given = {**keys, "readonly": "on"} if read_only and keys.get("media") != "cdrom" else keys
+    return Argument("drive", _drive(given, address, image_format))
+
+
+def new_node(name: str, address: str, image_format: str, *, read_only: bool) -> Argument:
+    """A ``-blockdev`` on an image."""
+    old = Properties([("node-name", name)] + ([("read-only", "on")] if read_only else []))
+    return Argument("blockdev", json.dumps(_node(old, address, image_format)))
 
 
 def children(arguments: Sequence[Argument], node_names: Sequence[str]) -> set[str]:
@@ -82,12 +79,6 @@ def _references(properties: Properties) -> list[str]:
         for key in properties.names
         if key.split(".")[-1] in ("file", "backing", "data-file", "target")
     ]
-
-
-def _image_of(argument: Argument) -> str | None:
-    if argument.name == "drive":
-        return argument.properties.get("file") or argument.properties.get("file.filename") or None
-    return argument.value if not argument.name or argument.name in _BY_LETTER else None
 
 
 def _drive(kept: Mapping[str, str], address: str, image_format: str) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Nic
-from vmsnap_drivers.hypervisors.qemu.describe import Network, networks
+from vmsnap_drivers.hypervisors.qemu.networks import Network, networks
 from vmsnap_drivers.qemu.monitor import Monitor
 
 _INTERFACES: Final = Path("/sys/class/net")

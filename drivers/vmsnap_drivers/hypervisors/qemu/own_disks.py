@@ -8,8 +8,8 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, from_json
+from vmsnap_drivers.hypervisors.qemu.blocks import image_name
 from vmsnap_drivers.hypervisors.qemu.definition import absolute
-from vmsnap_drivers.hypervisors.qemu.describe import image_name
 from vmsnap_drivers.hypervisors.qemu.process import ProcessRecord
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import look_at, start_time
