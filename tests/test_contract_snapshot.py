@@ -339,6 +339,23 @@ class LeavesTheDisk(MarksBearTheDisk):
         yield Extent(0, len(new) + 4096)
 
 
+@caught_by("test_26_a_record_of_changes_goes_on_until_another_is_kept_in_its_stead")
+class RecordsSinceTheLastOnly(MarksBearTheDisk):
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        for disk in plan.disks:
+            for kept in self.context.state_dir.glob(f"{disk.device}.*"):
+                kept.unlink()
+        return super().snapshot(plan)
+
+
+@caught_by("test_26_a_record_of_changes_goes_on_until_another_is_kept_in_its_stead")
+class KeepsOneOnly(MarksBearTheDisk):
+    def keep_mark(self, snapshot: DiskSnapshot, instead_of: str = "") -> None:
+        for kept in self.context.state_dir.glob(f"{snapshot.disk.device}.*"):
+            if kept != self.copy_of(snapshot.disk, snapshot.plan.tag):
+                kept.unlink()
+
+
 @caught_by("test_40_a_clone_is_writable_and_leaves_everything_else_alone")
 class CloneIsTheSnapshot(FileMechanism):
     def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:

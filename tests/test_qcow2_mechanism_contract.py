@@ -125,10 +125,10 @@ def test_names_are_unique_short_and_found_again(tmp_path: Path) -> None:
     handle = {"qmp": "/q", "node": "n", "qdev": "d", "file": "/images/a"}
     disks = tuple(Disk(f"disk{number}", "/images/a", 1, handle=handle) for number in range(100))
     tag = "vmsnap-" + "x" * 57
-    names = choose_names(tag, disks, (tmp_path,) * 100, tmp_path, overlays=True)
+    names = choose_names(tag, disks, (tmp_path,) * 100, tmp_path, overlays=True, bitmaps=("",) * 100)
     nodes = [name for own in names.disks for name in (own.filter, own.target, own.access, own.overlay, own.image)]
     assert len(set(nodes)) == 500 and max(map(len, nodes)) <= 31
     assert all(tag in own.target_file and tag in own.overlay_file for own in names.disks)
-    other = choose_names("vmsnap-y", disks, (tmp_path,) * 100, tmp_path, overlays=True)
+    other = choose_names("vmsnap-y", disks, (tmp_path,) * 100, tmp_path, overlays=True, bitmaps=("",) * 100)
     assert not {own.filter for own in names.disks} & {own.filter for own in other.disks}
     assert replace(names) == names and PlanNames(**vars(names)) == names

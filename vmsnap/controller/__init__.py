@@ -183,6 +183,12 @@ class Controller:
             holding = self._holding()
             for held in holding.held.all(name):
                 holding.discard(held)
+            for mechanism in {disk.mechanism for disk in row.disks if disk.mechanism}:
+                driver = self.drivers.mechanism(mechanism)
+                try:
+                    driver.forget_marks(name)
+                finally:
+                    driver.close()
             self.table.remove(name)
         return row
 

@@ -20,7 +20,7 @@ from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
-from vmsnap.model import Duplicate
+from vmsnap.model import DiskSnapshot, Duplicate
 from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction, Protocol
 from vmsnap.repository import BackupFields, DiskImage, Manifest, Repository
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
@@ -226,6 +226,18 @@ class LiveBackup:
                 fields, seconds=time.monotonic() - self._begun, instant_ns=duplicate.instant.wall_ns
             )
             self._warnings += writer.warnings
+        for snapshot in capture.snapshots:
+            self._keep_mark(snapshot, storing.previous)
+
+    def _keep_mark(self, snapshot: DiskSnapshot, previous: Previous) -> None:
+        """The backup is committed: what changes from it on is what the next one reads."""
+        name = snapshot.plan.mechanism
+        if not snapshot.mark:
+            return
+        try:
+            self._capture.mechanisms[name].keep_mark(snapshot, previous.mark(snapshot, name))
+        except VmsnapError as e:
+            self._warnings.append(f"the next backup reads disk {snapshot.disk.device} whole: {e.message}")
 
     def _fields(self, mode: str, disks: tuple[DiskImage, ...]) -> BackupFields:
         """What every manifest says of the capture."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmsnap.model import DiskSnapshot, Extent, RamImage
-from vmsnap.repository import BaseImage, Manifest
+from vmsnap.errors import SnapshotError
+from vmsnap.model import Disk, DiskSnapshot, Extent, RamImage
+from vmsnap.repository import BaseImage, DiskImage, Manifest
 from vmsnap.roles import SnapshotMechanism
 
 
@@ -31,11 +32,19 @@ class Previous:
         for old in self._manifest.disks if self._manifest else ():
             if old.device != disk.device:
                 continue
-            same = (old.address, old.size_bytes, old.mechanism) == (disk.address, disk.size_bytes, mechanism)
-            if same and old.mark and driver.changes:
-                return BaseImage(old.image, _changes(driver, snapshot, old.mark))
-            return BaseImage(old.image)
+            if not old.mark or not driver.changes:
+                return BaseImage(old.image)
+            if replaced := _replaced(old, disk, mechanism):
+                return BaseImage(old.image, _unknown(replaced))
+            return BaseImage(old.image, _changes(driver, snapshot, old.mark))
         return None
+
+    def mark(self, snapshot: DiskSnapshot, mechanism: str) -> str:
+        """The mark of the same device by the same mechanism; empty where there is none."""
+        for old in self._manifest.disks if self._manifest else ():
+            if (old.device, old.mechanism) == (snapshot.disk.device, mechanism):
+                return old.mark
+        return ""
 
     def disk_content(self, device: str) -> BaseImage | None:
         """The image of the same device, for a disk that no record of changes stands for: all of it is read."""
@@ -43,6 +52,23 @@ class Previous:
             if old.device == device:
                 return BaseImage(old.image)
         return None
+
+
+def _replaced(old: DiskImage, disk: Disk, mechanism: str) -> str:
+    """What shows that it is another disk than it was; empty where nothing does."""
+    for what, before, now in (
+        ("its address", old.address, disk.address),
+        ("its size in bytes", old.size_bytes, disk.size_bytes),
+        ("its snapshot mechanism", old.mechanism, mechanism),
+    ):
+        if before != now:
+            return f"{what} was {before} and is {now}"
+    return ""
+
+
+def _unknown(why: str) -> Iterator[Extent]:
+    raise SnapshotError(why)
+    yield  # what makes it an iterator, which raises when it is asked and not before
 
 
 def _changes(driver: SnapshotMechanism, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:

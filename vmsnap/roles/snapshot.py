@@ -136,6 +136,24 @@ class SnapshotMechanism(ABC):
         """
         raise SnapshotError(f"mechanism {self.name!r} keeps no record of changes")
 
+    def keep_mark(self, snapshot: DiskSnapshot, instead_of: str = "") -> None:
+        """A backup that bears the snapshot's mark is committed: later snapshots will be asked what has changed since.
+
+        Called before `delete`, which else may end the record of changes that began with the snapshot. The record from
+        an older mark goes on until one is kept in its stead, so that a backup that fails loses nothing: `instead_of`
+        is the mark of the backup that this one follows in its repository, and which will not be asked for again;
+        empty where there is none. Idempotent.
+
+        :raises SnapshotError: it cannot be; a later `changed_extents` says so
+        """
+
+    def forget_marks(self, vm: str) -> None:
+        """End all records of changes that were kept for disks of this VM, which is struck out of the VM table.
+        Idempotent.
+
+        :raises SnapshotError: one cannot be ended now; a later call tries again
+        """
+
     # -- writable disks for a duplicate
 
     def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:

@@ -318,6 +318,14 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self._call(self.driver.changed_extents, snapshot, since)
 
+    def keep_mark(self, snapshot: DiskSnapshot, instead_of: str = "") -> None:
+        """See the role."""
+        return self._call(self.driver.keep_mark, snapshot, instead_of)
+
+    def forget_marks(self, vm: str) -> None:
+        """See the role."""
+        return self._call(self.driver.forget_marks, vm)
+
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See the role."""
         return FaultyReader(self._call(self.driver.reader, snapshot), self.fault_plan)

@@ -25,8 +25,10 @@ from vmsnap.testing.snapshot_life import (
     Life,
     contents_of,
     in_a_process_that_is_killed,
+    keep_marks,
     live,
     scribble,
+    see_that_changes_are_named,
 )
 
 __all__ = ["BLOCK", "STEPS", "Life", "SnapshotContract", "clone_all", "contents_of", "live", "scribble"]
@@ -295,6 +297,7 @@ class SnapshotContract(CloningScenarios):
     def test_25_changed_extents_name_every_change(self, rig: SnapshotRig) -> None:
         """`changed_extents`: "what is not named is not read", and what cannot be said is an error."""
         first = live(rig)
+        keep_marks(first)
         first.end()
         if not first.mechanism.changes:
             assert {snapshot.mark for snapshot in first.snapshots} == {""}
@@ -303,18 +306,45 @@ class SnapshotContract(CloningScenarios):
             return
         for disk in rig.disks():
             scribble(rig, disk, seed=7)
+            rig.write(disk, 0, bytes(BLOCK))
         second = live(rig)
         mechanism = rig.mechanism()
-        for older, newer, old, new in zip(
-            first.snapshots, second.snapshots, first.contents, second.contents, strict=True
-        ):
-            brought_up = bytearray(old)
-            for extent in mechanism.changed_extents(newer, older.mark):
-                end = extent.offset + extent.length
-                assert 0 <= extent.offset <= end <= newer.disk.size_bytes
-                brought_up[extent.offset : end] = new[extent.offset : end]
-            assert same(bytes(brought_up), new)
+        see_that_changes_are_named(mechanism, first, second)
         for mark in (first.snapshots[1].mark, "no mark of anything", ""):
             with pytest.raises(SnapshotError):
                 list(mechanism.changed_extents(second.snapshots[0], mark))
         second.end()
+        mechanism.forget_marks(rig.vm)
+
+    def test_26_a_record_of_changes_goes_on_until_another_is_kept_in_its_stead(self, rig: SnapshotRig) -> None:
+        """`keep_mark`: "a backup that fails loses nothing", and backups into another repository neither."""
+        first = live(rig)
+        keep_marks(first)
+        first.end()
+        if not first.mechanism.changes:
+            return
+        chance = random.Random(8)
+
+        def go_on() -> Life:
+            for disk in rig.disks():
+                scribble(rig, disk, seed=chance.randrange(1 << 30))
+            return live(rig)
+
+        go_on().end()  # it failed: nothing is kept
+        elsewhere = go_on()
+        see_that_changes_are_named(rig.mechanism(), first, elsewhere)
+        keep_marks(elsewhere)
+        elsewhere.end()
+        second = go_on()
+        for older in (first, elsewhere):
+            see_that_changes_are_named(rig.mechanism(), older, second)
+        keep_marks(second, first)
+        keep_marks(second, first)
+        second.end()
+        last = go_on()
+        for older in (elsewhere, second):
+            see_that_changes_are_named(rig.mechanism(), older, last)
+        last.end()
+        rig.mechanism().forget_marks(rig.vm)
+        rig.mechanism().forget_marks(rig.vm)
+        assert not rig.mechanism().list_owned()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from vmsnap.model import Disk, DiskSnapshot, SnapshotPlan, Window, from_json, to_json
 from vmsnap.roles import DiskReader, SnapshotMechanism
-from vmsnap.testing.rigs import SnapshotRig, read_all
+from vmsnap.testing.rigs import SnapshotRig, read_all, same
 
 BLOCK = 4096
 STEPS = ("plan", "prepare", "snapshot", "settle", "reader")
@@ -73,6 +73,23 @@ def scribble(rig: SnapshotRig, disk: Disk, seed: int = 1) -> None:
     for _ in range(40):
         block = chance.randrange(disk.size_bytes // BLOCK)
         rig.write(disk, block * BLOCK, chance.randbytes(BLOCK))
+
+
+def keep_marks(life: Life, instead_of: Life | None = None) -> None:
+    """Do what follows the commit of a backup."""
+    for index, snapshot in enumerate(life.snapshots):
+        life.mechanism.keep_mark(snapshot, instead_of.snapshots[index].mark if instead_of else "")
+
+
+def see_that_changes_are_named(mechanism: SnapshotMechanism, older: Life, newer: Life) -> None:
+    """The older content, brought up to date where `changed_extents` says so, is the newer one."""
+    for before, after, old, new in zip(older.snapshots, newer.snapshots, older.contents, newer.contents, strict=True):
+        brought_up = bytearray(old)
+        for extent in mechanism.changed_extents(after, before.mark):
+            end = extent.offset + extent.length
+            assert 0 <= extent.offset <= end <= after.disk.size_bytes
+            brought_up[extent.offset : end] = new[extent.offset : end]
+        assert same(bytes(brought_up), new)
 
 
 def contents_of(mechanism: SnapshotMechanism, life: Life) -> list[bytes]:

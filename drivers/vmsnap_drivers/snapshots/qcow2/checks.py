@@ -49,11 +49,11 @@ def check_disk(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
         )
 
 
-def parse_seconds(text: str) -> int:
-    """The option ``copy_seconds``.
+def parse_number(option: str, text: str, least: int, most: int) -> int:
+    """The value of an option that is a whole number.
 
-    :raises SnapshotError: it is no whole number from 1 to 3600
+    :raises SnapshotError: it is none from `least` to `most`
     """
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 3600:
-        raise SnapshotError(f"copy_seconds={text!r} is no whole number from 1 to 3600")
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+        raise SnapshotError(f"{option}={text!r} is no whole number from {least} to {most}")
     return int(text)

@@ -94,9 +94,11 @@ class BlockGraph:
         """The ids of all exports."""
         return {export["id"] for export in self.call("query-block-exports")}
 
-    def add_export(self, name: str, node: str) -> None:
-        """Export a node read-only under `name` by the running NBD server."""
-        self.call("block-export-add", {"type": "nbd", "id": name, "node-name": node, "name": name, "writable": False})
+    def add_export(self, name: str, node: str, *, bitmap: str | None = None) -> None:
+        """Export a node read-only under `name` by the running NBD server, and one of its bitmaps with it."""
+        bitmaps = {} if bitmap is None else {"bitmaps": [bitmap]}
+        export = {"type": "nbd", "id": name, "node-name": node, "name": name, "writable": False, **bitmaps}
+        self.call("block-export-add", export)
 
     def remove_export(self, name: str) -> None:
         """End an export that is there, with the connections to it, and wait until it is gone."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,6 +88,18 @@ class QemuImg:
         :raises SnapshotError: refused, for example because one of them is in use
         """
         self._run(["commit", "-q", "-d", "-f", "qcow2", str(overlay)], _SLOW_SECONDS)
+
+    def remove_bitmaps(self, path: Path, wanted: Set[str]) -> None:
+        """Remove these bitmaps from a qcow2 image that nobody has open; succeeds where they, or the image, are not.
+
+        :raises SnapshotError: it is in use, or no qcow2 image
+        """
+        if not path.exists():
+            return
+        described = json.loads(self._run(["info", "--output=json", "-f", "qcow2", str(path)], _QUICK_SECONDS))
+        found = described.get("format-specific", {}).get("data", {}).get("bitmaps", [])
+        for name in wanted & {bitmap["name"] for bitmap in found}:
+            self._run(["bitmap", "--remove", "-f", "qcow2", str(path), name], _QUICK_SECONDS)
 
     def _run(self, arguments: list[str], timeout_seconds: float) -> str:
         return self._call(arguments, timeout_seconds, accepted=(0,)).stdout

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
 from vmsnap.errors import Busy, SnapshotError, UnknownVm, UsageError, VmGone
-from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Finding, Moment, OwnedResource, SnapshotPlan, Window
+from vmsnap.model import (
+    ClonePlan,
+    Disk,
+    DiskSnapshot,
+    Extent,
+    Finding,
+    Moment,
+    OwnedResource,
+    SnapshotPlan,
+    Window,
+)
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.snapshots.qcow2 import clones, fleecing, overlay, record, server
-from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_seconds
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, overlay, record, server
+from vmsnap_drivers.snapshots.qcow2.changes import read_changes
+from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_number
 from vmsnap_drivers.snapshots.qcow2.clone_reader import CloneReader
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
+from vmsnap_drivers.snapshots.qcow2.keeping import KeptNotes
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames, choose_names
 from vmsnap_drivers.snapshots.qcow2.reader import Qcow2Reader
 from vmsnap_drivers.snapshots.qcow2.room import check_room, choose_folder
@@ -38,9 +50,15 @@ class Qcow2Mechanism(SnapshotMechanism):
     name: ClassVar[str] = MECHANISM
     atomic_group: ClassVar[bool] = True
     clones: ClassVar[bool] = True
+    changes: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
         Option("folder", "where blocks that the guest overwrites are kept meanwhile (default: beside each disk)"),
         Option("copy_seconds", "how long a write of the guest's may wait for its old block to be copied", default="10"),
+        Option(
+            "bitmaps",
+            "of how many backups the changes since are recorded at once: one is needed for each repository; 0: none",
+            default="4",
+        ),
         Option("qemu_img", "the program qemu-img", default="qemu-img"),
     )
 
@@ -68,9 +86,17 @@ class Qcow2Mechanism(SnapshotMechanism):
             if not self.handles(disk):
                 raise SnapshotError(f"disk {disk.device} is none that QEMU's block layer can snapshot for us")
         self._copy_seconds()
+        count = self._bitmaps()
         self._image.require()
         folders = tuple(choose_folder(disk, self._options.get("folder"), self._folder) for disk in chosen)
-        names = choose_names(tag, chosen, folders, self._folder, overlays=window is Window.NO_BLOCK_JOBS)
+        names = choose_names(
+            tag,
+            chosen,
+            folders,
+            self._folder,
+            overlays=window is Window.NO_BLOCK_JOBS,
+            bitmaps=tuple(bitmaps.choose_name() if count else "" for _ in chosen),
+        )
         # A plan may be carried out by another process, which then needs the monitor: it serves one.
         with Monitor.borrow(names.monitor) as monitor:
             graph = BlockGraph(monitor)
@@ -93,6 +119,8 @@ class Qcow2Mechanism(SnapshotMechanism):
         for disk, own in zip(plan.disks, names.disks, strict=True):
             if disk.read_only:
                 continue
+            bitmaps.remove_broken(graph, disk)
+            bitmaps.remove_beyond(graph, disk, self._bitmaps())
             owner = Path(disk.handle["file"])
             owner_file = owner if owner.is_file() else None
             self._image.create(Path(own.target_file), disk.size_bytes, owner=owner_file, backing=None)
@@ -100,11 +128,12 @@ class Qcow2Mechanism(SnapshotMechanism):
                 backing = (disk.handle["file"], disk.format)
                 self._image.create(Path(own.overlay_file), disk.size_bytes, owner=owner_file, backing=backing)
                 overlay.add_overlay(graph, disk, own)
+                bitmaps.hold(graph, disk)
             else:
                 fleecing.add_filter(graph, disk, own, self._copy_seconds())
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
-        """See `SnapshotMechanism.snapshot`. One round trip, and one more a disk.
+        """See `SnapshotMechanism.snapshot`. Two round trips, and one more a disk.
 
         :raises SnapshotError: QEMU refused, or the guest executes
         """
@@ -112,7 +141,9 @@ class Qcow2Mechanism(SnapshotMechanism):
         graph = self._graph(names)
         if graph.is_running():
             raise SnapshotError(f"the VM {plan.vm} executes: its disks would not show one instant")
-        for disk, own in zip(plan.disks, names.disks, strict=True):
+        disks = list(zip(plan.disks, names.disks, strict=True))
+        bitmaps.begin(graph, disks)
+        for disk, own in disks:
             if disk.read_only:
                 continue
             if own.overlay_file:
@@ -120,7 +151,7 @@ class Qcow2Mechanism(SnapshotMechanism):
             else:
                 fleecing.connect_filter(graph, disk, own)
         instant = Moment.now("disks")
-        return tuple(DiskSnapshot(plan, disk, instant) for disk in plan.disks)
+        return tuple(DiskSnapshot(plan, disk, instant, mark=bitmaps.mark_of(disk, own)) for disk, own in disks)
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
         """Put overlays back and export the disks as they were. To be called as soon as the guest runs again.
@@ -137,6 +168,8 @@ class Qcow2Mechanism(SnapshotMechanism):
         for disk, own in overlaid:
             fleecing.add_filter(graph, disk, own, self._copy_seconds())
         overlay.put_back(graph, overlaid)
+        for disk, _ in overlaid:
+            bitmaps.let_go(graph, disk)
         for disk, own in disks:
             fleecing.export(graph, disk, own)
 
@@ -146,6 +179,49 @@ class Qcow2Mechanism(SnapshotMechanism):
         own = names.disks[snapshot.plan.disks.index(snapshot.disk)]
         target = None if snapshot.disk.read_only else own.target
         return Qcow2Reader(snapshot.disk, Path(names.socket), own.access, target, _READ_SECONDS)
+
+    def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
+        """See `SnapshotMechanism.changed_extents`. Needs `settle` before. What the guest changed after the snapshot is
+        named too.
+        """
+        names = PlanNames.of(snapshot.plan)
+        own = names.disks[snapshot.plan.disks.index(snapshot.disk)]
+        yield from read_changes(self._graph(names), snapshot.disk, own, Path(names.socket), since, _READ_SECONDS)
+
+    def keep_mark(self, snapshot: DiskSnapshot, instead_of: str = "") -> None:
+        """See `SnapshotMechanism.keep_mark`. Beyond the number in the option ``bitmaps`` the oldest are given up.
+
+        :raises SnapshotError: failed
+        :raises VmGone: QEMU has ended
+        """
+        names, disk = PlanNames.of(snapshot.plan), snapshot.disk
+        own = names.disks[snapshot.plan.disks.index(disk)]
+        graph = self._graph(names)
+        before = {found.kept_as for found in bitmaps.find_all(graph, disk)}
+        self._kept.write(snapshot.plan.vm, disk, sorted({*before, own.bitmap}))
+        bitmaps.keep(graph, disk, own)
+        if instead_of:
+            bitmaps.remove(graph, disk, bitmaps.parse_mark(instead_of)[0])
+        bitmaps.remove_beyond(graph, disk, self._bitmaps())
+        left = {found.kept_as for found in bitmaps.find_all(graph, disk)}
+        self._kept.write(snapshot.plan.vm, disk, sorted(left))
+
+    def forget_marks(self, vm: str) -> None:
+        """See `SnapshotMechanism.forget_marks`: from the running QEMU, else from the image.
+
+        :raises SnapshotError: QEMU's monitor or the image is in use by another program
+        :raises DriverUnavailable: qemu-img is needed and not installed
+        """
+        for kept in self._kept.all(vm):
+            try:
+                with Monitor.borrow(kept.monitor) as monitor:
+                    bitmaps.remove_everywhere(BlockGraph(monitor), kept.names)
+            except (VmGone, UnknownVm):
+                if kept.format == "qcow2":
+                    self._image.remove_bitmaps(Path(kept.file), set(kept.names))
+            except (Busy, UsageError) as e:
+                raise SnapshotError(e.message, cure=e.cure) from e
+            self._kept.strike(kept)
 
     def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
         """See `SnapshotMechanism.plan_clone`: a sparse raw file, lasting or not. A read-only disk is shared."""
@@ -190,7 +266,7 @@ class Qcow2Mechanism(SnapshotMechanism):
 
     def list_owned(self) -> Sequence[OwnedResource]:
         """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
-        return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes)]
+        return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes), *self._kept.list_owned()]
 
     def doctor(self) -> Sequence[Finding]:
         """See `SnapshotMechanism.doctor`."""
@@ -215,5 +291,12 @@ class Qcow2Mechanism(SnapshotMechanism):
     def _clone_notes(self) -> Path:
         return self._folder / "clones"
 
+    @property
+    def _kept(self) -> KeptNotes:
+        return KeptNotes(self._folder / "bitmaps")
+
     def _copy_seconds(self) -> int:
-        return parse_seconds(self._options.get("copy_seconds", "10"))
+        return parse_number("copy_seconds", self._options.get("copy_seconds", "10"), 1, 3600)
+
+    def _bitmaps(self) -> int:
+        return parse_number("bitmaps", self._options.get("bitmaps", "4"), 0, 64)

@@ -25,7 +25,8 @@ class DiskNames:
 
     `filter`, `target`, `access`, `overlay` and `image` (the overlay's file) are names of block nodes; `access` and
     `target` are exports too, and `commit_job` is the job which puts the overlay back. `overlay_file` is empty where
-    no overlay is needed.
+    no overlay is needed. `bitmap` records what changes from the instant on, empty where nothing is to; `changes` is
+    a copy of an older one, and its export.
     """
 
     filter: str
@@ -36,6 +37,8 @@ class DiskNames:
     commit_job: str
     target_file: str
     overlay_file: str
+    bitmap: str
+    changes: str
 
     @property
     def committing_file(self) -> str:
@@ -86,9 +89,15 @@ class PlanNames:
 
 
 def choose_names(
-    tag: str, disks: tuple[Disk, ...], folders: tuple[Path, ...], state_folder: Path, *, overlays: bool
+    tag: str,
+    disks: tuple[Disk, ...],
+    folders: tuple[Path, ...],
+    state_folder: Path,
+    *,
+    overlays: bool,
+    bitmaps: tuple[str, ...],
 ) -> PlanNames:
-    """Choose names for `disks`, the files of each in its folder of `folders`.
+    """Choose names for `disks`, the files of each in its folder of `folders`, its bitmap's name in `bitmaps`.
 
     :raises SnapshotError: the tag is none, or the disks belong to different VMs
     """
@@ -103,7 +112,7 @@ def choose_names(
         raise SnapshotError("the disks of a snapshot must be those of one VM")
     short = TAG_PREFIX + hashlib.blake2s(tag.encode(), digest_size=6).hexdigest()
     chosen = []
-    for number, folder in enumerate(folders):
+    for number, (folder, bitmap) in enumerate(zip(folders, bitmaps, strict=True)):
         node = f"{short}-{number}"
         chosen.append(
             DiskNames(
@@ -115,6 +124,8 @@ def choose_names(
                 commit_job=f"{node}-commit",
                 target_file=str(folder / f"{tag}.{number}.before.qcow2"),
                 overlay_file=str(folder / f"{tag}.{number}.overlay.qcow2") if overlays else "",
+                bitmap=bitmap,
+                changes=f"{node}-changes",
             )
         )
     return PlanNames(

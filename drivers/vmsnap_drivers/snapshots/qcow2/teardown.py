@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmsnap.errors import SnapshotError, VmGone
 from vmsnap.model import Disk, SnapshotPlan
-from vmsnap_drivers.snapshots.qcow2 import fleecing, overlay, server
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, changes, fleecing, overlay, server
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import QemuImg
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames, PlanNames
@@ -72,6 +72,9 @@ def _clean_disk(graph: BlockGraph, image: QemuImg, disk: Disk, own: DiskNames) -
             overlay.remove_files(own)
     fleecing.take_down(graph, disk, own)
     fleecing.remove_files(own)
+    changes.end_reading(graph, disk, own)
+    bitmaps.remove_pending(graph, disk, own)
+    bitmaps.let_go(graph, disk)
     if own.overlay_file:
         salvage_overlay(image, disk, own)
 
