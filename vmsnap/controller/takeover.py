@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmsnap.errors import VmsnapError
+from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.heldduplicates import HeldDuplicate, HeldDuplicates
 from vmsnap.journal import Operation
 from vmsnap.model import Disk, VmState
@@ -37,7 +37,7 @@ def settle_takeover(name: str, operation: Operation, hypervisor: Hypervisor, tab
     held = duplicates.get(name)
     begun = {entry.instruction for entry in operation.entries()}
     if Instruction.RESUME_DUPLICATE.value not in begun:
-        hypervisor.destroy()
+        _destroy(hypervisor)
         table.set_state(held.vm, VmState.ABSENT.value, resume_flag=False)
         return Settled(False, f"duplicate {name} is held as before")
     state = hypervisor.state()
@@ -51,6 +51,15 @@ def settle_takeover(name: str, operation: Operation, hypervisor: Hypervisor, tab
         raise VmsnapError(f"duplicate {name!r} was to run as VM {held.vm!r} and stands still", cure="vmsnap recover")
     duplicates.spend(held, operation.name)
     return Settled(False, f"duplicate {name} ran as VM {held.vm} and is {state.value}: it is spent, its disks stay")
+
+
+def _destroy(hypervisor: Hypervisor) -> None:
+    try:
+        hypervisor.destroy()
+    except HypervisorError:
+        # Where nothing was loaded yet, what lies there is what the failed VM left, which is not ours.
+        if hypervisor.state() is not VmState.ABSENT:
+            raise
 
 
 def take_place(
