@@ -18,6 +18,7 @@ import numpy as np
 
 from tests.lab import LabMachine, QemuBuild
 from tests.lab import serial as console
+from tests.lab.machine import Disk
 from tests.lab.serial import Stall
 from vmsnap.host import TMPFS
 
@@ -36,7 +37,7 @@ _STALL_LINES_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 LOAD = {"stamp_mib": 64, "dirty_pages": 32}
-"""The workload's settings: each count, some 100 of them a second, writes 32 pages of RAM and a record on each disk."""
+"""The workload's settings: each count, some 100 of them a second, writes 32 pages of RAM and a record on the disk."""
 
 
 class GuestMemoryError(Exception):
@@ -56,6 +57,7 @@ class FilledMachine(LabMachine):
             qemu,
             memory_mib=filled_bytes // MIB + _OWN_MIB + _TABLES_MIB,
             round_memory=True,
+            disks=(Disk("qcow2"),),
             settings=LOAD,
             extra_arguments=("-qmp", f"unix:{folder.absolute() / 'witness.sock'},server=on,wait=off"),
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
 from vmsnap.roles import CaptureRequest
+from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import mapped_memory
 
 _QUIET_SECONDS = 5
+_ROUND_TRIPS = 200
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class GuestResult:
     live: list[LivePause]
     copies: list[CopyPause]
     copy_views: list[GuestView]
+    saved_seconds: list[float]
+    """STOP to RESUME of ``savevm``."""
+    round_trip_seconds: float
+    """One question and its answer by vmsnap's own connection to QEMU's monitor, the median of many."""
     failures: dict[str, str]
     """Ways of capture that were refused or failed, with the first reason."""
 
@@ -88,6 +96,7 @@ class Order:
     captures: Sequence[str]
     rounds: int
     copies: int
+    saves: int
     max_pause_seconds: float
     folder: Path
     repository_folder: Path
@@ -112,7 +121,8 @@ def measure(build: QemuBuild, memory_gib: float, order: Order, tell: Callable[[s
         begun = len(machine.serial_text())
         for _ in range(_QUIET_SECONDS):
             machine.stalls_since(len(machine.serial_text()))
-        result = GuestResult(build.version, memory_gib, _view(machine, begun), [], [], [], {})
+        quiet = _view(machine, begun)
+        result = GuestResult(build.version, memory_gib, quiet, [], [], [], [], _round_trip(machine), {})
         for capture in order.captures:
             options = {"qmp": str(machine.qmp_socket), "capture": capture}
             controller.add_vm(f"vm-{capture}", "qemu", options)
@@ -120,11 +130,15 @@ def measure(build: QemuBuild, memory_gib: float, order: Order, tell: Callable[[s
             for capture in order.captures:
                 if capture not in result.failures:
                     _back_up(machine, witness, controller, repository, capture, order, result)
-            if number < order.copies:
-                begun = len(machine.serial_text())
-                result.copies.append(witness.stop_and_copy())
-                result.copy_views.append(_view(machine, begun))
             tell(f"round {number + 1} of {order.rounds}")
+        for number in range(order.copies):
+            begun = len(machine.serial_text())
+            result.copies.append(witness.stop_and_copy())
+            result.copy_views.append(_view(machine, begun))
+            tell(f"stop-and-copy {number + 1} of {order.copies}")
+        for number in range(order.saves):
+            result.saved_seconds.append(witness.save_internally())
+            tell(f"savevm {number + 1} of {order.saves}")
         machine.wait_for_check(machine.latest_count() + 1)
         witness.close()
         return result
@@ -169,6 +183,16 @@ def _back_up(
             load=load,
         )
     )
+
+
+def _round_trip(machine: FilledMachine) -> float:
+    taken = []
+    with Monitor.borrow(machine.qmp_socket) as monitor:
+        for _ in range(_ROUND_TRIPS):
+            begun = time.perf_counter()
+            monitor.execute("query-status")
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
 
 
 def _view(machine: FilledMachine, begun: int) -> GuestView:

@@ -45,7 +45,7 @@ def test_without_faults_a_wrapper_is_the_driver(rig: SimulatedRig) -> None:
     duplicate = driver.duplicate()
     driver.resume()
     driver.finish_duplicate(duplicate, lambda _: None)
-    assert (driver.name, driver.any_order, driver.vm) == ("simulated", True, rig.vm)
+    assert (driver.name, driver.vm) == ("simulated", rig.vm)
     assert plan.calls == ["plan_capture", "prepare", "pause", "duplicate", "resume", "finish_duplicate"]
     assert plan.struck == []
 
@@ -168,4 +168,4 @@ def test_fencing_and_life_fail_on_plan(rig: SimulatedRig) -> None:
         driver.fence()
     with pytest.raises(HypervisorError, match="injected"):
         driver.await_life(0.1)
-    assert "counted on" in driver.await_life(10.0)
+    assert "counted on" in driver.await_life(60)

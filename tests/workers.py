@@ -40,18 +40,22 @@ SLOW_MACHINE_SECONDS = 10
 """What killing a worker and resuming may take on top, where other programs have the processors."""
 
 
-def worker_that_waits_at(state_dir: Path, url: str, call: str) -> subprocess.Popen[str]:
+def worker_that_waits_at(
+    state_dir: Path, url: str, call: str, *, max_pause_seconds: float = MAX_PAUSE_SECONDS
+) -> subprocess.Popen[str]:
     """A worker that backs up ``vm001`` into the repository at `url`, has come to its first call of the driver method
     `call`, and waits there for a byte on its standard input.
     """
     worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(state_dir), url, call, str(MAX_PAUSE_SECONDS)],
+        [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
+    told = []
     for line in worker.stdout or ():
         if line.strip() == call:
             return worker
-    raise AssertionError(f"the worker never came to {call}: {worker.wait()}")
+        told.append(line)
+    raise AssertionError(f"the worker never came to {call}: {worker.wait()}, {''.join(told)}")

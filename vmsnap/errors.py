@@ -133,6 +133,18 @@ class CannotCapture(HypervisorError):
     """The VM cannot be captured truthfully; found before anything was paused."""
 
 
+class DoesNotConverge(CannotCapture):
+    """The guest changes its memory faster than this way of capture copies it, and another way can be: see
+    `CaptureRequest.without`.
+
+    :ivar capture: the way that was tried
+    """
+
+    def __init__(self, message: str, capture: str) -> None:
+        super().__init__(message, cure=f"try again without {capture}")
+        self.capture = capture
+
+
 class VmGone(HypervisorError):
     """The VM ended, crashed or cannot be reached any more."""
 

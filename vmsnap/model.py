@@ -160,7 +160,8 @@ class CapturePlan:
     before memory is duplicated; else either order is right. `prepare_seconds` bounds what `prepare` takes, and
     `lead_seconds` what `pause` takes with the guest still running; the guardian allows for both. `needs_worker`
     is set where the guest depends on the copying process until the copy is complete, as write faults do that wait for
-    their page.
+    their page. `otherwise_seconds` is the predicted pause of the best other way, None where there is none: a capture
+    that turns out to be no better gives itself up with `DoesNotConverge`.
     """
 
     capture: str
@@ -171,6 +172,7 @@ class CapturePlan:
     prepare_seconds: float = 60.0
     lead_seconds: float = 0.0
     needs_worker: bool = False
+    otherwise_seconds: float | None = None
 
 
 @dataclass(frozen=True)

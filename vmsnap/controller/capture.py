@@ -6,11 +6,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from vmsnap.controller.drivers import Drivers
-from vmsnap.errors import CannotCapture, HypervisorError, ProtocolError, VmGone, VmsnapError
+from vmsnap.errors import (
+    CannotCapture,
+    DoesNotConverge,
+    HypervisorError,
+    PauseExceeded,
+    ProtocolError,
+    VmGone,
+    VmsnapError,
+)
 from vmsnap.guardian import Guard, NoGuard
 from vmsnap.journal import Operation
 from vmsnap.model import (
@@ -168,6 +176,7 @@ class Capture:
         """The evidence, checked.
 
         :raises HypervisorError: it does not show one instant
+        :raises PauseExceeded: the guest stood still longer than it was allowed to
         """
         moments = {snapshot.instant for snapshot in self.snapshots}
         instant = Instant(
@@ -177,6 +186,12 @@ class Capture:
             self._resumed,
         )
         instant.check()
+        if instant.pause_seconds() > self._request.max_pause_seconds:
+            raise PauseExceeded(
+                f"VM {self.row.vm!r} stood still for {instant.pause_seconds():.3f} s, longer than the"
+                f" {self._request.max_pause_seconds:g} s that were allowed",
+                cure="allow more with --max-pause",
+            )
         return instant
 
     def finish_duplicate(self, progress: Callable[[int], None]) -> Duplicate:
@@ -222,7 +237,10 @@ class Capture:
         self._operation.must_execute(self.executing)
 
     def prepare(self) -> None:
-        """All that is slow; the guest runs. The guardian watches from here on, since a pre-copy may end in a pause."""
+        """All that is slow; the guest runs. The guardian watches from here on, since a pre-copy may end in a pause.
+
+        A way of capture that does not come to an end gives its place to another one, here or in `pause`.
+        """
         description = self.description
         self._plan = self.hypervisor.plan_capture(self._request)
         by_mechanism: dict[str, list[Disk]] = {}
@@ -242,21 +260,28 @@ class Capture:
         )
         for plan in plans:
             self.mechanisms[plan.mechanism].prepare(plan)
-        if self.executing:
+        if self.executing and not self._request.without:
             self._guard = self._start_guardian(
                 self._drivers.context, self.row.vm, self.row.hypervisor, dict(self.row.options)
             )
-            # The guest runs meanwhile, but a pre-copy that is at its end at once may have stopped it.
-            self._guard.arm(self._plan.prepare_seconds + self._request.max_pause_seconds)
-        self.hypervisor.prepare(self._request, self._plan)
-        self._guard.arm(self._plan.lead_seconds + self._request.max_pause_seconds)
+        # The guest runs meanwhile, but a pre-copy that is at its end at once may have stopped it.
+        self._guard.arm(self._plan.prepare_seconds + self._request.max_pause_seconds)
+        try:
+            self.hypervisor.prepare(self._request, self._plan)
+        except DoesNotConverge as e:
+            self._prepare_without(e.capture)
+        self._guard.arm(self.plan.lead_seconds + self._request.max_pause_seconds)
 
     def pause(self) -> None:
         """Stop the VM."""
         if not self.executing and self.hypervisor.state() is VmState.EXECUTING:
             raise CannotCapture(f"VM {self.row.vm!r} stood still and was started meanwhile", cure="try again")
         self._guard.arm(self.plan.lead_seconds + self._request.max_pause_seconds)
-        self._paused = self.hypervisor.pause()
+        try:
+            self._paused = self.hypervisor.pause()
+        except DoesNotConverge as e:
+            self._prepare_without(e.capture)
+            self._paused = self.hypervisor.pause()
         paused_seconds = (time.monotonic_ns() - self._paused.monotonic_ns) / 1e9
         self._guard.arm(max(0.0, self._request.max_pause_seconds - paused_seconds))
 
@@ -266,13 +291,35 @@ class Capture:
             self.snapshots += self.mechanisms[plan.mechanism].snapshot(plan)
 
     def take_duplicate(self) -> None:
-        """Fix the memory."""
+        """Fix the memory.
+
+        :raises ProtocolError: the disks were to be fixed before, and are not
+        """
+        if self.plan.disks_first and len(self.snapshots) < sum(len(plan.disks) for _, plan in self.plans):
+            raise ProtocolError(f"capture {self.plan.capture!r} needs the disks' snapshots before the memory's")
         self._duplicate = self.hypervisor.duplicate()
 
     def resume(self) -> None:
         """Let the VM run."""
         self._resumed = self.hypervisor.resume()
         self._await_copy()
+
+    def _prepare_without(self, capture: str) -> None:
+        """Take back what was prepared, the guest running, and prepare again for another way: the disks' part depends
+        on the way too.
+        """
+        self._guard.arm(self.plan.prepare_seconds + self._request.max_pause_seconds)
+        self.hypervisor.abandon()
+        if self.executing:
+            self.hypervisor.resume()
+        self.delete_snapshots()
+        self.discard_duplicate()
+        for mechanism in self.mechanisms.values():
+            mechanism.close()
+        self.mechanisms.clear()
+        self.plans.clear()
+        self._request = replace(self._request, without=(*self._request.without, capture))
+        self.prepare()
 
     def _await_copy(self) -> None:
         """Where the guest's writes wait for us to copy, a worker that stands still is as bad as a pause; else only its

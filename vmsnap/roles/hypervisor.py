@@ -32,11 +32,12 @@ LOOK_EACH_SECONDS = 0.1
 @dataclass(frozen=True)
 class CaptureRequest:
     """What the core wants captured: into a duplicate called `duplicate`, the guest standing still
-    `max_pause_seconds` at most.
+    `max_pause_seconds` at most, in none of the ways `without`, which were tried and did not come to an end.
     """
 
     duplicate: str
     max_pause_seconds: float
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,6 @@ class Hypervisor(ABC):
 
     name: ClassVar[str]
     options: ClassVar[Sequence[Option]] = ()
-    any_order: ClassVar[bool] = False
-    """Disks may be snapshotted after `duplicate` as well as before it; else disks come first."""
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember name, context and checked options; no I/O."""
@@ -153,7 +152,9 @@ class Hypervisor(ABC):
         """Do everything slow while the guest runs: folder and files of the duplicate, settings, pre-copying RAM.
         Blocks.
 
-        :raises CannotCapture: e.g. the guest writes faster than a pre-copy converges
+        :raises DoesNotConverge: the guest writes too fast for the planned way, and there is another; the core gives
+            this capture up and plans once more, without that way
+        :raises CannotCapture: it cannot be
         """
 
     @abstractmethod
@@ -163,6 +164,7 @@ class Hypervisor(ABC):
         Returns the moment it stopped, by the hypervisor's own event where it has one.
 
         :raises PauseExceeded: could not be stopped in time; it runs
+        :raises DoesNotConverge: as in `prepare`; it runs
         :raises VmGone: it ended
         """
 

@@ -156,7 +156,7 @@ class FaultyHypervisor(Hypervisor):
     def __init__(self, driver: Hypervisor, plan: FaultPlan) -> None:
         """Wrap `driver`."""
         super().__init__(driver.vm, driver.context, {})
-        vars(self).update(name=driver.name, options=driver.options, any_order=driver.any_order)
+        vars(self).update(name=driver.name, options=driver.options)
         self.driver = driver
         self.plan = plan
 

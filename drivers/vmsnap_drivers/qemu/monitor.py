@@ -6,7 +6,7 @@ through it. So a connection belongs to the process, and drivers *borrow* it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,6 +81,19 @@ class Monitor:
         :raises HypervisorError: no answer in time; the command may still be carried out later
         """
         return self._connection.execute(command, arguments, (), timeout_seconds)
+
+    def execute_all(
+        self,
+        commands: Sequence[tuple[str, Mapping[str, object] | None]],
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> list[Any]:
+        """Carry out some commands (at most 8, as many as QEMU queues), one after the other, in one round trip; return
+        their results. One that fails does not keep the later ones from being carried out.
+
+        Raises what `execute` raises, for the first that failed.
+        """
+        return self._connection.execute_all(commands, (), timeout_seconds)
 
     def execute_with_descriptor(
         self,

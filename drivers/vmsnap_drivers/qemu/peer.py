@@ -27,7 +27,8 @@ stand in it.
 """
 
 _TMPFS: Final = frozenset({"tmpfs", "ramfs"})
-_RAM_AT_LEAST: Final = 16 * 1024 * 1024
+RAM_AT_LEAST_BYTES: Final = 16 * 1024 * 1024
+"""A mapping of this size or more counts as guest RAM."""
 _UCRED: Final = struct.Struct("3i")
 _CONNECT_SECONDS: Final = 1.0
 
@@ -41,6 +42,27 @@ class Peer:
     cwd: str
     argv: tuple[str, ...]
     environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One mapping of a process, as ``/proc/PID/smaps`` shows it.
+
+    :ivar is_private_data: private, readable and writable, and of no file: anonymous memory
+    :ivar small_bytes: in memory, in pages of the processor's smallest size
+    :ivar huge_bytes: in memory, in huge pages
+    """
+
+    start: int
+    end: int
+    is_private_data: bool
+    small_bytes: int
+    huge_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length, in memory or not."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -108,14 +130,8 @@ def mapped_memory(pid: int) -> MappedMemory:
 
     :raises VmGone: it has ended
     """
-    small = huge = 0
-    for size, fields in _mappings(pid):
-        if size >= _RAM_AT_LEAST:
-            in_huge = fields.get("AnonHugePages", 0) + fields.get("ShmemPmdMapped", 0) + fields.get("FilePmdMapped", 0)
-            in_huge += fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
-            small += max(0, fields.get("Rss", 0) - in_huge)
-            huge += in_huge
-    return MappedMemory(small, huge)
+    large = [mapping for mapping in mappings(pid) if mapping.size_bytes >= RAM_AT_LEAST_BYTES]
+    return MappedMemory(sum(m.small_bytes for m in large), sum(m.huge_bytes for m in large))
 
 
 def thread_waiting_on(pid: int, inode: int) -> bool:
@@ -175,17 +191,29 @@ def _environment(folder: Path) -> dict[str, str]:
     return kept
 
 
-def _mappings(pid: int) -> list[tuple[int, dict[str, int]]]:
+def mappings(pid: int) -> list[Mapping]:
+    """All mappings of a process. Takes some milliseconds a GiB of small pages.
+
+    :raises VmGone: it has ended
+    """
     try:
         text = Path("/proc", str(pid), "smaps").read_text()
     except (FileNotFoundError, ProcessLookupError) as e:
         raise VmGone(f"the QEMU process {pid} has ended") from e
-    found: list[tuple[int, dict[str, int]]] = []
+    found: list[tuple[list[str], dict[str, int]]] = []
     for line in text.splitlines():
         name, colon, rest = line.partition(":")
         if " " in name or not colon:
-            start, _, end = line.split()[0].partition("-")
-            found.append((int(end, 16) - int(start, 16), {}))
+            found.append((line.split(), {}))
         elif rest.endswith(" kB"):
             found[-1][1][name] = int(rest.split()[0]) * 1024
-    return found
+    return [_mapping(words, fields) for words, fields in found]
+
+
+def _mapping(words: list[str], fields: dict[str, int]) -> Mapping:
+    start, _, end = words[0].partition("-")
+    huge = sum(fields.get(name, 0) for name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"))
+    # Pages of hugetlbfs do not count as resident.
+    small = max(0, fields.get("Rss", 0) - huge)
+    huge += fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
+    return Mapping(int(start, 16), int(end, 16), words[1] == "rw-p" and words[4] == "0", small, huge)

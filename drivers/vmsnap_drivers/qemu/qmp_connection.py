@@ -112,26 +112,41 @@ class Connection:
         self, command: str, arguments: Mapping[str, object] | None, descriptors: Sequence[int], timeout_seconds: float
     ) -> Any:
         """See `Monitor.execute`."""
-        number = next(self._numbers)
-        message: dict[str, object] = {"execute": command, "id": number}
-        if arguments:
-            message["arguments"] = dict(arguments)
+        return self.execute_all([(command, arguments)], descriptors, timeout_seconds)[0]
+
+    def execute_all(
+        self,
+        commands: Sequence[tuple[str, Mapping[str, object] | None]],
+        descriptors: Sequence[int],
+        timeout_seconds: float,
+    ) -> list[Any]:
+        """See `Monitor.execute_all`."""
+        numbers = [next(self._numbers) for _ in commands]
+        messages = []
+        for number, (command, arguments) in zip(numbers, commands, strict=True):
+            message: dict[str, object] = {"execute": command, "id": number}
+            if arguments:
+                message["arguments"] = dict(arguments)
+            messages.append(message)
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            self._answers[number] = None
+            self._answers.update(dict.fromkeys(numbers))
         try:
             with self._sending:
-                self._socket.send(message, descriptors, timeout_seconds=timeout_seconds)
-            self._read_until(lambda: self._answers[number] is not None, deadline)
-            answer = self._answers[number]
+                self._socket.send(messages, descriptors, timeout_seconds=timeout_seconds)
+            # QEMU answers in order.
+            self._read_until(lambda: self._answers[numbers[-1]] is not None, deadline)
+            answers = [self._answers[number] for number in numbers]
         finally:
             with self._changed:
-                del self._answers[number]
-        if answer is None:
-            raise HypervisorError(f"QEMU at {self.path} did not answer {command} within {timeout_seconds:g} s")
-        if "error" in answer:
-            raise MonitorError(command, answer["error"].get("class", ""), answer["error"].get("desc", ""))
-        return answer.get("return")
+                for number in numbers:
+                    del self._answers[number]
+        for (command, _), answer in zip(commands, answers, strict=True):
+            if answer is None:
+                raise HypervisorError(f"QEMU at {self.path} did not answer {command} within {timeout_seconds:g} s")
+            if "error" in answer:
+                raise MonitorError(command, answer["error"].get("class", ""), answer["error"].get("desc", ""))
+        return [answer["return"] for answer in answers if answer is not None]
 
     def mark(self) -> int:
         """See `Monitor.mark`."""

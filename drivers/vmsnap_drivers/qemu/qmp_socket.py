@@ -56,13 +56,13 @@ class QmpSocket:
             self._socket.close()
             raise
 
-    def send(self, message: object, descriptors: Sequence[int] = (), *, timeout_seconds: float) -> None:
-        """Send one message, the descriptors with its first byte.
+    def send(self, messages: Sequence[object], descriptors: Sequence[int] = (), *, timeout_seconds: float) -> None:
+        """Send messages, the descriptors with their first byte.
 
         :raises VmGone: the other side is gone
         :raises HypervisorError: it did not take the message in time; the connection cannot be used any more
         """
-        data = memoryview(json.dumps(message).encode() + b"\n")
+        data = memoryview(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         deadline = time.monotonic() + timeout_seconds
         while data:

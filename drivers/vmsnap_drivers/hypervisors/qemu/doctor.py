@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +38,7 @@ def look_at_host(context: DriverContext) -> Iterator[Finding]:
     yield _memory_folder(context)
 
 
-def look_at_vm(vm: str, socket_path: str, wanted: str) -> Sequence[Finding]:
+def look_at_vm(vm: str, socket_path: str, wanted: str, factors: Mapping[str, float]) -> Sequence[Finding]:
     """Whether this VM answers and can be captured, and what pause to expect."""
     try:
         with Monitor.borrow(socket_path) as monitor:
@@ -48,7 +48,7 @@ def look_at_vm(vm: str, socket_path: str, wanted: str) -> Sequence[Finding]:
             version = f"QEMU {description.hypervisor_version}"
             if description.state is not VmState.EXECUTING:
                 return [Finding(f"VM {vm}", "ok", f"{version} answers, the guest stands still")]
-            possible = ways(monitor, description)
+            possible = ways(monitor, description, factors)
     except VmsnapError as e:
         return [Finding(f"VM {vm}", "missing", e.message, e.cure)]
     findings = [Finding(f"VM {vm}", "ok", f"{version} answers")]

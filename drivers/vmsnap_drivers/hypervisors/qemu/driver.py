@@ -21,6 +21,7 @@ from vmsnap.model import (
     Disk,
     Duplicate,
     Finding,
+    Json,
     Moment,
     Nic,
     OwnedResource,
@@ -36,6 +37,7 @@ from vmsnap_drivers.hypervisors.qemu import (
     ending,
     fence,
     launch,
+    learned,
     life,
     network,
     own_disks,
@@ -69,7 +71,6 @@ class QemuHypervisor(Hypervisor):
         Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)"),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
     )
-    any_order = False
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         super().__init__(check_name(vm, "VM name"), context, options)
@@ -107,21 +108,23 @@ class QemuHypervisor(Hypervisor):
     def doctor(self) -> Sequence[Finding]:
         findings = list(doctor.look_at_host(self.context))
         if Path(self._socket).exists():
-            findings += doctor.look_at_vm(self.vm, self._socket, self._wanted)
+            known = learned.factors(self.context.state_dir, self.vm)
+            findings += doctor.look_at_vm(self.vm, self._socket, self._wanted, known)
         return findings
 
     # -- capturing
 
     def plan_capture(self, request: CaptureRequest) -> CapturePlan:
         description = self.describe()
-        chosen = plan.plan_capture(self._wanted, self.monitor, description, request.max_pause_seconds)
+        known = learned.factors(self.context.state_dir, self.vm)
+        chosen = plan.plan_capture(self._wanted, self.monitor, description, request, known)
         plan.choose_folder(self.context, self.vm, description.memory_bytes)
         return chosen
 
     def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
         check_name(request.duplicate, "duplicate name")
         try:
-            self._prepare(request, plan.capture)
+            self._prepare(request, plan)
         except CannotCapture:
             self.abandon()
             raise
@@ -167,7 +170,8 @@ class QemuHypervisor(Hypervisor):
             )
             for number, block in enumerate(captured.blocks)
         )
-        details = {"capture": capture.name, "memory": captured.to_json()}
+        details = {"capture": capture.name, "memory": captured.to_json(), "pause": self._checked(capture)}
+        details |= capture.details
         return Duplicate(
             duplicate.name,
             duplicate.folder,
@@ -258,13 +262,24 @@ class QemuHypervisor(Hypervisor):
             if self.state() is not VmState.ABSENT:
                 settings.restore(self.monitor, left.settings)
 
+    def _checked(self, capture: Capture) -> Json:
+        """The pause beside its prediction, for the manifest and for the next prediction."""
+        chosen, measured = capture.session.plan, capture.pause_seconds()
+        if chosen.predicted_pause_seconds and measured:
+            learned.remember(self.context.state_dir, self.vm, capture.name, chosen.predicted_pause_seconds, measured)
+        return {
+            "predicted_seconds": chosen.predicted_pause_seconds,
+            "measured_seconds": measured,
+            "reason": chosen.reason,
+        }
+
     def _going_on(self) -> Capture:
         if self._capture is None:
             raise ProtocolError(f"no capture of VM {self.vm!r} was prepared")
         return self._capture
 
-    def _prepare(self, request: CaptureRequest, way: str) -> None:
-        monitor = self.monitor
+    def _prepare(self, request: CaptureRequest, chosen: CapturePlan) -> None:
+        monitor, way = self.monitor, chosen.capture
         place = self._record
         if self._capture is not None or record.read(place) is not None:
             raise Busy(f"a capture of VM {self.vm!r} is going on", cure=f"vmsnap recover {self.vm}")
@@ -281,7 +296,7 @@ class QemuHypervisor(Hypervisor):
             raise UsageError(f"a duplicate {request.duplicate!r} exists already") from e
         held = way == "cow" and description.state is VmState.EXECUTING and can_hold(monitor.version, pid)
         drain = Drain(folder, stall_timeout_seconds=STALL_TIMEOUT_SECONDS, held=held)
-        session = Session(monitor, folder, request.max_pause_seconds, before, drain)
+        session = Session(monitor, folder, request.max_pause_seconds, before, drain, chosen)
         if way == "cow":
             self._capture = CowCapture(session, held=held, executing=description.state is VmState.EXECUTING)
         else:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import CannotCapture, StorageFull
 from vmsnap.model import CapturePlan, VmDescription, VmState, Window
-from vmsnap.roles import DriverContext
+from vmsnap.roles import CaptureRequest, DriverContext
 from vmsnap_drivers.hypervisors.qemu import precopy
-from vmsnap_drivers.hypervisors.qemu.cow import LEAVES_STOPPED_FROM, can_hold, may_trace
+from vmsnap_drivers.hypervisors.qemu.cow import LEAVES_STOPPED_FROM, can_hold, may_trace, prepare_seconds
+from vmsnap_drivers.qemu.huge_pages import survey
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.peer import available_memory_bytes, mapped_memory
+from vmsnap_drivers.qemu.peer import available_memory_bytes
 
 # Seconds of pause, fitted to what benchmarks/pause.py and the tests of this driver measured (2 cores, TCG).
 _COW_FIXED: Final = 0.004
@@ -33,26 +35,43 @@ class Ways:
     cow_seconds: float
     precopy_seconds: float
     held: bool
+    collapsible_bytes: int
     why_no_cow: str
     why_no_precopy: str
 
 
-def ways(monitor: Monitor, description: VmDescription) -> Ways:
-    """Look at the VM's memory and predict."""
-    mapped = mapped_memory(monitor.peer_pid)
+def ways(monitor: Monitor, description: VmDescription, factors: Mapping[str, float]) -> Ways:
+    """Look at the VM's memory and predict, with what was learned of earlier pauses.
+
+    What can be put together into huge pages counts as such: copy on write does that first.
+    """
+    found = survey(monitor.peer_pid)
     held = can_hold(monitor.version, monitor.peer_pid)
-    seconds = _COW_FIXED + mapped.small_bytes * _PROTECT_SMALL_PER_BYTE
+    seconds = _COW_FIXED + (found.small_bytes - found.collapsible_bytes) * _PROTECT_SMALL_PER_BYTE
     if not held:
         seconds += description.memory_bytes * _TOUCH_PER_BYTE
     why_no_cow = why_no_userfaultfd(monitor.peer_pid)
     if not why_no_cow and monitor.version < LEAVES_STOPPED_FROM and not may_trace(monitor.peer_pid):
         why_no_cow = "a capture that breaks off would leave this QEMU stuck, and only root could free it"
     precopy_seconds = _PRECOPY_FIXED + description.memory_bytes * _PRECOPY_PER_BYTE
-    return Ways(seconds, precopy_seconds, held, why_no_cow, why_pages_would_be_lost(monitor, description))
+    return Ways(
+        seconds * factors.get("cow", 1.0),
+        precopy_seconds * factors.get("precopy", 1.0),
+        held,
+        found.collapsible_bytes,
+        why_no_cow,
+        why_pages_would_be_lost(monitor, description),
+    )
 
 
-def plan_capture(wanted: str, monitor: Monitor, description: VmDescription, max_pause_seconds: float) -> CapturePlan:
-    """Choose. `wanted` is the option ``capture``.
+def plan_capture(
+    wanted: str,
+    monitor: Monitor,
+    description: VmDescription,
+    request: CaptureRequest,
+    factors: Mapping[str, float],
+) -> CapturePlan:
+    """Choose. `wanted` is the option ``capture``, `factors` what `learned` knows.
 
     :raises CannotCapture: the VM has something that cannot be captured, or not in the wanted way
     """
@@ -62,8 +81,9 @@ def plan_capture(wanted: str, monitor: Monitor, description: VmDescription, max_
         raise CannotCapture(f"VM {description.vm!r} has shut down")
     if description.state is VmState.STOPPED:
         return _plan_stopped(monitor, description)
-    possible = ways(monitor, description)
+    possible = ways(monitor, description, factors)
     why_not = {"cow": possible.why_no_cow, "precopy": possible.why_no_precopy}
+    why_not |= dict.fromkeys(request.without, "the guest writes too fast")
     if wanted != "auto" and why_not[wanted]:
         other = "precopy" if wanted == "cow" else "cow"
         raise CannotCapture(
@@ -72,12 +92,22 @@ def plan_capture(wanted: str, monitor: Monitor, description: VmDescription, max_
         )
     if all(why_not.values()):
         raise CannotCapture(f"neither copy on write ({why_not['cow']}) nor pre-copy ({why_not['precopy']}) can be")
+    auto = wanted == "auto"
     cow_is_shorter = bool(why_not["precopy"]) or possible.cow_seconds <= possible.precopy_seconds
-    if wanted == "cow" or (wanted == "auto" and not why_not["cow"] and cow_is_shorter):
+    if wanted == "cow" or (auto and not why_not["cow"] and cow_is_shorter):
         how = "its pages touched before the pause" if possible.held else "its pages touched within the pause"
         instead = why_not["precopy"] or f"{possible.precopy_seconds * 1000:.0f} ms"
         reason = f"copy on write, {how}; pre-copy: {instead}"
-        return CapturePlan("cow", Window.FREE, True, possible.cow_seconds, reason, needs_worker=True)
+        return CapturePlan(
+            "cow",
+            Window.FREE,
+            True,
+            possible.cow_seconds,
+            reason,
+            prepare_seconds=prepare_seconds(possible.collapsible_bytes),
+            needs_worker=True,
+            otherwise_seconds=None if not auto or why_not["precopy"] else possible.precopy_seconds,
+        )
     instead = why_not["cow"] or f"{possible.cow_seconds * 1000:.0f} ms"
     reason = f"pre-copy; copy on write: {instead}"
     return CapturePlan(
@@ -87,7 +117,8 @@ def plan_capture(wanted: str, monitor: Monitor, description: VmDescription, max_
         possible.precopy_seconds,
         reason,
         prepare_seconds=precopy.prepare_seconds(description.memory_bytes),
-        lead_seconds=precopy.lead_seconds(max_pause_seconds),
+        lead_seconds=precopy.lead_seconds(request.max_pause_seconds),
+        otherwise_seconds=None if not auto or why_not["cow"] else possible.cow_seconds,
     )
 
 

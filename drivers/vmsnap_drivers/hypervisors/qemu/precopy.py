@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from vmsnap.errors import CannotCapture, HypervisorError, PauseExceeded
+from vmsnap.errors import CannotCapture, DoesNotConverge, HypervisorError, PauseExceeded
 from vmsnap.model import Moment, VmState
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
@@ -22,6 +22,8 @@ from vmsnap_drivers.hypervisors.qemu.settings import UNLIMITED_BYTES_PER_SECOND,
 CAPABILITIES: Final = ("pause-before-switchover", "events")
 DOWNTIME_STEPS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _STEP_SECONDS: Final = 0.4
+_WORTH_WAITING_MS: Final = 10
+"""A pre-copy that comes to its end with this is not given up for another way, whatever that promises."""
 _LOOK_EACH_SECONDS: Final = 0.005
 _FIRST_PASS_SECONDS: Final = 10.0
 _BYTES_PER_SECOND: Final = 200 * 1024 * 1024
@@ -42,9 +44,14 @@ def lead_seconds(max_pause_seconds: float) -> float:
     return len(_steps(max_pause_seconds)) * _STEP_SECONDS + _STEP_SECONDS
 
 
-def _steps(max_pause_seconds: float) -> list[int]:
-    """The limits, in milliseconds, that QEMU is given one after the other: not above half of the pause."""
-    return [limit_ms for limit_ms in DOWNTIME_STEPS_MS if limit_ms <= max(2, max_pause_seconds * 500)]
+def _steps(max_pause_seconds: float, otherwise_seconds: float | None = None) -> list[int]:
+    """The limits, in milliseconds, that QEMU is given one after the other: not above half of the pause, nor where
+    another way of capture would be the shorter one.
+    """
+    most_ms = max(2.0, max_pause_seconds * 500)
+    if otherwise_seconds is not None:
+        most_ms = min(most_ms, max(_WORTH_WAITING_MS, otherwise_seconds * 1000))
+    return [limit_ms for limit_ms in DOWNTIME_STEPS_MS if limit_ms <= most_ms]
 
 
 class PrecopyCapture(Capture):
@@ -79,7 +86,7 @@ class PrecopyCapture(Capture):
                 return
             if deadline and time.monotonic() > deadline:
                 cancel_migration(session.monitor)
-                raise CannotCapture("the guest's memory is copied too slowly", cure="use -o capture=cow")
+                raise self._too_fast("the guest's memory is copied too slowly")
             time.sleep(_LOOK_EACH_SECONDS)
 
     def pause(self) -> Moment:
@@ -87,7 +94,7 @@ class PrecopyCapture(Capture):
         allow more, step by step, where that does not come.
         """
         session = self.session
-        for limit_ms in _steps(session.max_pause_seconds):
+        for limit_ms in _steps(session.max_pause_seconds, session.plan.otherwise_seconds):
             session.monitor.execute(
                 "migrate-set-parameters", {"max-bandwidth": UNLIMITED_BYTES_PER_SECOND, "downtime-limit": limit_ms}
             )
@@ -102,7 +109,7 @@ class PrecopyCapture(Capture):
             session.stopped_at = stopped[0]
             return stopped[0].moment("pause")
         cancel_migration(session.monitor)
-        raise PauseExceeded("the guest writes to its memory faster than it can be copied", cure="use -o capture=cow")
+        raise self._too_fast("the guest writes to its memory faster than it can be copied")
 
     def duplicate(self) -> Moment:
         session = self.session
@@ -110,6 +117,11 @@ class PrecopyCapture(Capture):
         session.left_seconds()
         session.monitor.execute("migrate-continue", {"state": "pre-switchover"})
         return session.wait("MIGRATION", status="completed").moment("duplicate")
+
+    def _too_fast(self, message: str) -> CannotCapture:
+        if self.session.plan.otherwise_seconds is not None:
+            return DoesNotConverge(message, self.name)
+        return CannotCapture(message, cure="use -o capture=cow")
 
     def _is_stopping(self) -> bool:
         """An idle guest can be at its end at once."""

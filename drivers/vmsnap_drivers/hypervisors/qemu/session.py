@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import HypervisorError, PauseExceeded, VmGone
-from vmsnap.model import Moment, VmState
+from vmsnap.model import CapturePlan, Json, Moment, VmState
 from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
 from vmsnap_drivers.hypervisors.qemu.migration import FAILURES, is_status
@@ -36,6 +36,7 @@ class Session:
     max_pause_seconds: float
     before: Settings
     drain: Drain
+    plan: CapturePlan
     stopped_at: Event | None = None
     mark: int = 0
     started: int = 0
@@ -103,11 +104,14 @@ class Capture(ABC):
     name: str
     is_fixed: bool
     """Memory and devices are fixed, so that the guest may go on without harm to the duplicate."""
+    details: dict[str, Json]
+    """What the manifest is to tell of it."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.resumed: Moment | None = None
         self.is_fixed = False
+        self.details: dict[str, Json] = {}
 
     @abstractmethod
     def prepare(self) -> None:
@@ -134,6 +138,13 @@ class Capture(ABC):
         if vm_state(session.monitor) is not VmState.EXECUTING:
             raise HypervisorError("somebody else stopped the guest again after its capture")
         return self.resumed
+
+    def pause_seconds(self) -> float | None:
+        """How long the guest stood still, by QEMU's own events; None where it was stopped anyway."""
+        stopped = self.session.stopped_at
+        if stopped is None or self.resumed is None:
+            return None
+        return (self.resumed.wall_ns - stopped.wall_ns) / 1e9
 
     def _go_on(self) -> None:
         deadline = time.monotonic() + _RESUME_SECONDS

@@ -69,7 +69,6 @@ class SimulatedHypervisor(Hypervisor):
         Option("socket", "path of the VM's control socket; without it the VM is found by its name"),
         Option("timeout", "seconds after which a call that the VM does not answer is given up", default="5"),
     )
-    any_order = True
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember name, context and checked options; no I/O."""

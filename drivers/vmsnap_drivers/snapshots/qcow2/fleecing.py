@@ -6,7 +6,7 @@ A filter ``copy-before-write`` is put between the guest's device and its disk; t
 The job ``blockdev-backup`` would put in the same filter, but one that fails the *guest's write* when the copy fails,
 for which the device's default is to stop the VM (tried with a full target, QEMU 7.2 and 10.0). The filter of our own
 has ``on-cbw-error=break-snapshot`` and a time limit for a copy (``cbw-timeout``, since QEMU 7.1): what breaks is the
-snapshot. Connecting the device to it takes one round trip a disk, a third of a millisecond.
+snapshot. Connecting all devices to theirs takes one round trip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2.graph import PAUSE_CALL_SECONDS, BlockGraph
+from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 
@@ -43,14 +43,6 @@ def add_filter(graph: BlockGraph, disk: Disk, names: DiskNames, copy_seconds: in
             "cbw-timeout": copy_seconds,
         }
     )
-
-
-def connect_filter(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
-    """Let the guest's writes pass through the filter from now on: the instant.
-
-    :raises SnapshotError: QEMU refused
-    """
-    graph.connect(disk, names.filter, timeout_seconds=PAUSE_CALL_SECONDS)
 
 
 def export(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:

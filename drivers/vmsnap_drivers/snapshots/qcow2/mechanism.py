@@ -40,7 +40,7 @@ class Qcow2Mechanism(SnapshotMechanism):
 
     Where the window is free, by fleecing (module `fleecing`); where the hypervisor hands its disks over, by an overlay
     that is put back at once after the guest runs again, and fleecing from then on (module `overlay`). Either way the
-    guest's device is connected to another node within the pause, one round trip a disk; that nothing is written between
+    guest's device is connected to another node within the pause, all in one round trip; that nothing is written between
     the first and the last disk is seen to by refusing a guest that executes.
 
     A disk is known by its handle: ``qmp`` (the monitor's socket), ``node`` (the node to which the device is connected),
@@ -133,23 +133,20 @@ class Qcow2Mechanism(SnapshotMechanism):
                 fleecing.add_filter(graph, disk, own, self._copy_seconds())
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
-        """See `SnapshotMechanism.snapshot`. Two round trips, and one more a disk.
+        """See `SnapshotMechanism.snapshot`. One round trip for all disks, and one for the records of their changes.
 
         :raises SnapshotError: QEMU refused, or the guest executes
         """
         names = PlanNames.of(plan)
         graph = self._graph(names)
-        if graph.is_running():
-            raise SnapshotError(f"the VM {plan.vm} executes: its disks would not show one instant")
         disks = list(zip(plan.disks, names.disks, strict=True))
+        connections = [
+            (disk, own.overlay if own.overlay_file else own.filter) for disk, own in disks if not disk.read_only
+        ]
         bitmaps.begin(graph, disks)
-        for disk, own in disks:
-            if disk.read_only:
-                continue
-            if own.overlay_file:
-                overlay.connect_overlay(graph, disk, own)
-            else:
-                fleecing.connect_filter(graph, disk, own)
+        # Whether the guest stands still is asked in the same breath: if not, what was connected is worthless.
+        if graph.connect_all(connections):
+            raise SnapshotError(f"the VM {plan.vm} executes: its disks would not show one instant")
         instant = Moment.now("disks")
         return tuple(DiskSnapshot(plan, disk, instant, mark=bitmaps.mark_of(disk, own)) for disk, own in disks)
 

@@ -26,7 +26,7 @@ from typing import Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2.graph import PAUSE_CALL_SECONDS, BlockGraph, Deadline
+from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph, Deadline
 from vmsnap_drivers.snapshots.qcow2.image import sync_folder
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
@@ -53,14 +53,6 @@ def add_overlay(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
     cache = _cache_of(node["cache"])
     graph.add({"driver": "file", "node-name": names.image, "filename": names.overlay_file, "cache": cache})
     graph.add(_options(names, disk.handle["node"], cache))
-
-
-def connect_overlay(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
-    """Let the guest write to the overlay from now on: the instant.
-
-    :raises SnapshotError: QEMU refused
-    """
-    graph.connect(disk, names.overlay, timeout_seconds=PAUSE_CALL_SECONDS)
 
 
 def put_back(graph: BlockGraph, disks: Sequence[tuple[Disk, DiskNames]]) -> None:
