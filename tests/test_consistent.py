@@ -4,6 +4,7 @@ a guest that does not shut down leads to.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.world import World
 from vmsnap.controller import Controller, Drivers, Progress
-from vmsnap.errors import AlreadyExists, CannotCapture, HypervisorError, UsageError, VmsnapError
+from vmsnap.errors import AlreadyExists, CannotCapture, HypervisorError, Interrupted, UsageError, VmsnapError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Nic
 from vmsnap.repository import Manifest
 from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
@@ -293,3 +294,17 @@ def test_a_backup_whose_disks_are_of_another_instant_does_not_pass(world: World)
     with world.controller() as controller, pytest.raises(HypervisorError):
         controller.verify_boot(world.repository(), mixed.backup, life_seconds=2)
     world.see_that_all_is_well(backups=3)
+
+
+# -- interrupted
+
+
+@pytest.mark.parametrize("phase", ["copying memory", "the duplicate runs", "the duplicate shuts down", "storing"])
+def test_ctrl_c_at_any_stage_leaves_nothing(world: World, phase: str) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.phase == phase:
+            signal.raise_signal(signal.SIGINT)
+
+    with world.controller() as controller, pytest.raises(Interrupted):
+        controller.backup("vm001", world.repository(), mode="consistent", progress=interrupt)
+    world.see_that_all_is_well(backups=0)

@@ -119,11 +119,12 @@ def recover(world: World) -> None:
         assert (again.resumed, again.removed, again.kept) == ((), (), ())
 
 
-def forget_all_but_the_first(world: World) -> None:
+def forget_all_but_the_live_one(world: World) -> None:
     repository = world.repository()
-    for manifest in repository.list()[1:]:
+    for manifest in repository.list():
         assert not repository.verify(manifest.backup).findings
-        repository.forget(manifest.backup)
+        if manifest.backup != (world.folders.state_dir / "live").read_text():
+            repository.forget(manifest.backup)
 
 
 def see_and_clear(world: World, case: Case, fault: Fault) -> None:
@@ -131,7 +132,7 @@ def see_and_clear(world: World, case: Case, fault: Fault) -> None:
     case.take_away(world)
     assert not (world.folder / "clean").exists(), fault
     assert not list(world.folder.glob("state/duplicates/*")), fault
-    forget_all_but_the_first(world)
+    forget_all_but_the_live_one(world)
     world.see_that_all_is_well(backups=1)
 
 

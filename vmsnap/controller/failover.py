@@ -73,6 +73,8 @@ class Failover:
             held = self._held = self._choose()
             operation = self._operation = self._journal.begin(FAILOVER.name, vm, row.hypervisor, row.options)
             self._hypervisor = self._drivers.hypervisor(row.hypervisor, vm, row.options)
+            # The duplicate's own row is that of the very disks that are to be used.
+            self._reach = Reach(self._drivers, self._table, vm, but=held.name)
             execution = Execution(
                 FAILOVER,
                 operation,
@@ -151,8 +153,7 @@ class Failover:
     def _load(self) -> None:
         held = self._held
         disks = tuple(each.disk for each in held.disks)
-        reach = self._reach()
-        reach.check_disks(disks)
+        self._reach.check_disks(disks)
         self._position = self._operation.will_make("takeover", held.hypervisor, to_json(held.name))
         self._hypervisor.load(
             LoadRequest(
@@ -164,15 +165,11 @@ class Failover:
                 takeover=True,
             )
         )
-        reach.check_nics(self._hypervisor.describe().nics)
-
-    def _reach(self) -> Reach:
-        # The duplicate's own row is that of the very disks that are to be used.
-        return Reach(self._drivers, self._table, self._order.vm, but=self._held.name)
+        self._reach.check_nics(self._hypervisor.describe().nics)
 
     def _switch_disks(self) -> None:
         self._disks = self._hypervisor.switch_disks(tuple(each.disk for each in self._held.disks))
-        self._reach().check_disks(self._disks)
+        self._reach.check_disks(self._disks)
 
     def _resume(self) -> None:
         self._hypervisor.resume()

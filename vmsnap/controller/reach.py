@@ -6,7 +6,7 @@ the VM table says what it had when it was last seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
@@ -20,7 +20,8 @@ WORKING = "working"
 
 class Reach:
     """Looks at every registered VM but `name` (and `but`, the row of a duplicate whose disks `name` is to have).
-    `known` are driver instances that are connected already: a monitor may take one client only.
+    `known` are driver instances that are connected already: a monitor may take one client only. The others are asked
+    once, when the first check needs it; an instance is made for one start of one VM.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Reach:
         but: str = "",
     ) -> None:
         self._but = but
+        self._asked: list[tuple[VmRow, VmDescription | None]] | None = None
         self._drivers = drivers
         self._table = table
         self._name = name
@@ -73,10 +75,14 @@ class Reach:
                             cure=f"end {row.vm}, or cut its network",
                         )
 
-    def _others(self) -> Iterator[tuple[VmRow, VmDescription | None]]:
-        for row in self._table.rows():
-            if row.vm not in (self._name, self._but):
-                yield row, self._describe(row) if row.kind == WORKING else None
+    def _others(self) -> Sequence[tuple[VmRow, VmDescription | None]]:
+        if self._asked is None:
+            self._asked = [
+                (row, self._describe(row) if row.kind == WORKING else None)
+                for row in self._table.rows()
+                if row.vm not in (self._name, self._but)
+            ]
+        return self._asked
 
     def _describe(self, row: VmRow) -> VmDescription | None:
         driver = self._known.get(row.vm)
