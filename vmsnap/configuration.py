@@ -7,6 +7,7 @@
     spool_dir = "/srv/spool"                  # allows guest RAM on a disk when memory is short
     duplicates_dir = "/srv/vms/duplicates"    # where disks of duplicates are made; beside the VMs' own, reflinks work
     cache_dir = "/var/cache/vmsnap"           # where the index of a remote repository is kept
+    chunk_cache = "1GiB"                      # what may be kept there of each remote one's chunks; 0: none
     memory_budget = "8GiB"                    # what duplicates may take in memory together
     compression_level = 1                     # of zstd, from -7 (fastest) to 19 (smallest)
     passphrase_file = "/etc/vmsnap/passphrase"
@@ -50,6 +51,7 @@ class Configuration:
     spool_dir: Path | None = None
     duplicates_dir: Path | None = None
     cache_dir: Path | None = None
+    chunk_cache_bytes: int | None = None
     memory_budget_bytes: int | None = None
     compression_level: int | None = None
     passphrase_file: Path | None = None
@@ -129,6 +131,7 @@ class _Reader:
             spool_dir=self._folder("spool_dir"),
             duplicates_dir=self._folder("duplicates_dir"),
             cache_dir=self._folder("cache_dir"),
+            chunk_cache_bytes=self._size("chunk_cache", least=0),
             memory_budget_bytes=self._size("memory_budget"),
             compression_level=self._level("compression_level"),
             passphrase_file=self._folder("passphrase_file"),
@@ -166,7 +169,7 @@ class _Reader:
             return text
         return str(self._absolute("repository", text))
 
-    def _size(self, key: str) -> int | None:
+    def _size(self, key: str, least: int = 1) -> int | None:
         value = self._values.pop(key, None)
         if value is None:
             return None
@@ -176,7 +179,7 @@ class _Reader:
             size = parse_size(str(value))
         except UsageError as e:
             raise self._wrong(f"{key}: {e.message}", e.cure) from e
-        if size <= 0:
+        if size < least:
             raise self._wrong(f"{key} must be more than 0")
         return size
 

@@ -13,15 +13,19 @@ from vmsnap.roles import StorageBackend, check_options
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vmsnap.ratelimit import RateLimit
     from vmsnap.repository import Repository
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 
-def storage_for(url: str, options: Mapping[str, str] | None = None) -> StorageBackend:
+def storage_for(
+    url: str, options: Mapping[str, str] | None = None, limits: tuple[RateLimit, RateLimit] | None = None
+) -> StorageBackend:
     """The storage backend for `url`; a plain path is a ``file`` URL. Calls to remote storage are tried again where that
     can help, see `vmsnap.retrying`.
 
+    :param limits: on what goes there and on what comes from there
     :raises DriverUnavailable: no backend serves its scheme
     :raises UsageError: the URL or an option is wrong, or the URL holds a password
     """
@@ -29,6 +33,11 @@ def storage_for(url: str, options: Mapping[str, str] | None = None) -> StorageBa
     refuse_secrets(url)
     backend = registry.storage_backend(scheme)
     storage = backend(url, check_options(scheme, backend.options, options or {}))
+    if limits:
+        from vmsnap.ratelimit import LimitedStorage
+
+        # Below the retries: what is moved again counts again.
+        storage = LimitedStorage(storage, *limits)
     if not storage.remote:
         return storage
     from vmsnap.retrying import RetryingStorage
@@ -61,17 +70,19 @@ def open_repository(
     options: Mapping[str, str] | None = None,
     *,
     cache_dir: Path | None = None,
+    limits: tuple[RateLimit, RateLimit] | None = None,
 ) -> Repository:
     """Open the repository at `url`. `passphrase` may be a callable that is asked only if the repository is encrypted.
 
     :param cache_dir: below it the index of a remote repository is kept, so that it is not fetched each time; see
         `vmsnap.host.default_cache_dir`. None: nothing is kept
+    :param limits: on what goes there and on what comes from there, see `vmsnap.ratelimit`
     :raises NotARepository: there is none
     :raises WrongPassphrase: it does not open
     """
     from vmsnap.repository import Repository
 
-    return Repository.open(storage_for(url, options), passphrase, cache_dir=cache_dir)
+    return Repository.open(storage_for(url, options, limits), passphrase, cache_dir=cache_dir)
 
 
 def create_repository(

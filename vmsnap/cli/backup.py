@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import duration_option, shutdown_timeout
+from vmsnap.cli.options import duration_option, limit_rate, shutdown_timeout
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     help="Hold what was captured in memory, for vmsnap failover; the one before it goes.",
 )
 @duration_option("--keep-for", help="With --keep-duplicate: discard it after so long, such as 12h or 30min.")
+@limit_rate
 @pass_session
 def backup(
     session: Session,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import duration_option
+from vmsnap.cli.options import duration_option, limit_rate
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     "dead_after_seconds",
     help="Whoever was not heard of for so long is taken for dead, and no longer waited for. Default: 24h.",
 )
+@limit_rate
 @pass_session
 def gc(session: Session, dry_run: bool, dead_after_seconds: int | None) -> None:
     """Delete what no backup needs any more, and write packs anew of which little is needed.

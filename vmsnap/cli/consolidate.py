@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import accept_loss, driver_options, shutdown_timeout
+from vmsnap.cli.options import accept_loss, driver_options, limit_rate, shutdown_timeout
 from vmsnap.cli.session import DriverCommand, Session, pass_session
 
 
@@ -30,6 +30,7 @@ from vmsnap.cli.session import DriverCommand, Session, pass_session
 @shutdown_timeout
 @accept_loss
 @driver_options
+@limit_rate
 @pass_session
 def consolidate(
     session: Session,

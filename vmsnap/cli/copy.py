@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.options import limit_rate
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--accept-unencrypted", is_flag=True, help="Go on where an unencrypted repository took an encrypted one's place."
 )
+@limit_rate
 @pass_session
 def copy(
     session: Session,

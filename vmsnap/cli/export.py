@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import accept_loss
+from vmsnap.cli.options import accept_loss, limit_rate
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 from vmsnap.errors import UsageError
 
@@ -48,6 +48,7 @@ from vmsnap.errors import UsageError
     help="Only this disk; any number of times. Default: every disk.",
 )
 @accept_loss
+@limit_rate
 @pass_session
 def export(
     session: Session,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import driver_options, shutdown_timeout
+from vmsnap.cli.options import driver_options, limit_rate, shutdown_timeout
 from vmsnap.cli.session import DriverCommand, Session, SessionCommand, pass_session
 from vmsnap.errors import DamageFound, UsageError
 
@@ -35,6 +35,7 @@ _RANGES_SHOWN = 8
 )
 @shutdown_timeout
 @driver_options
+@limit_rate
 @pass_session
 def verify(
     session: Session, backup: str, boot: bool, alive_within: float, timeout: float, options: dict[str, str]
@@ -97,6 +98,7 @@ def _boot(
     metavar="SHARE",
     help="With --read-data: read a share of the packs alone. 2/7 is the second of seven, P% (such as 5%) a random one.",
 )
+@limit_rate
 @pass_session
 def check(session: Session, read_data: bool, subset: str | None) -> None:
     """Check the repository: that all that its backups name is there.
@@ -122,6 +124,7 @@ def check(session: Session, read_data: bool, subset: str | None) -> None:
 @click.option(
     "--forget-damaged", is_flag=True, help="Delete the manifests that cannot be read: nobody can restore them any more."
 )
+@limit_rate
 @pass_session
 def repair(session: Session, dry_run: bool, forget_damaged: bool) -> None:
     """Save all that can be saved of a damaged repository, and note in each backup what it has lost.

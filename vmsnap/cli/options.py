@@ -31,6 +31,29 @@ def duration_option(*declaration: str, help: str) -> Callable[[F], F]:
     return click.option(*declaration, metavar="DURATION", callback=convert, help=help)
 
 
+def limit_rate(function: F) -> F:
+    """``--limit-rate RATE``, which counts for every repository that the command opens."""
+
+    def keep(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is None:
+            return
+        from vmsnap.cli.session import Session
+        from vmsnap.ratelimit import RateLimit
+
+        rate = parse_size(value.removesuffix("/s"))
+        if rate < 1:
+            raise UsageError(f"{value!r} lets nothing through", cure="write --limit-rate 10M")
+        ctx.ensure_object(Session).limits = (RateLimit(rate), RateLimit(rate))
+
+    return click.option(
+        "--limit-rate",
+        metavar="RATE",
+        expose_value=False,
+        callback=keep,
+        help="Bytes in a second, such as 10M, to move at most to the repository, and as many from it.",
+    )(function)
+
+
 def driver_options(function: F) -> F:
     """``-o key=value``, any number of times, as the argument `options`, a dict."""
     return click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vmsnap.cli import output
-from vmsnap.cli.options import accept_loss, driver_options
+from vmsnap.cli.options import accept_loss, driver_options, limit_rate
 from vmsnap.cli.session import DriverCommand, Session, pass_session
 
 
@@ -29,6 +29,7 @@ from vmsnap.cli.session import DriverCommand, Session, pass_session
 )
 @accept_loss
 @driver_options
+@limit_rate
 @pass_session
 def restore(
     session: Session,

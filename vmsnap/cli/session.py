@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from vmsnap.configuration import Configuration
     from vmsnap.controller import Controller
     from vmsnap.host import HostFolders
+    from vmsnap.ratelimit import RateLimit
     from vmsnap.repository import Repository
+
+
+_CHUNK_CACHE_BYTES = 1 << 30
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Session:
     config: Path | None = None
     json: bool = False
     debug: bool = False
+    limits: tuple[RateLimit, RateLimit] | None = None
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -106,7 +111,9 @@ class Session:
 
         cache_dir = None if os.environ.get("VMSNAP_CACHE_DIR") else self.configuration.cache_dir
         cache_dir = (cache_dir or default_cache_dir()).absolute()
-        repository = open_repository(url, passphrase, cache_dir=cache_dir)
+        repository = open_repository(url, passphrase, cache_dir=cache_dir, limits=self.limits)
+        size = self.configuration.chunk_cache_bytes
+        repository.chunk_cache_bytes = _CHUNK_CACHE_BYTES if size is None else size
         repository.compression_level = self.configuration.compression_level
         return repository
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
 from vmsnap.errors import DamageFound, ObjectNotFound, StorageError
+from vmsnap.repository.chunkcache import ChunkCache
 from vmsnap.repository.format import MAX_CHUNK_BYTES, BlobKind, Codec, pack_key
 from vmsnap.repository.index import ChunkIndex, Location
 from vmsnap.repository.seal import BrokenSeal, Cipher, Vault
@@ -37,19 +38,27 @@ class BlobReader:
         vault: Vault,
         index: ChunkIndex,
         refresh: Callable[[], ChunkIndex] | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
         """:param refresh: gives the index as it is now; asked where a pack has gone, which garbage collection may have
         brought to another place. May be called by any thread, by one at a time.
+        :param cache: keeps what is read
         """
         self.index = index
         self._storage = storage
         self._vault = vault
         self._ciphers: dict[bytes, Cipher] = {}
         self._refresh = refresh
+        self._cache = cache
         self._refreshing = Lock()
         # Packs that are gone for good, and whether a chunk is: nobody is asked about them twice.
         self._gone: set[bytes] = set()
         self._some_are_lost = False
+
+    def close(self) -> None:
+        """Close the cache; idempotent. The reader can be used on."""
+        if self._cache:
+            self._cache.close()
 
     def data_id(self, content: bytes | memoryview) -> bytes:
         """The id that a chunk with that content has."""
@@ -87,8 +96,30 @@ class BlobReader:
                 yield position, DamageFound(f"chunk {want.id.hex()[:16]} is missing: no pack that is known has it")
             else:
                 places.append((place, position))
+        if self._cache and places:
+            kept = self._cache.get([place for place, _ in places])
+            missing = []
+            for place, position in places:
+                content = self._open_kept(kind, wanted[position], place, kept.get(place))
+                if content is None:
+                    missing.append((place, position))
+                else:
+                    yield position, content
+            places = missing
         for group in neighbours(sorted(places)):
             yield from self._read_group(kind, wanted, group, index)
+
+    def _open_kept(
+        self, kind: BlobKind, want: Wanted, place: Location, sealed: bytes | None
+    ) -> bytes | memoryview | None:
+        """The content of a blob that was in the cache; None where it was not, or is not what was written."""
+        if sealed is None or self._cache is None:
+            return None
+        try:
+            return self._open(kind, want, place, memoryview(sealed))
+        except DamageFound:
+            self._cache.forget(place)
+            return None
 
     def _read_group(
         self, kind: BlobKind, wanted: Sequence[Wanted], group: Sequence[tuple[Location, int]], index: ChunkIndex
@@ -111,12 +142,20 @@ class BlobReader:
             for one in group:
                 yield from self._read_group(kind, wanted, [one], index)
             return
+        fresh: list[tuple[Location, bytes]] = []
         for place, position in group:
             at = place.offset - start
+            sealed = data[at : at + place.sealed_bytes]
             try:
-                yield position, self._open(kind, wanted[position], place, data[at : at + place.sealed_bytes])
+                content = self._open(kind, wanted[position], place, sealed)
             except DamageFound as e:
                 yield position, self._read_copy(kind, wanted[position], place, e, index)
+                continue
+            if self._cache:
+                fresh.append((place, bytes(sealed)))
+            yield position, content
+        if self._cache and fresh:
+            self._cache.put(fresh)
 
     def _read_copy(
         self, kind: BlobKind, want: Wanted, place: Location, damage: DamageFound, index: ChunkIndex

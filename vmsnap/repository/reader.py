@@ -88,7 +88,8 @@ class ImageReader(DiskReader):
             at += count
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Close the cache of what was read, if there is one; idempotent."""
+        self._blobs.close()
 
     def restore_to_file(self, path: str | Path, progress: Progress | None = None, *, mode: int = 0o600) -> None:
         """Write the image to a new sparse file, durable on return; all or nothing. Blocks.

@@ -41,6 +41,7 @@ from vmsnap.repository.keyring import KeyInfo, KeyRing
 from vmsnap.repository.keys import ROOT_BYTES, KeyCost, unwrap_root, wrap_root
 from vmsnap.repository.manifest import LostRange, Manifest
 from vmsnap.repository.manifests import load_manifest, load_manifests
+from vmsnap.repository.occupied import config_at, refuse_occupied
 from vmsnap.repository.seal import Vault
 from vmsnap.roles.storage import StorageBackend
 
@@ -85,6 +86,8 @@ class Repository:
         self._loader: IndexLoader | None = None
         self.compression_level: int | None = None
         """Of zstd, for the backups that are written from now on; None: the default."""
+        self.chunk_cache_bytes = 0
+        """What `reader` may keep in `cache_dir` of what it reads from storage that is far away."""
 
     @property
     def id(self) -> str:
@@ -120,7 +123,7 @@ class Repository:
             raise UsageError("encryption needs a passphrase", cure="give one, or --encryption none")
         sizes = (chunks or ChunkSizes()).checked()
         storage.create()
-        _refuse_occupied(storage)
+        refuse_occupied(storage)
         root, repository_id = os.urandom(ROOT_BYTES), os.urandom(16)
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         secret = root.hex() if encryption == "none" else None
@@ -135,7 +138,7 @@ class Repository:
         except (ObjectExists, StorageError) as e:
             # The answer can have been lost: a key is removed only where no config of ours needs it.
             with suppress(StorageError):
-                if key and _config_of(storage) != data:
+                if key and config_at(storage) != data:
                     storage.delete(key)
             if isinstance(e, ObjectExists):
                 raise AlreadyExists(f"somebody else has just made a repository at {storage.url}") from e
@@ -312,10 +315,12 @@ class Repository:
         :param lost: ranges in which what is lost reads as zeros, see `accepted_losses`
         """
         from vmsnap.repository.blobs import BlobReader
+        from vmsnap.repository.chunkcache import ChunkCache
         from vmsnap.repository.reader import ImageReader
 
         # The image may be younger than the index that is in memory.
-        blobs = BlobReader(self.storage, self.vault, self.whole_index(), self.whole_index)
+        cache = ChunkCache.beside(self.storage, self.cache_dir, self.id, self.chunk_cache_bytes)
+        blobs = BlobReader(self.storage, self.vault, self.whole_index(), self.whole_index, cache)
         return ImageReader(blobs, image, label, lost)
 
     def gc(
@@ -470,13 +475,6 @@ class Repository:
         return load_manifests(self.storage, self.vault, keys, on_damage)
 
 
-def _config_of(storage: StorageBackend) -> bytes | None:
-    try:
-        return storage.get(CONFIG_KEY)
-    except ObjectNotFound:
-        return None
-
-
 def _unwrapped(objects: Mapping[str, bytes], passphrase: str, bound: bytes) -> tuple[str, bytes]:
     """As `unwrap_root`. That takes a quarter of a second of one processor, by design; another one imports meanwhile
     what nearly every command goes on with, which takes half as long.
@@ -485,14 +483,3 @@ def _unwrapped(objects: Mapping[str, bytes], passphrase: str, bound: bytes) -> t
         unwrapping = thread.submit(unwrap_root, objects, passphrase, bound)
         importlib.import_module("vmsnap.repository.loading")
         return unwrapping.result()
-
-
-def _refuse_occupied(storage: StorageBackend) -> None:
-    try:
-        storage.stat(CONFIG_KEY)
-    except ObjectNotFound:
-        pass
-    else:
-        raise AlreadyExists(f"there is a repository at {storage.url} already", cure="choose another place")
-    for info in storage.list():
-        raise AlreadyExists(f"{storage.url} is not empty: it has {info.key}", cure="choose an empty place")
