@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.test_repository_roundtrip import back_up
-from vmsnap import pagecache
-from vmsnap.pagecache import QuietReader, forget, write_all
+from vmsnap.directio import direct_buffer
+from vmsnap.pagecache import QuietReader, QuietWriter, forget, write_all
 from vmsnap.rawtarget import RawTarget
 from vmsnap.repository import Repository, SparseFileReader
 from vmsnap.testing.rigs import same
@@ -110,17 +112,17 @@ def read_quietly(path: Path, step: int) -> bytes:
     return bytes(content)
 
 
-def no_direct(_fd: int) -> int:
-    return -1
+@pytest.fixture(params=[True, False], ids=["direct", "as usual"])
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can do direct I/O; that it cannot is feigned, by the open that fails there."""
+    if not request.param:
+        monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)
+    return bool(request.param)
 
 
 @pytest.mark.parametrize("step", [8 * MIB, MIB, 100_000])
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "dropped"])
-def test_reading_leaves_the_cache_as_it_was(
-    path: Path, data: bytes, step: int, direct: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not direct:
-        monkeypatch.setattr(pagecache, "_open_direct", no_direct)
+@pytest.mark.usefixtures("direct")
+def test_reading_leaves_the_cache_as_it_was(path: Path, data: bytes, step: int) -> None:
     cached = make_hot(path)
     assert same(read_quietly(path, step), data)
     assert same(resident(path), cached)
@@ -183,6 +185,87 @@ def test_neither_a_backup_nor_a_restore_is_seen_in_the_cache(folder: Path, path:
         assert sum(resident(file)) * PAGE <= MIB, file
     assert same(copy.read_bytes(), data)
     assert same(path.read_bytes(), data)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 10), (PAGE, 4096), (4 * MIB + 100, 5000), (1, SIZE - 1), (0, SIZE)])
+def test_ranges_are_read_as_they_are(path: Path, data: bytes, offset: int, length: int) -> None:
+    cached = make_hot(path)
+    with path.open("rb") as file, closing(QuietReader(file.fileno())) as reader:
+        assert same(reader.read(offset, length), data[offset : offset + length])
+        assert same(reader.read(SIZE - 7, 1000), data[-7:])
+        assert reader.read(SIZE + 5, 10) == b""
+    assert same(resident(path), cached)
+
+
+# In one piece that begins at a page and in one that does not, in many, more than fits into the buffer, and too little.
+PIECES: dict[str, Callable[[bytes], list[bytes | memoryview]]] = {
+    "page": lambda data: [in_pages(data)],
+    "elsewhere": lambda data: [memoryview(bytearray(b"-" + data))[1:]],
+    "bytes": lambda data: [data],
+    "many": lambda data: [data[at : at + 130_000] for at in range(0, len(data), 130_000)],
+    "little": lambda data: [data[at : at + 1000] for at in range(0, 300_000, 1000)],
+}
+
+
+def in_pages(data: bytes) -> memoryview:
+    memory = direct_buffer(len(data))
+    memory[:] = data
+    return memory
+
+
+@pytest.mark.parametrize("offset", [0, 3 * PAGE, 100])
+@pytest.mark.parametrize("pieces", PIECES)
+def test_what_is_written_is_there_and_all_around_it_as_before(
+    folder: Path, data: bytes, pieces: str, offset: int, direct: bool
+) -> None:
+    path = folder / "written"
+    before = b"old" * (SIZE // 2)
+    path.write_bytes(before)
+    make_cold(path)
+    parts = PIECES[pieces](data)
+    with path.open("r+b") as file:
+        with closing(QuietWriter(file.fileno())) as writer:
+            writer.write_all(parts, offset)
+        cached = sum(resident(path)) * PAGE
+        os.fsync(file.fileno())
+        forget(file.fileno())
+    content = b"".join(parts)
+    assert same(path.read_bytes(), before[:offset] + content + before[offset + len(content) :])
+    if direct and offset % PAGE == 0 and len(content) >= MIB:
+        assert cached <= PAGE, "all but the last, incomplete page went past the cache"
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """An ext4 file system of 24 MiB, which can do direct I/O."""
+    image, place = folder / "small.img", folder / "small"
+    with image.open("wb") as file:
+        file.truncate(24 * MIB)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", image], check=True)
+    place.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_told_by_direct_writes_too(small_disk: Path) -> None:
+    with (small_disk / "file").open("wb") as file, closing(QuietWriter(file.fileno())) as writer:
+        with pytest.raises(OSError) as caught:
+            for number in range(16):
+                writer.write_all([in_pages(os.urandom(4 * MIB))], number * 4 * MIB)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_forked_child_reads_with_memory_of_its_own(path: Path, data: bytes) -> None:
+    assert same(read_quietly(path, 100_000), data)  # by way of this thread's buffer
+    child = os.fork()
+    if not child:
+        whole = False
+        try:
+            whole = read_quietly(path, 100_000) == data
+        finally:
+            os._exit(0 if whole else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_any_pieces_are_written_one_after_the_other(tmp_path: Path) -> None:

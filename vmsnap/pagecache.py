@@ -16,10 +16,10 @@ import errno
 import functools
 import mmap
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
+
+from vmsnap.directio import DIRECT_BYTES, PAGE_BYTES, DirectFile, aligned_buffer, aligned_pieces, begins_at_a_page
 
 if TYPE_CHECKING:
     import ctypes
@@ -29,10 +29,8 @@ RWF_DONTCACHE: Final = 0x80
 
 _SYS_CACHESTAT: Final = 451
 """The number of cachestat(2) on every architecture, since Linux 6.5."""
-# A block of a source, or a usual part of a pack, in one read.
-_DIRECT_BYTES = 9 << 20
-_PAGE_BYTES = mmap.PAGESIZE
-_HUGE_PAGE_BYTES = 2 << 20
+# What is shorter may as well be cached: it is read again soon, as a rule.
+_DIRECT_LEAST_BYTES = 1 << 20
 _UNABLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -42,9 +40,7 @@ class QuietReader:
     def __init__(self, fd: int) -> None:
         """Tell the kernel not to read ahead on this descriptor. It stays the caller's to close, after `close`."""
         self._fd = fd
-        self._direct: int | None = None  # -1: cannot be had
-        self._opened: list[int] = []
-        self._opening = threading.Lock()
+        self._direct = DirectFile(fd, os.O_RDONLY)
         _advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
@@ -52,28 +48,28 @@ class QuietReader:
 
         :raises OSError: reading failed
         """
-        begin = offset // _PAGE_BYTES * _PAGE_BYTES
-        buffer = buffer[: begin + _DIRECT_BYTES - offset]
+        begin = offset // PAGE_BYTES * PAGE_BYTES
+        buffer = buffer[: begin + DIRECT_BYTES - offset]
         end = offset + len(buffer)
         cached = _cached_pages(self._fd, begin, end - begin)
         if not cached.startswith(b"\0"):
             stop = cached.find(0)
-            return os.preadv(self._fd, [buffer if stop < 0 else buffer[: begin + stop * _PAGE_BYTES - offset]], offset)
+            return os.preadv(self._fd, [buffer if stop < 0 else buffer[: begin + stop * PAGE_BYTES - offset]], offset)
         # Direct reading leaves alone what is cached in between, so one read brings all that is not.
-        end = min(end, begin + (cached.rfind(0) + 1) * _PAGE_BYTES)
+        end = min(end, begin + (cached.rfind(0) + 1) * PAGE_BYTES)
         buffer = buffer[: end - offset]
-        direct = self._opened_direct()
+        direct = self._direct.descriptor()
         if direct >= 0:
-            if offset == begin and len(buffer) % _PAGE_BYTES == 0 and _begins_at_a_page(buffer):
+            if offset == begin and len(buffer) % PAGE_BYTES == 0 and begins_at_a_page(buffer):
                 aligned = buffer
             else:
-                aligned = _aligned_buffer()[: -(-(end - begin) // _PAGE_BYTES) * _PAGE_BYTES]
+                aligned = aligned_buffer()[: -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES]
             try:
                 count = os.preadv(direct, [aligned], begin) - (offset - begin)
             except OSError as e:
                 if e.errno not in _UNABLE:
                     raise
-                self._give_up_direct()
+                self._direct.give_up()
             else:
                 count = max(0, min(count, len(buffer)))
                 if aligned is not buffer:
@@ -90,12 +86,12 @@ class QuietReader:
         :raises OSError: reading failed
         """
         # By way of memory that is used again and again: reading into new memory, page by page, takes longer.
-        buffer = _aligned_buffer()
+        buffer = aligned_buffer()
         pieces = []
         at, end = offset, offset + length
         while at < end:
-            begin = at // _PAGE_BYTES * _PAGE_BYTES
-            whole_pages = -(-(end - begin) // _PAGE_BYTES) * _PAGE_BYTES
+            begin = at // PAGE_BYTES * PAGE_BYTES
+            whole_pages = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
             stop = min(begin + self.read_into(buffer[:whole_pages], begin), end)
             if stop <= at:
                 break
@@ -105,31 +101,54 @@ class QuietReader:
 
     def close(self) -> None:
         """Close what `read_into` opened; idempotent. No other call may be running."""
-        with self._opening:
-            for fd in self._opened:
-                os.close(fd)
-            self._opened.clear()
-            self._direct = None
-
-    def _opened_direct(self) -> int:
-        with self._opening:
-            if self._direct is None:
-                self._direct = _open_direct(self._fd)
-                if self._direct >= 0:
-                    self._opened.append(self._direct)
-            return self._direct
-
-    def _give_up_direct(self) -> None:
-        # Others may be reading by it: it is closed at the end.
-        with self._opening:
-            self._direct = -1
+        self._direct.close()
 
 
-def _open_direct(fd: int) -> int:
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:  # the file system cannot, there is no /proc, or the file may not be opened again
-        return -1
+class QuietWriter:
+    """Writes an open file, large pieces straight to the disk (``O_DIRECT``) where the file system can. Several threads
+    may use it at once, each in pages of its own.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """The descriptor stays the caller's: to be synced, and to be closed after `close`."""
+        self._fd = fd
+        self._direct = DirectFile(fd, os.O_WRONLY)
+
+    def write_all(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+        """Write buffers, one after the other, from `offset` on. Durable after ``fsync``. Blocks.
+
+        :raises OSError: writing failed
+        """
+        if offset % PAGE_BYTES or sum(map(len, buffers)) < _DIRECT_LEAST_BYTES:
+            write_all(self._fd, buffers, offset)
+            return
+        for piece in aligned_pieces(buffers):
+            done = self._write_direct(piece[: len(piece) // PAGE_BYTES * PAGE_BYTES], offset)
+            if done < len(piece):
+                write_all(self._fd, [piece[done:]], offset + done)
+            offset += len(piece)
+
+    def close(self) -> None:
+        """Close what `write_all` opened; idempotent. No other call may be running."""
+        self._direct.close()
+
+    def _write_direct(self, pages: memoryview, offset: int) -> int:
+        """Write whole pages past the cache, and return how many bytes were; what is left is to be written as usual,
+        which also tells why it could not.
+        """
+        done = 0
+        while done < len(pages) and (direct := self._direct.descriptor()) >= 0:
+            try:
+                count = os.pwrite(direct, pages[done:], offset + done)
+            except OSError as e:
+                if e.errno not in _UNABLE:
+                    raise
+                self._direct.give_up()
+                break
+            done += count
+            if count % PAGE_BYTES:
+                break
+        return done
 
 
 def write(fd: int, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> int:
@@ -170,53 +189,6 @@ def forget(fd: int, offset: int = 0, length: int = 0) -> None:
     _advise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def direct_buffer(size_bytes: int) -> memoryview:
-    """Memory that a disk is best read into: at the begin of a page, as direct I/O wants it, and in huge pages where the
-    kernel has them. A block of 4 MiB in small pages is a thousand pieces, which become several requests to the disk; in
-    huge ones it is two, and one request. That made reading up to twice as fast.
-
-    It is let go of with the last view of it. A process that is forked meanwhile does not get it: were a page shared
-    when the disk writes to it, either process could end up with the other's copy (open(2), on O_DIRECT and fork).
-    """
-    memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    begin = -_address(memoryview(memory)) % _HUGE_PAGE_BYTES
-    return memoryview(memory)[begin : begin + size_bytes]
-
-
-class _Buffers(threading.local):
-    """One buffer a thread, used again and again: new memory costs as much time as the reading."""
-
-    def __init__(self) -> None:
-        self.memory: memoryview | None = None
-
-    def forget(self) -> None:
-        self.memory = None
-
-
-_buffers = _Buffers()
-# A forked child has the address, and no memory there.
-os.register_at_fork(after_in_child=_buffers.forget)
-
-
-def _aligned_buffer() -> memoryview:
-    if _buffers.memory is None:
-        _buffers.memory = direct_buffer(_DIRECT_BYTES + _PAGE_BYTES)
-    return _buffers.memory
-
-
-def _begins_at_a_page(buffer: memoryview) -> bool:
-    return _address(buffer) % _PAGE_BYTES == 0
-
-
-def _address(buffer: memoryview) -> int:
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
 def _advise(fd: int, offset: int, length: int, advice: int) -> None:
     try:
         os.posix_fadvise(fd, offset, length, advice)
@@ -232,7 +204,7 @@ def _runs_not_cached(cached: bytes) -> Iterator[tuple[int, int]]:
     while at >= 0:
         end = cached.find(1, at)
         end = len(cached) if end < 0 else end
-        yield at * _PAGE_BYTES, (end - at) * _PAGE_BYTES
+        yield at * PAGE_BYTES, (end - at) * PAGE_BYTES
         at = cached.find(0, end)
 
 
@@ -243,7 +215,7 @@ def _cached_pages(fd: int, offset: int, length: int) -> bytes:
     if length <= 0:
         return b""
     libc = _libc()
-    count = -(-length // _PAGE_BYTES)
+    count = -(-length // PAGE_BYTES)
     # Most often all of it is cached, or nothing: that is quicker to learn, without a mapping.
     span, found = (ctypes.c_uint64 * 2)(offset, length), (ctypes.c_uint64 * 5)()
     if libc.syscall(_SYS_CACHESTAT, fd, span, found, 0) == 0 and found[0] in (0, count):

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, StorageFull, UsageError
 from vmsnap.model import Finding
-from vmsnap.pagecache import QuietReader, forget, write_all
+from vmsnap.pagecache import QuietReader, QuietWriter, forget
 from vmsnap.roles.options import Option
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
 
@@ -190,7 +190,8 @@ class LocalStorage(StorageBackend):
             # The lock tells a sweep that the writer lives, whatever its PID namespace.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             view = memoryview(data).cast("B")
-            write_all(fd, [view], 0)
+            with closing(QuietWriter(fd)) as file:
+                file.write_all([view], 0)
             os.fsync(fd)
             if len(view) >= _LARGE_OBJECT_BYTES:
                 forget(fd)

@@ -53,7 +53,7 @@ class PackBuilder:
     at once.
     """
 
-    def __init__(self, vault: Vault, buffer: bytearray) -> None:
+    def __init__(self, vault: Vault, buffer: bytearray | memoryview) -> None:
         """:param buffer: where the pack is built; as long as the pack may become"""
         self.id = os.urandom(32)
         self._cipher = vault.pack_cipher(self.id)

@@ -7,13 +7,13 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from vmsnap.errors import AlreadyExists, DamageFound, StorageError, StorageFull
 from vmsnap.model import Extent
-from vmsnap.pagecache import forget, write_all
+from vmsnap.pagecache import QuietWriter, forget
 from vmsnap.repository.blobs import BlobReader, Wanted
 from vmsnap.repository.format import ID_BYTES, ZERO_ID, BlobKind
 from vmsnap.repository.loss import is_within
@@ -29,7 +29,7 @@ Progress: TypeAlias = Callable[[int, int | None], None]
 LoadIds: TypeAlias = Callable[[ImageRecord, Node], bytes]
 
 _BATCH_BYTES = 4 << 20
-_WRITE_BYTES = 512 << 10
+_WRITE_BYTES = 4 << 20
 _HOLES_BYTES = 1 << 30
 _CACHE_BYTES = 16 << 20
 
@@ -129,8 +129,8 @@ class ImageReader(DiskReader):
         :raises DamageFound: the backup is damaged
         :raises OSError: writing failed
         """
-
-        self._write_to(lambda offset, contents: write_all(fd, contents, offset), progress)
+        with closing(QuietWriter(fd)) as file:
+            self._write_to(lambda offset, contents: file.write_all(contents, offset), progress)
 
     def write_to_empty(self, target: Target, progress: Progress | None = None) -> None:
         """Write all data of the image to a target that is as large and reads as zeros; durable on return. Blocks.

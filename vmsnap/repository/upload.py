@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition, Lock
 from typing import NamedTuple
 
+from vmsnap.directio import direct_buffer
 from vmsnap.errors import StorageError
 from vmsnap.repository.format import BlobKind, Codec, pack_key
 from vmsnap.repository.index import IndexedPack
@@ -33,7 +34,7 @@ class NewBlob(NamedTuple):
 class _OpenPack:
     """A pack that takes blobs. It is stored when it takes no more and nobody fills it any longer."""
 
-    def __init__(self, vault: Vault, buffer: bytearray, buffers: queue.SimpleQueue[bytearray | None]) -> None:
+    def __init__(self, vault: Vault, buffer: memoryview, buffers: queue.SimpleQueue[memoryview | None]) -> None:
         """:param buffers: where `buffer` goes back to"""
         self.builder = PackBuilder(vault, buffer)
         self.buffer = buffer
@@ -48,14 +49,14 @@ class _Kind:
     def __init__(self, kind: BlobKind) -> None:
         self.open: _OpenPack | None = None
         self.pack_bytes = PACK_BYTES_OF[kind]
-        self.buffers: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
+        self.buffers: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(_UPLOADS + 2):
             self.buffers.put(None)
 
-    def buffer(self) -> bytearray:
+    def buffer(self) -> memoryview:
         """A buffer that is free. Blocks until one is."""
         buffer = self.buffers.get()
-        return buffer if buffer is not None else bytearray(self.pack_bytes)
+        return buffer if buffer is not None else direct_buffer(self.pack_bytes)
 
 
 class PackUploader:
@@ -187,7 +188,7 @@ class PackUploader:
             raise StorageError("the backup was given up") from e
 
     def _upload(
-        self, listed: IndexedPack, data: memoryview, buffer: bytearray, buffers: queue.SimpleQueue[bytearray | None]
+        self, listed: IndexedPack, data: memoryview, buffer: memoryview, buffers: queue.SimpleQueue[memoryview | None]
     ) -> None:
         try:
             self._storage.put(pack_key(listed.id), data)

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 import vmsnap
+from vmsnap.directio import direct_buffer
 from vmsnap.errors import ObjectExists, ObjectNotFound, RepositoryError, StorageError
 from vmsnap.model import Extent
-from vmsnap.pagecache import direct_buffer
 from vmsnap.repository.base import (
     BaseImage,
     OldTree,
