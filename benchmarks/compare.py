@@ -6,12 +6,14 @@ Each step is done by each tool in turn, the first one another in each round; eac
 with its files out of the page cache (but for one step, which begins with the image in it), and ends when all that it
 wrote is on the disk. Needs about seven times the image's size in `--folder`. Without ``--docs`` the table is printed
 only.
+
+Where a machine is quiet for minutes at a time only, each round can be a call of its own: ``--rounds 1 --json FILE``,
+the next ones with ``--after FILE`` in addition, which takes the rounds of the earlier ones into table and file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,12 +22,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 
-from benchmarks.compare_table import Result, Sample, Step, table
+from benchmarks.compare_table import Result, Sample, Step, read_result, table, write_result
 from benchmarks.disk_image import DiskImageFile, copy_changed, make_image
 from benchmarks.document import host, replace_section
 from benchmarks.processes import Took, drop_from_cache, read_all
@@ -38,6 +38,7 @@ _TOOLS: dict[str, type[Tool]] = {tool.name: tool for tool in (Vmsnap, PlainVmsna
 def main() -> int:
     """Measure, print, write; returns the exit code."""
     options = _parser().parse_args()
+    earlier = read_result(options.after) if options.after else None
     with tempfile.TemporaryDirectory(prefix="vmsnap-compare-", dir=options.folder) as name:
         folder = Path(name)
         _say(f"making an image of {options.gib:g} GiB")
@@ -46,13 +47,16 @@ def main() -> int:
             image = maker.submit(make_image, folder / "disk1.img", int(options.gib * 1024) << 20).result()
             changed = maker.submit(copy_changed, image.path, folder / "disk2.img").result()
         comparison = Comparison(folder, image, folder / "disk2.img", changed, [_TOOLS[tool] for tool in options.tools])
+        done = earlier.rounds if earlier else 0
         for number in range(options.rounds):
-            comparison.round(number, partial(_say, f"round {number + 1} of {options.rounds}:"))
+            comparison.round(done + number, partial(_say, f"round {number + 1} of {options.rounds}:"))
     result = comparison.result(host())
+    if earlier:
+        result = earlier.joined(result)
     text = table(result)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps(asdict(result), indent=1, default=lambda step: step.value) + "\n")
+        write_result(result, options.json)
     if options.docs:
         replace_section("compare", text)
     return 0
@@ -72,6 +76,7 @@ class Comparison:
         self._tools = tools
         self._samples: list[Sample] = []
         self._disk_seconds: list[float] = []
+        self._loads: list[float] = []
 
     def round(self, number: int, tell: Callable[[str], None]) -> None:
         """Every step once with every tool, in repositories that are new. Blocks for minutes."""
@@ -103,7 +108,8 @@ class Comparison:
             self._first.allocated_bytes,
             self._first.file_bytes,
             changed_bytes,
-            median(self._disk_seconds),
+            tuple(self._disk_seconds),
+            tuple(self._loads),
             tuple(self._samples),
         )
 
@@ -120,6 +126,7 @@ class Comparison:
         else:
             took = self._back_up(step, tool, image)
         added = tool.stored_bytes() - before
+        self._loads.append(os.getloadavg()[0])
         self._samples.append(Sample(step, tool.name, took.seconds, took.processor_seconds, took.peak_bytes, added))
 
     def _back_up(self, step: Step, tool: Tool, image: Path) -> Took:
@@ -152,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", type=Path, default=Path("/var/tmp"), help="for images and repositories")
     add("--tools", nargs="+", choices=list(_TOOLS), default=list(_TOOLS))
     add("--json", type=Path, metavar="FILE", help="write all measurements there")
+    add("--after", type=Path, metavar="FILE", help="what --json wrote in an earlier run on the same machine")
     add("--docs", action="store_true", help="write the table into docs/performance.md")
     return parser
 

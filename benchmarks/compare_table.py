@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
+
+import msgspec
 
 from benchmarks.document import markdown_table
 from benchmarks.tools import PlainVmsnap, Tool, Vmsnap
@@ -62,13 +66,46 @@ class Result:
     """Of the image's file: all but its holes."""
     file_bytes: int
     changed_bytes: int
-    disk_seconds: float
-    """What reading the image from the disk takes alone, median of the rounds."""
+    disk_seconds: tuple[float, ...]
+    """What reading the image from the disk takes alone, in each round."""
+    loads: tuple[float, ...]
+    """How many threads the machine ran or wanted to run, in the minute before the end of each sample."""
     samples: tuple[Sample, ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often everything was done."""
+        return len(self.disk_seconds)
+
+    def joined(self, later: Result) -> Result:
+        """This and the rounds of a later run, as one.
+
+        :raises SystemExit: they are not of the same machine, tools and image
+        """
+        if replace(self, disk_seconds=(), loads=(), samples=()) != replace(
+            later, disk_seconds=(), loads=(), samples=()
+        ):
+            raise SystemExit("the earlier run is of another machine, image or version")
+        return replace(
+            self,
+            disk_seconds=self.disk_seconds + later.disk_seconds,
+            loads=self.loads + later.loads,
+            samples=self.samples + later.samples,
+        )
 
     def of(self, step: Step, tool: str) -> list[Sample]:
         """The samples of one step of one tool, in the order of the rounds; empty where it does not do it."""
         return [sample for sample in self.samples if sample.step is step and sample.tool == tool]
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write all measurements to a file, as JSON."""
+    path.write_text(json.dumps(asdict(result), indent=1, default=lambda step: step.value) + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """What `write_result` wrote."""
+    return msgspec.json.decode(path.read_bytes(), type=Result)
 
 
 @dataclass(frozen=True)
@@ -93,13 +130,14 @@ def table(result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    rounds = len(result.of(Step.FIRST, _tools(result)[0]))
+    disk_seconds = median(result.disk_seconds)
     return (
         f"{', '.join(result.versions)}; {result.machine}. An image of {_gib(result.size_bytes)}, "
         f"{_gib(result.allocated_bytes)} of it no holes, {_gib(result.file_bytes)} of it files; then "
-        f"{result.changed_bytes / 1e6:.0f} MB of it changed. Medians of {rounds} rounds; MB/s are of what is no hole. "
-        f"Only reading the image from the disk takes {result.disk_seconds:.1f} s "
-        f"({result.allocated_bytes / result.disk_seconds / 1e6:.0f} MB/s)."
+        f"{result.changed_bytes / 1e6:.0f} MB of it changed. Medians of {result.rounds} rounds; MB/s are of what is no "
+        f"hole. Only reading the image from the disk takes {disk_seconds:.1f} s "
+        f"({result.allocated_bytes / disk_seconds / 1e6:.0f} MB/s). The load of the machine was "
+        f"{min(result.loads):.1f} to {max(result.loads):.1f}, the tools' own included."
     )
 
 
