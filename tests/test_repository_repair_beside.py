@@ -10,6 +10,7 @@ from tests.damage import flip, lost, make, only, pack_of
 from tests.test_repository_roundtrip import back_up, content_of
 from vmsnap.errors import Busy, DamageFound, RepositoryError
 from vmsnap.repository import BackupFields, BytesReader, DiskImage, ImageKind, Manifest, Repository
+from vmsnap.repository.format import BlobKind
 
 
 def test_a_repair_beside_another_one_or_garbage_collection_does_not_begin() -> None:
@@ -93,6 +94,31 @@ def test_a_backup_that_is_made_in_the_middle_of_a_repair_is_left_alone() -> None
     again = Repository.open(storage)
     assert content_of(again, made[0].disks[0].image) == contents[1] + other
     assert [finding.severity for finding in again.check(read_data=True).findings] == ["lost"]
+
+
+def test_what_a_repair_has_listed_stays_when_the_backup_that_stored_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vmsnap.repository.upload.PACK_BYTES_OF", dict.fromkeys(BlobKind, 8 << 10))
+    storage, repository, contents, _ = make(None)
+    for key in {pack_of(repository, contents[0][at : at + 4096])[0] for at in range(0, len(contents[0]), 4096)}:
+        del storage.raw[key]
+    truth = Repository.open(storage).repair(dry_run=True).lost
+    put = storage.put
+    with Repository.open(storage).writer() as writer:
+        writer.add_image("disk", BytesReader(contents[0]), ImageKind.DISK)  # stores anew what was lost, listed nowhere
+
+        def give_up_and_put(name: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+            if name.startswith("index/"):
+                writer.abort()
+            put(name, data, if_absent=if_absent)
+
+        storage.put = give_up_and_put  # type: ignore[method-assign]
+        report = Repository.open(storage).repair()
+    assert report.lost != truth, "some of what the backup had stored was found"
+    Repository.open(storage).gc()
+    after = Repository.open(storage).repair()
+    assert (after.lost, after.changed) == (report.lost, False), "what the first one noted is all that is lost"
 
 
 def test_a_repair_that_was_taken_for_dead_deletes_nothing() -> None:

@@ -25,7 +25,7 @@ from vmsnap.repository.loss import joined
 from vmsnap.repository.manifest import LostRange, Manifest, with_lost
 from vmsnap.repository.repack import IndexWriter, copy_blobs
 from vmsnap.repository.salvage import Salvage
-from vmsnap.repository.sessions import Session, delete_session, list_sessions
+from vmsnap.repository.sessions import Session, collectors, delete_session, list_sessions
 from vmsnap.repository.smallobjects import check_small_objects
 from vmsnap.repository.walk import LossWalk
 
@@ -50,9 +50,8 @@ def _refuse_others(repository: Repository, session: Session) -> None:
 
     :raises Busy: somebody else collects garbage or repairs
     """
-    for other in list_sessions(repository.storage, repository.vault):
-        if other.key != session.key and other.record and other.record.kind == "gc" and not other.dead:
-            raise Busy(f"{other.description} is at work", cure="try again when it has ended")
+    for other in collectors(repository.storage, repository.vault, session.key):
+        raise Busy(f"{other.description} is at work", cure="try again when it has ended")
 
 
 class _Repair:

@@ -183,6 +183,15 @@ def list_sessions(
     return found
 
 
+def collectors(storage: StorageBackend, vault: Vault, but: str) -> Sequence[SessionInfo]:
+    """The living sessions, besides that of the key `but`, that collect garbage or repair. Blocks.
+
+    :raises StorageError: the storage failed
+    """
+    others = [other for other in list_sessions(storage, vault) if other.key != but and not other.dead]
+    return [other for other in others if other.record and other.record.kind == "gc"]
+
+
 def delete_session(storage: StorageBackend, key: str) -> None:
     """Remove a dead session; idempotent. The session object first: a heartbeat alone is nothing.
 

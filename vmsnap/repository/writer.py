@@ -32,7 +32,7 @@ from vmsnap.repository.format import ChunkSizes, ImageKind, pack_key
 from vmsnap.repository.index import ChunkIndex
 from vmsnap.repository.manifest import BackupFields, BackupStats, Manifest, check_fields, seal_manifest
 from vmsnap.repository.seal import Vault
-from vmsnap.repository.sessions import Session
+from vmsnap.repository.sessions import Session, collectors
 from vmsnap.repository.sources import BytesReader, runs_to_read
 from vmsnap.repository.tree import ImageRecord
 from vmsnap.repository.treebuilder import TreeBuilder
@@ -260,16 +260,17 @@ class BackupWriter:
         """Give up, end the threads, and remove the packs that nobody can know of yet; idempotent, nothing after
         `commit`.
 
-        Packs that an index object lists stay: another backup may use them already. Those that cannot be removed
-        now stay too, until the next garbage collection.
+        Packs that an index object lists stay: another backup may use them already. So do all where a repair may be
+        listing them, and those that cannot be removed now, until the next garbage collection.
         """
         if self._done:
             return
         self._done = True
         self._close()
-        for pack in self._store.unlisted:
-            with suppress(StorageError):
-                self._storage.delete(pack_key(pack.id))
+        with suppress(StorageError):
+            if not collectors(self._storage, self._vault, self._session.key):
+                for pack in self._store.unlisted:
+                    self._storage.delete(pack_key(pack.id))
         self._session.end()
 
     # -- inside
