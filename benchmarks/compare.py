@@ -7,8 +7,9 @@ with its files out of the page cache (but for one step, which begins with the im
 wrote is on the disk. Needs about seven times the image's size in `--folder`. Without ``--docs`` the table is printed
 only.
 
-Where a machine is quiet for minutes at a time only, each round can be a call of its own: ``--rounds 1 --json FILE``,
-the next ones with ``--after FILE`` in addition, which takes the rounds of the earlier ones into table and file.
+Where a machine is quiet for minutes at a time only, each round can be a call of its own: ``--rounds 1 --json FILE
+--images FOLDER``, the next ones with ``--after FILE`` in addition, which takes the rounds of the earlier ones into
+table and file. ``--rounds 0`` makes the images, or a table of what was measured before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from benchmarks.compare_table import Result, Sample, Step, read_result, table, write_result
 from benchmarks.disk_image import DiskImageFile, copy_changed, make_image
@@ -41,18 +44,21 @@ def main() -> int:
     earlier = read_result(options.after) if options.after else None
     with tempfile.TemporaryDirectory(prefix="vmsnap-compare-", dir=options.folder) as name:
         folder = Path(name)
-        _say(f"making an image of {options.gib:g} GiB")
         # In a process of its own: the kernel would count this one's memory to the tools.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as maker:
-            image = maker.submit(make_image, folder / "disk1.img", int(options.gib * 1024) << 20).result()
-            changed = maker.submit(copy_changed, image.path, folder / "disk2.img").result()
-        comparison = Comparison(folder, image, folder / "disk2.img", changed, [_TOOLS[tool] for tool in options.tools])
+            images = maker.submit(images_in, options.images or folder, int(options.gib * 1024) << 20).result()
+        comparison = Comparison(folder, *images, [_TOOLS[tool] for tool in options.tools])
         done = earlier.rounds if earlier else 0
         for number in range(options.rounds):
             comparison.round(done + number, partial(_say, f"round {number + 1} of {options.rounds}:"))
-    result = comparison.result(host())
-    if earlier:
-        result = earlier.joined(result)
+    if earlier and options.rounds:
+        result = earlier.joined(comparison.result(host()))
+    elif earlier:
+        result = earlier
+    elif options.rounds:
+        result = comparison.result(host())
+    else:
+        return 0
     text = table(result)
     print(text)
     if options.json:
@@ -60,6 +66,22 @@ def main() -> int:
     if options.docs:
         replace_section("compare", text)
     return 0
+
+
+def images_in(folder: Path, size_bytes: int) -> tuple[DiskImageFile, Path, list[Extent]]:
+    """The image, the changed one, and where that is changed: as an earlier call has made them, or made now."""
+    noted, second = folder / "images.json", folder / "disk2.img"
+    if noted.exists():
+        sizes, changed = msgspec.json.decode(noted.read_bytes(), type=tuple[list[int], list[Extent]])
+        if sizes[0] == size_bytes:
+            return DiskImageFile(folder / "disk1.img", *sizes), second, changed
+    _say(f"making an image of {size_bytes / (1 << 30):g} GiB")
+    folder.mkdir(parents=True, exist_ok=True)
+    noted.unlink(missing_ok=True)
+    first = make_image(folder / "disk1.img", size_bytes)
+    changed = copy_changed(first.path, second)
+    noted.write_bytes(msgspec.json.encode(((first.size_bytes, first.file_bytes, first.allocated_bytes), changed)))
+    return first, second, changed
 
 
 class Comparison:
@@ -157,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gib", type=float, default=8, help="the size of the image")
     add("--rounds", type=int, default=3)
     add("--folder", type=Path, default=Path("/var/tmp"), help="for images and repositories")
+    add("--images", type=Path, metavar="FOLDER", help="keep the images there, and use those that are there")
     add("--tools", nargs="+", choices=list(_TOOLS), default=list(_TOOLS))
     add("--json", type=Path, metavar="FILE", help="write all measurements there")
     add("--after", type=Path, metavar="FILE", help="what --json wrote in an earlier run on the same machine")
