@@ -1,4 +1,4 @@
-"""Processes that carry out a backup and stop at a call of a driver, to be killed, stopped or let go on there."""
+"""Processes that carry out a backup or a failover and stop at a call of a driver, to be killed or let go on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,25 @@ from vmsnap.testing.faults import FaultPlan
 from tests.world import FaultyDrivers
 
 class Announced(FaultPlan):
+    left = int(sys.argv[6])
+
     def count(self, method):
         print(method, flush=True)
         if method == sys.argv[3]:
-            sys.stdin.read(1)
+            self.left -= 1
+            if not self.left:
+                print("HERE", flush=True)
+                sys.stdin.read(1)
         return super().count(method)
 
 folders = HostFolders.find(Path(sys.argv[1]))
 controller = Controller(folders, drivers=FaultyDrivers(folders.context(), Announced()))
 try:
-    controller.backup("vm001", open_repository(sys.argv[2]), max_pause_seconds=float(sys.argv[4]))
+    if sys.argv[5] == "failover":
+        controller.failover("vm001")
+    else:
+        mode = {"backup": "live"}.get(sys.argv[5], sys.argv[5])
+        controller.backup("vm001", open_repository(sys.argv[2]), mode=mode, max_pause_seconds=float(sys.argv[4]))
 except (VmsnapError, Interrupted) as error:
     print("ERROR", error, flush=True)
     sys.exit(error.exit_code)
@@ -41,13 +50,20 @@ SLOW_MACHINE_SECONDS = 10
 
 
 def worker_that_waits_at(
-    state_dir: Path, url: str, call: str, *, max_pause_seconds: float = MAX_PAUSE_SECONDS
+    state_dir: Path,
+    url: str,
+    call: str,
+    *,
+    verb: str = "backup",
+    number: int = 1,
+    max_pause_seconds: float = MAX_PAUSE_SECONDS,
 ) -> subprocess.Popen[str]:
-    """A worker that backs up ``vm001`` into the repository at `url`, has come to its first call of the driver method
-    `call`, and waits there for a byte on its standard input.
+    """A worker that backs up ``vm001`` into the repository at `url` (or, by `verb`, in mode ``consistent``, or lets its
+    duplicate take over: ``failover``), has come to its call number `number` of the driver method `call`, and waits
+    there for a byte on its standard input.
     """
     worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds)],
+        [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds), verb, str(number)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -55,7 +71,7 @@ def worker_that_waits_at(
     )
     told = []
     for line in worker.stdout or ():
-        if line.strip() == call:
+        if line.strip() == "HERE":
             return worker
         told.append(line)
     raise AssertionError(f"the worker never came to {call}: {worker.wait()}, {''.join(told)}")

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,9 @@ RAM_AT_LEAST_BYTES: Final = 16 * 1024 * 1024
 """A mapping of this size or more counts as guest RAM."""
 _UCRED: Final = struct.Struct("3i")
 _CONNECT_SECONDS: Final = 1.0
+_LOOK_EACH_SECONDS: Final = 0.01
+_LISTENING: Final = 0x10000
+"""``__SO_ACCEPTCON`` among the flags in /proc/net/unix (the kernel's ``include/uapi/linux/net.h``)."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,39 @@ def listener(path: Path) -> int | None:
 
     :raises HypervisorError: it cannot be told
     """
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(_CONNECT_SECONDS)
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_CONNECT_SECONDS)
+            try:
+                connect_unix(client, path)
+                return int(_UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+            except (FileNotFoundError, ConnectionRefusedError):
+                return None
+            except OSError as e:
+                # A full backlog (EAGAIN, or the time-out): a QEMU that hangs, or one that is about to be gone.
+                pid = _holder_of_listening(path)
+                if pid is not None:
+                    return pid
+                if time.monotonic() > deadline:
+                    raise HypervisorError(f"whether somebody listens on {path} cannot be told: {e}") from e
+        time.sleep(_LOOK_EACH_SECONDS)
+
+
+def _holder_of_listening(path: Path) -> int | None:
+    """Who has the socket open that listens on `path`, by /proc/net/unix (proc(5)); None where nobody is seen."""
+    inodes = set()
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and int(fields[3], 16) & _LISTENING and fields[7] == str(path.absolute()):
+            inodes.add(f"socket:[{fields[6]}]")
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            connect_unix(client, path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return None
-        except OSError as e:
-            # A full backlog (EAGAIN, or the time-out) is somebody who listens and takes nobody.
-            raise HypervisorError(f"whether somebody listens on {path} cannot be told: {e}") from e
-        return int(_UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+            if any(str(descriptor.readlink()) in inodes for descriptor in (process / "fd").iterdir()):
+                return int(process.name)
+        except OSError:  # it ended meanwhile, or belongs to another user
+            continue
+    return None
 
 
 def mapped_memory(pid: int) -> MappedMemory:

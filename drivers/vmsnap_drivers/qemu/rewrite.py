@@ -97,7 +97,7 @@ class _Rewriter:
                 kept.append(with_image(argument, disks[number].address, disks[number].format))
             elif argument.name == "blockdev" and argument.properties.get("node-name") in unused:
                 continue
-            elif argument.name not in _DROPPED or self._other_monitor(argument):
+            elif argument.name not in _DROPPED or self._is_awaited(argument):
                 changed = self._change(argument)
                 if changed is not None:
                     kept.append(changed)
@@ -120,10 +120,12 @@ class _Rewriter:
         below = children(arguments, nodes)
         return [node for node in nodes if node not in replaced and node not in below]
 
-    def _other_monitor(self, argument: Argument) -> bool:
-        """Whether it is a monitor of somebody else's, who waits for the VM that is replaced."""
-        if not self.new.takeover or argument.name != "qmp":
+    def _is_awaited(self, argument: Argument) -> bool:
+        """Whether it is a screen, or a monitor of somebody else's, who waits for the VM that is replaced."""
+        if not self.new.takeover or argument.name not in ("qmp", "vnc"):
             return False
+        if argument.name == "vnc":
+            return True
         path = (argument.properties.names or [""])[0]
         return path.startswith("unix:") and path != f"unix:{self.new.qmp_socket}"
 

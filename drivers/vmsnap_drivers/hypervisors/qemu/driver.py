@@ -206,7 +206,6 @@ class QemuHypervisor(Hypervisor):
 
     def load(self, request: LoadRequest) -> LoadedVm:
         mark = launch.load(self.vm, self._folder, Path(self._socket), request)
-        process.note(self.context.state_dir, self.vm, mark.pid, mark.socket, request.disks)
         return LoadedVm(self.vm, {"qmp": mark.socket})
 
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
@@ -221,7 +220,9 @@ class QemuHypervisor(Hypervisor):
 
     def fence(self, *, kill: bool = False) -> str:
         self.close()
-        known = process.read(self.context.state_dir, self.vm)
+        captured, mark = process.read(self.context.state_dir, self.vm), launch.read_mark(self._folder)
+        loaded = process.ProcessRecord.of_mark(mark) if mark is not None else None
+        known = [record for record in (captured, loaded) if record is not None]
         return fence.fence(self.vm, Path(self._socket), known, kill=kill)
 
     def await_life(self, seconds: float) -> str:
@@ -236,7 +237,6 @@ class QemuHypervisor(Hypervisor):
             return
         self.close()
         launch.destroy(self._folder, mark)
-        process.forget(self.context.state_dir, self.vm)
 
     def list_owned(self) -> Sequence[OwnedResource]:
         return owned.list_owned(self.context)

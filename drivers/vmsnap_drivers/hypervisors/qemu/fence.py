@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,19 +26,15 @@ _WRITING_BYTE: Final = 101
 _CURE: Final = "let it run, or kill it with --fence"
 
 
-def fence(vm: str, socket: Path, known: ProcessRecord | None, *, kill: bool) -> str:
-    """Prove it; `known` is what was written down of the VM's process. See `Hypervisor.fence`.
+def fence(vm: str, socket: Path, known: Sequence[ProcessRecord], *, kill: bool) -> str:
+    """Prove it; `known` is what was written down of the VM's processes. See `Hypervisor.fence`.
 
     :raises Busy: it lives, and `kill` is not set
     :raises HypervisorError: it cannot be shown
     """
-    proofs = []
-    if known is not None and known.socket != str(socket.absolute()):
-        known = None  # of another VM, that had the name before
-    if known is not None and known.boot == boot_id():
-        proofs.append(_show_ended(vm, known, kill=kill))
-    elif known is not None:
-        proofs.append("the host was started again since it ran")
+    # What was written down of another VM, that had the name before, tells nothing of this one.
+    records = {record.pid: record for record in known if record.socket == str(socket.absolute())}
+    proofs = [_show_ended(vm, record, kill=kill) for record in records.values()]
     listening = listener(socket)
     if listening is not None:
         proofs.append(_end_listener(vm, socket, listening, kill=kill))
@@ -49,8 +46,8 @@ def fence(vm: str, socket: Path, known: ProcessRecord | None, *, kill: bool) -> 
     if listener(socket) is not None:
         raise Busy(f"somebody listens on {socket}: VM {vm!r} was started again", cure=_CURE)
     proofs.append(f"nobody listens on {socket}")
-    disks = known.disks if known is not None else ()
-    for disk in disks:
+    disks = {disk for record in records.values() for disk in record.disks if disk.startswith("/")}
+    for disk in sorted(disks):
         if is_written(Path(disk)):
             raise Busy(f"another process has {disk} of VM {vm!r} open for writing", cure="end it first")
     if disks:
@@ -80,6 +77,8 @@ def is_written(path: Path) -> bool:
 
 
 def _show_ended(vm: str, known: ProcessRecord, *, kill: bool) -> str:
+    if known.boot != boot_id():
+        return "the host was started again since it ran"
     with held(known.pid) as process:
         if process is None or _started(known.pid) != known.pid_started or process.has_ended():
             return f"its process {known.pid} has ended"

@@ -24,7 +24,7 @@ from vmsnap.roles import LoadRequest
 from vmsnap_drivers.hypervisors.qemu.definition import Definition
 from vmsnap_drivers.hypervisors.qemu.record import write_whole
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.peer import listener, start_time
+from vmsnap_drivers.qemu.peer import boot_id, listener, start_time
 from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
@@ -37,18 +37,21 @@ _START_SECONDS: Final = 30.0
 _LOAD_SECONDS: Final = 600.0
 _LOOK_EACH_SECONDS: Final = 0.005
 _KILL_SECONDS: Final = 10.0
-_SMALLEST_MAPPED_BYTES: Final = 16 * 1024 * 1024
+SMALLEST_MAPPED_BYTES: Final = 16 * 1024 * 1024
+"""RAM blocks of this size and more are mapped from their images; smaller ones are sent."""
 
 
 @dataclass(frozen=True)
 class LoadedMark:
-    """In the run folder of a VM that we loaded: which process it is."""
+    """In the run folder of a VM that we loaded: which process it is, in which start of the host, on which disks."""
 
     vm: str
     pid: int
     pid_started: int
     socket: str
     notes: tuple[str, ...]
+    boot: str = ""
+    disks: tuple[str, ...] = ()
 
 
 def run_folder(state_dir: Path, vm: str) -> Path:
@@ -110,7 +113,15 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
         rewritten = rewrite(definition.exe, definition.options(), new)
         process = _start(definition, rewritten.argv, folder)
         try:
-            mark = LoadedMark(vm, process.pid, start_time(process.pid) or 0, str(qmp_socket), tuple(rewritten.notes))
+            mark = LoadedMark(
+                vm,
+                process.pid,
+                start_time(process.pid) or 0,
+                str(qmp_socket),
+                tuple(rewritten.notes),
+                boot_id(),
+                tuple(disk.address for disk in request.disks if not disk.read_only),
+            )
             write_whole(folder / MARK_NAME, to_json(mark))
             _bring_in(process, folder, qmp_socket, captured, _stream_images(folder, request, new), new)
         except BaseException:
@@ -164,7 +175,7 @@ def _new_vm(
     mapped = {
         image.region: image.path
         for image in request.images
-        if image.region.removeprefix("/objects/") in backends and sizes.get(image.region, 0) >= _SMALLEST_MAPPED_BYTES
+        if image.region.removeprefix("/objects/") in backends and sizes.get(image.region, 0) >= SMALLEST_MAPPED_BYTES
     }
     return NewVm(
         name=vm,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import HypervisorError
-from vmsnap.model import Disk, from_json
+from vmsnap.model import Disk
+from vmsnap_drivers.hypervisors.qemu import process
 from vmsnap_drivers.hypervisors.qemu.blocks import image_name
 from vmsnap_drivers.hypervisors.qemu.definition import absolute
+from vmsnap_drivers.hypervisors.qemu.launch import LoadedMark, read_mark
 from vmsnap_drivers.hypervisors.qemu.process import ProcessRecord
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import look_at, start_time
@@ -48,19 +50,12 @@ def _identity(address: str) -> str | tuple[int, int]:
 
 
 def _disks_of_others(state_dir: Path, pid: int) -> dict[str | tuple[int, int], str]:
+    records = [process.read(state_dir, path.stem) for path in (state_dir / "qemu" / "processes").glob("*.json")]
+    marks = [read_mark(folder) for folder in (state_dir / "qemu" / "run").glob("*")]
+    known: list[ProcessRecord | LoadedMark] = [entry for entry in (*records, *marks) if entry is not None]
     return {
-        _identity(disk): record.vm
-        for record in _records(state_dir / "qemu" / "processes")
-        if record.pid != pid and start_time(record.pid) == record.pid_started
-        for disk in record.disks
+        _identity(disk): entry.vm
+        for entry in known
+        if entry.pid != pid and start_time(entry.pid) == entry.pid_started
+        for disk in entry.disks
     }
-
-
-def _records(folder: Path) -> Iterable[ProcessRecord]:
-    for path in sorted(folder.glob("*.json")):
-        try:
-            yield from_json(path.read_text(), ProcessRecord)
-        except FileNotFoundError:
-            continue
-        except ValueError as e:
-            raise HypervisorError(f"the record of a VM's process, {path}, is damaged") from e

@@ -1,4 +1,4 @@
-"""Which process a VM was when it was last captured or loaded, written down so that it can be shown to be gone."""
+"""Which process a VM was when it was last captured, written down so that it can be shown to be gone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, check_name, from_json, to_json
+from vmsnap_drivers.hypervisors.qemu.launch import LoadedMark
 from vmsnap_drivers.hypervisors.qemu.record import write_whole
 from vmsnap_drivers.qemu.peer import boot_id, start_time
 
@@ -30,6 +31,11 @@ class ProcessRecord:
     pid_started: int
     socket: str
     disks: tuple[str, ...]
+
+    @classmethod
+    def of_mark(cls, mark: LoadedMark) -> ProcessRecord:
+        """Of a VM that was loaded, by the mark in its run folder."""
+        return cls(mark.vm, mark.boot or boot_id(), mark.pid, mark.pid_started, mark.socket, mark.disks)
 
 
 def note(state_dir: Path, vm: str, pid: int, socket: str, disks: Sequence[Disk]) -> None:
@@ -59,11 +65,6 @@ def read(state_dir: Path, vm: str) -> ProcessRecord | None:
         return None
     except ValueError as e:
         raise HypervisorError(f"the record of a VM's process, {path}, is damaged") from e
-
-
-def forget(state_dir: Path, vm: str) -> None:
-    """Remove what was written down; succeeds where nothing was."""
-    _place(state_dir, vm).unlink(missing_ok=True)
 
 
 def _place(state_dir: Path, vm: str) -> Path:
