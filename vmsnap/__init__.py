@@ -17,7 +17,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vmsnap.controller import BackupResult, Controller, Progress, RecoveryResult, RestoreResult
+    from vmsnap.controller import (
+        BackupResult,
+        BootResult,
+        ConsolidateResult,
+        Controller,
+        DuplicateInfo,
+        FailoverResult,
+        Progress,
+        RecoveryResult,
+        RestoreResult,
+    )
     from vmsnap.export import export_disks
     from vmsnap.host import HostFolders
     from vmsnap.places import create_repository, open_repository
@@ -27,8 +37,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackupResult",
+    "BootResult",
+    "ConsolidateResult",
     "Controller",
     "CopyReport",
+    "DuplicateInfo",
+    "FailoverResult",
     "HostFolders",
     "Progress",
     "RecoveryResult",
@@ -42,8 +56,12 @@ __all__ = [
 
 _HOMES = {
     "BackupResult": "vmsnap.controller",
+    "BootResult": "vmsnap.controller",
+    "ConsolidateResult": "vmsnap.controller",
     "Controller": "vmsnap.controller",
     "CopyReport": "vmsnap.repository.copying",
+    "DuplicateInfo": "vmsnap.controller",
+    "FailoverResult": "vmsnap.controller",
     "HostFolders": "vmsnap.host",
     "Progress": "vmsnap.controller",
     "RecoveryResult": "vmsnap.controller",
