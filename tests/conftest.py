@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import available_qemus
+from tests.lab.qemus import cache_folder
 from vmsnap.host import HostFolders
 
 ALLOWED_SKIPS: dict[str, str] = {}
@@ -26,11 +27,15 @@ def folders(tmp_path: Path) -> Iterator[HostFolders]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where the lab is not installed, what boots real guests is left out and says why, unless skips are forbidden."""
-    if os.environ.get("VMSNAP_FORBID_SKIPS") or len(available_qemus()) == 2:
+    if os.environ.get("VMSNAP_FORBID_SKIPS"):
         return
+    has_sshd = os.geteuid() == 0 and (cache_folder() / "sshd" / "complete").exists()
+    lacking = {"qemu": "both QEMUs"} if len(available_qemus()) < 2 else {}
+    lacking |= {} if has_sshd else {"sshd": "an SSH server"}
     for item in items:
-        if item.get_closest_marker("qemu"):
-            item.add_marker(pytest.mark.skip(reason="needs both QEMUs: as root on Debian, sh tests/lab/install.sh"))
+        for marker, what in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}: as root on Debian, sh tests/lab/install.sh"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -76,6 +76,7 @@ def test_an_unencrypted_repository_in_the_place_of_an_encrypted_one_is_refused(f
     assert filled.json("copy", "--to", str(place), "--accept-unencrypted", **words)["copied"]
 
 
+@pytest.mark.sshd
 def test_to_an_sftp_server_and_back(filled: Scripts, tmp_path: Path) -> None:
     with SshServer(tmp_path / "sshd") as server:
         environment = {"VMSNAP_SSH_CONFIG": str(server.config_file), "VMSNAP_CACHE_DIR": str(tmp_path / "cache")}

@@ -21,6 +21,8 @@ from vmsnap.errors import DriverUnavailable, StorageError, UsageError
 from vmsnap_storage_backends.sftp import SftpStorage
 from vmsnap_storage_backends.sftp.address import parse_address
 
+pytestmark = pytest.mark.sshd
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:

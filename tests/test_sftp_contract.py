@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.sshd import SshServer
+from tests.lab.sshd import USER_ID, SshServer
 from tests.test_storage_local import Files
 from vmsnap.errors import ObjectExists, StorageError, StorageFull, TransientStorageError
 from vmsnap.testing.storage import StorageContract
 from vmsnap_storage_backends.local import LocalStorage
 from vmsnap_storage_backends.sftp import SftpStorage
+
+pytestmark = pytest.mark.sshd
 
 # Kills itself in the middle of the put, when some of the object is written.
 _PUT_HALF = """
@@ -195,6 +197,13 @@ def test_a_folder_where_one_may_not_write(server: SshServer, tmp_path: Path) -> 
     for call in (lambda: backend.put("x", b"1"), lambda: backend.put("x", b"1", if_absent=True)):
         with pytest.raises(StorageError, match="Permission denied"):
             call()
+    assert "may not write" in backend.doctor()[-1].message
+    (server.home / "own").mkdir()
+    os.chown(server.home / "own", USER_ID, USER_ID)
+    own = SftpStorage(server.url("/~/own", "keeper"), {"config": str(server.config_file)})
+    assert [finding.severity for finding in own.doctor()][:2] == ["ok", "ok"]
+    (server.home / "own").chmod(0o500)
+    assert "may not write" in own.doctor()[-1].message
     below = SftpStorage(server.url("/~/closed/below", "keeper"), {"config": str(server.config_file)})
     with pytest.raises(StorageError, match="Permission denied"):
         below.create()

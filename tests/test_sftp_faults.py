@@ -21,6 +21,8 @@ from vmsnap.repository.copying import copy_backups
 from vmsnap.retrying import RetryingStorage, RetryPolicy
 from vmsnap_storage_backends.sftp import SftpStorage
 
+pytestmark = pytest.mark.sshd
+
 MIB = 1 << 20
 CONTENT = random.Random(1).randbytes(6 * MIB)
 

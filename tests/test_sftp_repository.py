@@ -29,6 +29,8 @@ from vmsnap.repository import (
     RetentionPolicy,
 )
 
+pytestmark = pytest.mark.sshd
+
 MIB = 1 << 20
 
 

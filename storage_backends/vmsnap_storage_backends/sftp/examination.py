@@ -13,7 +13,7 @@ from vmsnap_storage_backends.sftp.address import SftpAddress
 from vmsnap_storage_backends.sftp.connection import connect
 from vmsnap_storage_backends.sftp.conversation import Conversation, Lost, Refused
 from vmsnap_storage_backends.sftp.names import free_room, look, read_folders
-from vmsnap_storage_backends.sftp.wire import FSYNC, HARDLINK, POSIX_RENAME, STATVFS, Malformed
+from vmsnap_storage_backends.sftp.wire import FSYNC, HARDLINK, POSIX_RENAME, STATVFS, Attributes, Malformed
 
 _OURS = {"config", "keys", "index", "manifests", "packs", "sessions", "garbage", "lost+found", ".unfinished"}
 _SHOWN = 3
@@ -67,8 +67,8 @@ def _folder(address: SftpAddress, talk: Conversation) -> Iterator[Finding]:
     except Refused as e:
         yield Finding(subject, "missing", f"cannot be read: {e.message}", "let this user read and write it")
         return
-    if found.mode is not None and not found.mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
-        yield Finding(subject, "missing", "nobody may write to it", "let this user write to it")
+    if not _may_write(found, look(talk, ".")):
+        yield Finding(subject, "missing", "this user may not write to it", "change its owner or mode, or use its owner")
         return
     foreign = sorted(entry.name for entry in entries or () if entry.name not in _OURS)
     names = {entry.name for entry in entries or ()}
@@ -97,3 +97,14 @@ def _missing(subject: str, path: str, talk: Conversation) -> Finding:
     if found is not None and found.mode is not None and not found.is_folder:
         return Finding(subject, "missing", f"{above} is not a folder", "choose another path")
     return Finding(subject, "note", "does not exist yet", "vmsnap init makes it")
+
+
+def _may_write(folder: Attributes, home: Attributes | None) -> bool:
+    """Whether it looks as if one may write to a folder. Version 3 cannot be asked, and trying would change something:
+    who we are there is seen from whom the folder belongs to in which the server puts us.
+    """
+    if folder.mode is None or folder.owner is None or home is None or not home.owner:
+        return True  # nobody knows, or root
+    if folder.owner == home.owner:
+        return bool(folder.mode & stat.S_IWUSR)
+    return bool(folder.mode & (stat.S_IWGRP | stat.S_IWOTH))

@@ -84,11 +84,13 @@ class Malformed(Exception):
 
 
 class Attributes(NamedTuple):
-    """What the server says of a file; None where it does not. `mtime` in seconds of its own clock."""
+    """What the server says of a file; None where it does not. `mtime` in seconds of its own clock, `owner`
+    a number of its own users."""
 
     size_bytes: int | None = None
     mode: int | None = None
     mtime: int | None = None
+    owner: int | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -161,8 +163,10 @@ class Fields:
         """What is said of a file."""
         flags = self.u32()
         size = self.u64() if flags & _HAS_SIZE else None
+        owner = None
         if flags & _HAS_OWNER:
-            self._take(8)
+            owner = self.u32()
+            self._take(4)
         mode = self.u32() if flags & _HAS_MODE else None
         mtime = None
         if flags & _HAS_TIMES:
@@ -172,7 +176,7 @@ class Fields:
             for _ in range(self.u32()):
                 self.string()
                 self.string()
-        return Attributes(size, mode, mtime)
+        return Attributes(size, mode, mtime, owner)
 
     def entries(self) -> list[Entry]:
         """The names of a folder."""
