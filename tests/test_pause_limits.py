@@ -27,14 +27,14 @@ from vmsnap.repository import Repository
 __all__ = ["controller", "place", "repository"]
 pytestmark = pytest.mark.qemu
 
-BUSY = {"touch_mib": 200, "stamp_mib": 128, "dirty_pages": 16384, "pause_us": 0, "count_every": 1, "check_every": 5}
-"""64 MiB of RAM are written for each count, as fast as the guest's processor can."""
+BUSY = {"touch_mib": 100, "stamp_mib": 64, "dirty_pages": 4096, "pause_us": 0, "count_every": 1, "check_every": 10}
+"""16 MiB of RAM are written for each count, as fast as the guest's processor can."""
 
 
 @pytest.fixture(params=BUILDS)
 def busy_machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     with LabMachine(place / "vm001", request.param, settings=BUSY) as started:
-        started.wait_for_check(2)
+        started.wait_for_check(10, timeout_seconds=240)
         yield started
 
 
@@ -82,7 +82,7 @@ def test_a_pause_that_nothing_can_keep_costs_the_backup_and_nothing_else(
     told, _ = worker.communicate("x", timeout=120)
     # Killed by the guardian, or quick enough to see it.
     assert worker.returncode in (-9, 1), told
-    machine.wait_for_count(machine.latest_count() + 2)
+    machine.wait_for_count(machine.latest_count() + 2, timeout_seconds=240)
     assert controller.recover().kept == ()
     assert (block_graph(machine), files_beside(machine), migration_settings(machine)) == (graph, files, settings)
     assert list(controller.folders.memory_dir.rglob("*")) == []
