@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +146,18 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     holder.wait()
     with vm_lock(tmp_path, "vm001", "restore"):
         pass
+
+
+def test_a_holder_that_has_not_said_yet_who_it_is_is_waited_for(tmp_path: Path) -> None:
+    with vm_lock(tmp_path, "vm001", "recover"):
+        pass
+    (path,) = (tmp_path / "locks").iterdir()
+    assert path.read_bytes() == b"", "a note does not outlive its holder, to be taken for the next one's"
+    with path.open("rb") as silent:
+        fcntl.flock(silent, fcntl.LOCK_EX)
+        threading.Timer(0.2, lambda: fcntl.flock(silent, fcntl.LOCK_UN)).start()
+        with vm_lock(tmp_path, "vm001", "backup"):
+            assert b"backup" in path.read_bytes()
 
 
 def test_folders_are_closed_to_others_and_each_state_folder_has_a_memory_folder_of_its_own(tmp_path: Path) -> None:

@@ -27,14 +27,15 @@ from vmsnap.repository import Repository
 __all__ = ["controller", "place", "repository"]
 pytestmark = pytest.mark.qemu
 
-BUSY = {"touch_mib": 100, "stamp_mib": 64, "dirty_pages": 4096, "pause_us": 0, "count_every": 1, "check_every": 10}
-"""16 MiB of RAM are written for each count, as fast as the guest's processor can."""
+BUSY = {"touch_mib": 100, "stamp_mib": 128, "dirty_pages": 16384, "pause_us": 0, "count_every": 1, "check_every": 5}
+"""64 MiB of RAM are written for each count, as fast as the guest's processor can."""
+SLOW_MACHINE_SECONDS = 240
 
 
 @pytest.fixture(params=BUILDS)
 def busy_machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     with LabMachine(place / "vm001", request.param, settings=BUSY) as started:
-        started.wait_for_check(10, timeout_seconds=240)
+        started.wait_for_check(5, timeout_seconds=SLOW_MACHINE_SECONDS)
         yield started
 
 
@@ -44,12 +45,17 @@ def test_a_guest_that_writes_too_fast_for_pre_copy_is_captured_by_copy_on_write(
     machine = busy_machine
     controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
     graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
-    # What was learned of earlier pauses makes it try pre-copy first, on the QEMU too for which it would not.
     learned = controller.folders.state_dir / "qemu" / "pauses" / "vm001.json"
     learned.parent.mkdir(parents=True)
-    learned.write_text('{"cow": 4.0, "precopy": 0.25}')
-    result = controller.backup("vm001", repository)
-    assert (result.capture, result.warnings) == ("cow", ())
+    for _ in range(5):
+        # This makes it try pre-copy first, on the QEMU too for which it would not.
+        learned.write_text('{"precopy": 0.25}')
+        result = controller.backup("vm001", repository)
+        assert result.warnings == ()
+        if result.capture == "cow":
+            break
+    # Other programs may have kept the guest from writing, once.
+    assert result.capture == "cow"
     details = repository.manifest(result.backup).duplicate_details
     assert isinstance(details, dict)
     assert "pre-copy: the guest writes too fast" in details["pause"]["reason"]
@@ -60,14 +66,14 @@ def test_a_guest_that_writes_too_fast_for_pre_copy_is_captured_by_copy_on_write(
     restored = controller.restore(repository, result.backup, "vm002", run=True)
     driver = controller.drivers.hypervisor("qemu", "vm002", restored.options)
     try:
-        text = text_after_two_checks(Path(restored.options["qmp"]).parent / "serial.log")
+        text = text_after_two_checks(Path(restored.options["qmp"]).parent / "serial.log", SLOW_MACHINE_SECONDS)
         assert console.faults(text) == []
     finally:
         driver.destroy()
         driver.close()
         controller.remove_vm("vm002")
         shutil.rmtree(place / "state" / "vms" / "vm002")
-    machine.wait_for_check(machine.latest_check() + 1)
+    machine.wait_for_check(machine.latest_check() + 1, timeout_seconds=SLOW_MACHINE_SECONDS)
 
 
 def test_a_pause_that_nothing_can_keep_costs_the_backup_and_nothing_else(
@@ -82,10 +88,10 @@ def test_a_pause_that_nothing_can_keep_costs_the_backup_and_nothing_else(
     told, _ = worker.communicate("x", timeout=120)
     # Killed by the guardian, or quick enough to see it.
     assert worker.returncode in (-9, 1), told
-    machine.wait_for_count(machine.latest_count() + 2, timeout_seconds=240)
+    machine.wait_for_count(machine.latest_count() + 2, timeout_seconds=SLOW_MACHINE_SECONDS)
     assert controller.recover().kept == ()
     assert (block_graph(machine), files_beside(machine), migration_settings(machine)) == (graph, files, settings)
     assert list(controller.folders.memory_dir.rglob("*")) == []
     assert repository.list() == []
     assert controller.backup("vm001", repository).warnings == ()
-    machine.wait_for_check(machine.latest_check() + 1)
+    machine.wait_for_check(machine.latest_check() + 1, timeout_seconds=SLOW_MACHINE_SECONDS)

@@ -16,6 +16,8 @@ from vmsnap.model import check_name
 GUARDIAN = "guardian"
 """The purpose of a guardian that sets a capture right; it takes a second or two and is waited for."""
 GUARDIAN_PATIENCE_SECONDS = 60.0
+_UNNAMED_PATIENCE_SECONDS = 10.0
+"""How long a holder is waited for whose note is missing or of a process that has ended: it is about to write one."""
 _LOOK_EACH_SECONDS = 0.02
 
 
@@ -23,7 +25,8 @@ _LOOK_EACH_SECONDS = 0.02
 def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock of `vm` (flock(2) on a file in the state folder; the kernel drops it when the process ends).
 
-    Waits `patience_seconds` for another holder, and for a guardian as long as that takes.
+    Waits `patience_seconds` for another holder, and for a guardian as long as that takes. A holder who has not said yet
+    who it is may be one.
 
     :raises Busy: another process holds it; who, what for and since when is in the message
     """
@@ -35,14 +38,22 @@ def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float =
     try:
         while not _taken(descriptor):
             holder = _note(descriptor)
-            guarded = holder.get("purpose") == GUARDIAN
-            if time.monotonic() - begun >= (GUARDIAN_PATIENCE_SECONDS if guarded else patience_seconds):
+            patience = patience_seconds
+            if holder.get("purpose") == GUARDIAN:
+                patience = max(patience, GUARDIAN_PATIENCE_SECONDS)
+            elif not _lives(holder):
+                patience = max(patience, _UNNAMED_PATIENCE_SECONDS)
+            if time.monotonic() - begun >= patience:
                 raise Busy(f"VM {vm!r} is busy: {_holder(holder)}", cure="try again when it is done")
             time.sleep(_LOOK_EACH_SECONDS)
         os.ftruncate(descriptor, 0)
         note = {"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.pwrite(descriptor, json.dumps(note).encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            # Not to be taken for the next holder's.
+            os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -61,6 +72,10 @@ def _note(descriptor: int) -> dict[str, object]:
     except ValueError:
         return {}
     return note if isinstance(note, dict) else {}
+
+
+def _lives(note: dict[str, object]) -> bool:
+    return isinstance(note.get("pid"), int) and Path("/proc", str(note["pid"])).exists()
 
 
 def _holder(note: dict[str, object]) -> str:
