@@ -249,6 +249,9 @@ def test_never_two_live_machines_with_one_network_address(world: World) -> None:
     result = keep(world)
     with world.controller() as controller:
         controller.restore(world.repository(), result.backup, "vm002", run=True)
+    with world.controller() as controller, pytest.raises(Busy, match="'vm002' is on bridge:br0"):
+        controller.failover("vm001", fence=True)
+    assert world.counts_on(), "it was killed for a duplicate that could not take its place"
     kill(world)
     with world.controller() as controller:
         with pytest.raises(Busy, match="'vm002' is on bridge:br0"):
@@ -256,6 +259,14 @@ def test_never_two_live_machines_with_one_network_address(world: World) -> None:
         assert [found.duplicate for found in controller.duplicates()] == [result.duplicate]
         lifecycle.stop(Path(controller.table.get("vm002").options["socket"]), force=True)
         assert controller.failover("vm001").state == "executing"
+
+
+def test_nothing_is_killed_for_a_duplicate_that_has_lost_its_memory(world: World) -> None:
+    result = keep(world)
+    next((world.folders.memory_dir / result.duplicate).glob("*.img")).unlink()
+    with world.controller() as controller, pytest.raises(HypervisorError, match="has lost"):
+        controller.failover("vm001", fence=True)
+    assert world.counts_on()
 
 
 def test_a_duplicate_that_died_in_its_vms_place_is_spent_and_its_disks_stay(world: World) -> None:

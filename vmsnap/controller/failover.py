@@ -139,6 +139,8 @@ class Failover:
     # -- instructions
 
     def _fence(self) -> str:
+        # Nothing is killed for a duplicate that could not take the place.
+        self._see_that_it_can()
         try:
             self._was = self._hypervisor.state().value
         except VmsnapError as e:
@@ -150,10 +152,25 @@ class Failover:
         self._table.set_state(self._order.vm, VmState.ABSENT.value, resume_flag=False)
         return self._fenced
 
+    def _see_that_it_can(self) -> None:
+        held = self._held
+        for path in (held.capture.device_state, *(image.path for image in held.capture.images)):
+            if not path.is_file():
+                raise HypervisorError(
+                    f"the duplicate {held.name} has lost {path}",
+                    cure=f"vmsnap duplicate discard {held.name}, and restore backup {held.backup}",
+                )
+        self._reach.check_disks(tuple(each.disk for each in held.disks))
+        try:
+            nics = self._hypervisor.describe().nics
+        except VmsnapError:
+            # It is dead or does not answer; the addresses are seen again when the duplicate is loaded.
+            return
+        self._reach.check_nics(nics)
+
     def _load(self) -> None:
         held = self._held
         disks = tuple(each.disk for each in held.disks)
-        self._reach.check_disks(disks)
         self._position = self._operation.will_make("takeover", held.hypervisor, to_json(held.name))
         self._hypervisor.load(
             LoadRequest(

@@ -73,6 +73,17 @@ def make_standing(folder: Path) -> None:
         raise VmsnapError(f"cannot make the folder {folder}: {e.strerror}") from e
 
 
+def used_bytes(folder: Path) -> int:
+    """What the files below a folder take: blocks, not sizes."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_blocks * 512
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return total
+
+
 def remove_file(path: Path) -> None:
     """Remove a file or an empty folder that we made; succeeds where there is none.
 

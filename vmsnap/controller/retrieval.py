@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
-from vmsnap.controller.folders import Folders
+from vmsnap.controller.folders import Folders, used_bytes
 from vmsnap.controller.progress import Bars
 from vmsnap.errors import AlreadyExists, StorageFull, UsageError
 from vmsnap.journal import Operation
@@ -83,11 +83,12 @@ class Retrieval:
         needed = sum(memory.image.size_bytes for memory in self._manifest.memory)
         free = shutil.disk_usage(self._context.memory_dir).free
         if self._context.memory_budget_bytes is not None:
-            free = min(free, self._context.memory_budget_bytes)
+            free = min(free, self._context.memory_budget_bytes - used_bytes(self._context.memory_dir))
         if needed > free:
             raise StorageFull(
-                f"the machine has {needed >> 20} MiB of memory, {self._context.memory_dir} has {free >> 20} MiB free",
-                cure="free memory on this host",
+                f"the machine has {needed >> 20} MiB of memory, {self._context.memory_dir} has"
+                f" {max(0, free) >> 20} MiB free",
+                cure="free memory on this host; see: vmsnap duplicate list",
             )
 
     def _fetch(self, image: ImageRecord, label: str, path: Path) -> None:
