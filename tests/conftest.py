@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.lab import available_qemus
 from tests.lab.qemus import cache_folder
@@ -15,6 +16,10 @@ from vmsnap.host import HostFolders
 
 ALLOWED_SKIPS: dict[str, str] = {}
 """Test ids that may be skipped even where skips are forbidden, each with its reason."""
+
+# How long an example takes says nothing about what it tests, and much about what else the machine does.
+settings.register_profile("vmsnap", deadline=None)
+settings.load_profile("vmsnap")
 
 
 @pytest.fixture
