@@ -12,6 +12,9 @@ from hypothesis import settings
 
 from tests.lab import available_qemus
 from tests.lab.qemus import cache_folder
+from tests.servers.moto import moto
+from tests.servers.s3 import S3Server
+from tests.servers.swift import swift
 from vmsnap.host import HostFolders
 
 ALLOWED_SKIPS: dict[str, str] = {}
@@ -28,6 +31,20 @@ def folders(tmp_path: Path) -> Iterator[HostFolders]:
     found = HostFolders.find(tmp_path / "state")
     yield found
     shutil.rmtree(found.memory_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def swift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """OpenStack Swift with its S3 interface: verifies signatures and check sums."""
+    with swift(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """moto's S3 server: atomic conditional puts, versions and object lock."""
+    with moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

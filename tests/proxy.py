@@ -7,6 +7,7 @@ sent (``PUT``, a key), and one trouble is an answer in the server's place.
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -91,9 +92,14 @@ def http_answer(status: int, reason: str, code: str, *headers: str) -> bytes:
 class Proxy:
     """Listens on a port of the loopback and forwards to `upstream`. A context manager."""
 
-    def __init__(self, upstream: tuple[str, int], *, latency_seconds: float = 0.0) -> None:
-        """:param latency_seconds: added to each way; a round trip takes twice as long"""
+    def __init__(
+        self, upstream: tuple[str, int], *, latency_seconds: float = 0.0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """:param latency_seconds: added to each way; a round trip takes twice as long
+        :param tls: clients speak TLS to the proxy, which speaks plainly to the server
+        """
         self.upstream = upstream
+        self._tls = tls
         self.latency_seconds = latency_seconds
         self.troubles: list[Trouble] = []
         self.bytes_up = 0
@@ -172,8 +178,10 @@ class Proxy:
                 _reset(client)
                 continue
             try:
+                if self._tls:
+                    client = self._tls.wrap_socket(client, server_side=True)
                 server = socket.create_connection(self.upstream, 10)
-            except OSError:
+            except OSError:  # a failed handshake is one too
                 _reset(client)
                 continue
             for one in (client, server):

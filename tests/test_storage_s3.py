@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.servers.moto import moto
 from tests.servers.s3 import Bucket, S3Server
-from tests.servers.swift import swift
 from vmsnap.testing.storage import StorageContract
 from vmsnap_storage_backends.s3 import S3Storage
 
 
-@pytest.fixture(scope="module", params=["swift", "moto"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    with {"swift": swift, "moto": moto}[request.param](folder) as found:
-        yield found
+@pytest.fixture(params=["swift", "moto"])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    found: S3Server = request.getfixturevalue(f"{request.param}_server")
+    return found
 
 
 @pytest.fixture(autouse=True)

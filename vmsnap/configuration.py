@@ -16,6 +16,9 @@
     [mechanism.qcow2]                         # options of a snapshot mechanism
     some_option = "value"
 
+    [storage.s3]                              # options of a storage backend
+    endpoint = "https://s3.example.com"
+
 Paths are absolute or begin with ``~``.
 """
 
@@ -57,6 +60,7 @@ class Configuration:
     passphrase_file: Path | None = None
     passphrase_command: str | None = field(default=None, repr=False)
     mechanism_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    storage_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def parse_size(text: str) -> int:
@@ -136,7 +140,8 @@ class _Reader:
             compression_level=self._level("compression_level"),
             passphrase_file=self._folder("passphrase_file"),
             passphrase_command=self._text("passphrase_command"),
-            mechanism_options=self._mechanisms(),
+            mechanism_options=self._driver_options("mechanism", "qcow2"),
+            storage_options=self._driver_options("storage", "s3"),
         )
         if self._values:
             raise self._wrong(f"unknown key {sorted(self._values)[0]!r}", "see the documentation of the configuration")
@@ -189,15 +194,15 @@ class _Reader:
             raise self._wrong(f"{key} must be a whole number from -7 to 19")
         return value
 
-    def _mechanisms(self) -> dict[str, dict[str, str]]:
-        tables = self._values.pop("mechanism", {})
+    def _driver_options(self, kind: str, example: str) -> dict[str, dict[str, str]]:
+        tables = self._values.pop(kind, {})
         if not isinstance(tables, dict):
-            raise self._wrong("mechanism must be tables, such as [mechanism.qcow2]")
+            raise self._wrong(f"{kind} must be tables, such as [{kind}.{example}]")
         found: dict[str, dict[str, str]] = {}
         for name, table in tables.items():
             if not isinstance(table, dict):
-                raise self._wrong(f"mechanism.{name} must be a table, such as [mechanism.{name}]")
-            found[name] = {key: self._option(f"mechanism.{name}.{key}", value) for key, value in table.items()}
+                raise self._wrong(f"{kind}.{name} must be a table, such as [{kind}.{example}]")
+            found[name] = {key: self._option(f"{kind}.{name}.{key}", value) for key, value in table.items()}
         return found
 
     def _option(self, key: str, value: object) -> str:

@@ -39,24 +39,18 @@ def doctor(session: Session, vm: str | None) -> None:
 
 def repository_findings(session: Session) -> list[tuple[str, Finding]]:
     """What the storage of the configured repository says; nothing where none is configured."""
-    from vmsnap.errors import UsageError
-
-    try:
-        url = session.repository_url()
-    except UsageError:
-        return []
-    return storage_findings(url)
+    return storage_findings(session) if session.named_repository() else []
 
 
-def storage_findings(url: str) -> list[tuple[str, Finding]]:
-    """What the storage backend of a repository's URL says of that place."""
+def storage_findings(session: Session) -> list[tuple[str, Finding]]:
+    """What the storage backend of the repository's URL says of that place."""
     from vmsnap.model import Finding
-    from vmsnap.places import storage_for
 
     try:
-        storage = storage_for(url)
+        storage = session.storage()
     except VmsnapError as e:
-        return [("repository", Finding(url, "missing", e.message, e.cure))]
+        # Without the URL: what is wrong with it may be a secret in it.
+        return [("repository", Finding("its URL", "missing", e.message, e.cure))]
     try:
         return [(storage.name, finding) for finding in storage.doctor()]
     finally:

@@ -27,7 +27,9 @@ def make_repository(session: Session, url: str, encryption: str | None) -> None:
     """Make the repository at `url` and report it."""
     from vmsnap.places import create_repository
 
-    made = create_repository(url, _passphrase(session, encryption), encryption=encryption)
+    made = create_repository(
+        url, _passphrase(session, encryption), encryption=encryption, options=session.options_of_storage(url)
+    )
 
     def people() -> None:
         click.echo(f"repository {made.id} is made at {url}, encryption: {made.encryption}")

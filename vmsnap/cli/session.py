@@ -5,9 +5,9 @@ opened from them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vmsnap.host import HostFolders
     from vmsnap.ratelimit import RateLimit
     from vmsnap.repository import Repository
+    from vmsnap.roles import StorageBackend
 
 
 _CHUNK_CACHE_BYTES = 1 << 30
@@ -34,6 +35,7 @@ class Session:
     program: str = "vmsnap"
     hypervisor: str | None = None
     repository: str | None = None
+    storage_options: dict[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
     config: Path | None = None
     json: bool = False
@@ -78,15 +80,44 @@ class Session:
     def repository_url(self) -> str:
         """The repository by ``-r``, ``VMSNAP_REPOSITORY`` or the configuration.
 
-        :raises UsageError: none of them names one
+        :raises UsageError: none of them names one, or it has a password in it
         """
-        url = self.repository or os.environ.get("VMSNAP_REPOSITORY") or self.configuration.repository
+        url = self.named_repository()
         if not url:
             raise UsageError(
                 "no repository was named",
                 cure="give -r URL, set VMSNAP_REPOSITORY, or write 'repository' into the configuration file",
             )
         return url
+
+    def named_repository(self) -> str | None:
+        """The same; None where none of them names one.
+
+        :raises UsageError: it has a password in it
+        """
+        from vmsnap.places import refuse_secrets
+
+        url = self.repository or os.environ.get("VMSNAP_REPOSITORY") or self.configuration.repository
+        if url:
+            refuse_secrets(url)
+        return url
+
+    def options_of_storage(self, url: str) -> dict[str, str]:
+        """The options for the storage backend of `url`: the configuration's, and over them those that were given."""
+        from vmsnap.places import scheme_of
+
+        return {**self.configuration.storage_options.get(scheme_of(url), {}), **self.storage_options}
+
+    def storage(self) -> StorageBackend:
+        """The storage backend of the repository's URL; no I/O.
+
+        :raises DriverUnavailable: no backend serves it
+        :raises UsageError: the URL or an option is wrong
+        """
+        from vmsnap.places import storage_for
+
+        url = self.repository_url()
+        return storage_for(url, self.options_of_storage(url))
 
     def open_repository(self) -> Repository:
         """Open the repository; the passphrase is looked for only when it is encrypted.
@@ -111,7 +142,8 @@ class Session:
 
         cache_dir = None if os.environ.get("VMSNAP_CACHE_DIR") else self.configuration.cache_dir
         cache_dir = (cache_dir or default_cache_dir()).absolute()
-        repository = open_repository(url, passphrase, cache_dir=cache_dir, limits=self.limits)
+        options = self.options_of_storage(url)
+        repository = open_repository(url, passphrase, options, cache_dir=cache_dir, limits=self.limits)
         size = self.configuration.chunk_cache_bytes
         repository.chunk_cache_bytes = _CHUNK_CACHE_BYTES if size is None else size
         repository.compression_level = self.configuration.compression_level
@@ -166,6 +198,16 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         ctx.color = False
 
 
+def keep_storage_options(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> None:
+    """Add options of the storage backend, ``KEY=VALUE`` each, to the session; the later one counts."""
+    session = ctx.ensure_object(Session)
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is not KEY=VALUE", cure=f"write {parameter.opts[0]} KEY=VALUE")
+        session.storage_options[key] = value
+
+
 def _session_options() -> list[click.Option]:
     common: dict[str, Any] = {"expose_value": False, "callback": _keep}
     return [
@@ -174,6 +216,14 @@ def _session_options() -> list[click.Option]:
             metavar="URL",
             help="Where the backups are: file:///path or a plain path. [env: VMSNAP_REPOSITORY]",
             **common,
+        ),
+        click.Option(
+            ["--storage-option"],
+            metavar="KEY=VALUE",
+            multiple=True,
+            expose_value=False,
+            callback=keep_storage_options,
+            help="An option of the storage backend; see: vmsnap drivers show s3.",
         ),
         click.Option(
             ["--state-dir"],
@@ -231,17 +281,22 @@ class DriverCommand(SessionCommand):
 
 def write_driver_options(ctx: click.Context, formatter: click.HelpFormatter) -> None:
     """Write the options of the driver that the console script presets; nothing where it presets none."""
-    from vmsnap.errors import DriverUnavailable
-
     session = ctx.find_object(Session)
     if session is None or session.hypervisor is None:
         return
     from vmsnap import registry
-    from vmsnap.cli.drivers import option_rows
 
-    with formatter.section(f"Options of the driver {session.hypervisor}"):
+    write_options(formatter, session.hypervisor, registry.hypervisor)
+
+
+def write_options(formatter: click.HelpFormatter, name: str, find: Callable[[str], type[Any]]) -> None:
+    """Write the options of the driver that `find` finds by its name, or why it cannot be used."""
+    from vmsnap.cli.drivers import option_rows
+    from vmsnap.errors import DriverUnavailable
+
+    with formatter.section(f"Options of the driver {name}"):
         try:
-            formatter.write_dl(option_rows(registry.hypervisor(session.hypervisor)))
+            formatter.write_dl(option_rows(find(name)))
         except DriverUnavailable as e:
             formatter.write_text(str(e))
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import size_option
-from vmsnap.cli.session import Session, SessionCommand, pass_session
+from vmsnap.cli.session import Session, SessionCommand, keep_storage_options, pass_session, write_options
 from vmsnap.errors import StorageFull, UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 _OBJECT_BYTES = 16 << 20
 _SCHEMES = {"vmsnap-local": "file", "vmsnap-s3": "s3", "vmsnap-sftp": "sftp"}
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PlaceCommand(SessionCommand):
+    """A command that takes ``-o``: the options of the script's storage backend are shown."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, then the examples, which are written for ``vmsnap-local``."""
+        from vmsnap import registry
+
+        session = ctx.find_object(Session)
+        scheme = _SCHEMES.get(session.program) if session else None
+        if scheme and scheme != "file":
+            write_options(formatter, scheme, registry.storage_backend)
+        shown, self.epilog = self.epilog, _example(self.epilog or "", scheme or "file")
+        super().format_epilog(ctx, formatter)
+        self.epilog = shown
+
 
 def _url(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
     session = ctx.ensure_object(Session)
@@ -28,16 +46,27 @@ def _url(ctx: click.Context, parameter: click.Parameter, value: str | None) -> N
         session.repository = value
     if ctx.resilient_parsing:
         return
-    found = re.match(r"([a-z][a-z0-9+.-]*)://", session.repository_url())
-    scheme, wanted = found[1] if found else "file", _SCHEMES.get(session.program)
+    from vmsnap.places import scheme_of
+
+    scheme, wanted = scheme_of(session.repository_url()), _SCHEMES.get(session.program)
     if wanted and scheme != wanted:
         raise UsageError(f"{session.program} serves {wanted}:// only, not {scheme}://", cure="use: vmsnap")
 
 
-_place = click.argument("url", required=False, expose_value=False, callback=_url)
+def _place(function: F) -> F:
+    """The argument URL, and ``-o`` for the options of its backend."""
+    options = click.option(
+        "-o",
+        metavar="KEY=VALUE",
+        multiple=True,
+        expose_value=False,
+        callback=keep_storage_options,
+        help="An option of the storage backend.",
+    )
+    return click.argument("url", required=False, expose_value=False, callback=_url)(options(function))
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap-local init /srv/backups")
+@click.command(cls=PlaceCommand, epilog="vmsnap-local init /srv/backups")
 @_place
 @click.option("--encryption", type=click.Choice(["none", "aes256-gcm"]), help="Default: as for vmsnap init.")
 @pass_session
@@ -48,7 +77,7 @@ def init(session: Session, encryption: str | None) -> None:
     make_repository(session, session.repository_url(), encryption)
 
 
-@click.command("list", cls=SessionCommand, epilog="vmsnap-local list /srv/backups")
+@click.command("list", cls=PlaceCommand, epilog="vmsnap-local list /srv/backups")
 @_place
 @pass_session
 def list_backups(session: Session) -> None:
@@ -58,7 +87,7 @@ def list_backups(session: Session) -> None:
     report_backups(session, session.open_repository())
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap-local check /srv/backups --read-data")
+@click.command(cls=PlaceCommand, epilog="vmsnap-local check /srv/backups --read-data")
 @_place
 @click.option("--read-data", is_flag=True, help="Read and authenticate every stored byte too.")
 @pass_session
@@ -69,17 +98,17 @@ def check(session: Session, read_data: bool) -> None:
     report_check(session, session.open_repository(), read_data)
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap-local doctor /srv/backups")
+@click.command(cls=PlaceCommand, epilog="vmsnap-local doctor /srv/backups")
 @_place
 @pass_session
 def doctor(session: Session) -> None:
     """Say whether the place at URL can be used, and what is missing. Changes nothing."""
     from vmsnap.cli.doctor import report_findings, storage_findings
 
-    report_findings(session, storage_findings(session.repository_url()))
+    report_findings(session, storage_findings(session))
 
 
-@click.command(cls=SessionCommand, epilog="vmsnap-local bench /srv/backups --size 512M")
+@click.command(cls=PlaceCommand, epilog="vmsnap-local bench /srv/backups --size 512M")
 @_place
 @size_option("--size", "size_bytes", default="128M", help="How much to put and get.")
 @pass_session
@@ -89,12 +118,10 @@ def bench(session: Session, size_bytes: int) -> None:
     Puts are durable, as they are in a backup. Gets may be served from memory. Everything is removed afterwards.
     """
     from vmsnap.controller.interruption import Interruption
-    from vmsnap.places import storage_for
 
     if size_bytes <= 0:
         raise UsageError("there is nothing to measure in 0 bytes", cure="give --size 128M")
-    url = session.repository_url()
-    storage = storage_for(url)
+    url, storage = session.repository_url(), session.storage()
     try:
         with Interruption().handled():
             result = measure(storage, size_bytes)
@@ -152,3 +179,11 @@ def measure(storage: StorageBackend, size_bytes: int) -> Throughput:
         for key in keys:
             storage.delete(key)
     return Throughput(size_bytes, len(keys), size_bytes / put, size_bytes / get)
+
+
+def _example(text: str, scheme: str) -> str:
+    """An example for ``vmsnap-local``, as the script of that scheme has it."""
+    if scheme == "file":
+        return text
+    place = {"s3": "s3://bucket/prefix", "sftp": "sftp://user@host/path"}[scheme]
+    return text.replace("vmsnap-local", f"vmsnap-{scheme}").replace("/srv/backups", place)
