@@ -33,13 +33,15 @@ docs: $(VENV)/.docs
 	@echo "docs/_build/html/index.html"
 
 # Measures the repository beside restic and borg, its memory, and its chunk sizes, and writes the tables into
-# docs/performance.md. As root on Debian 12; takes about an hour, and nothing else should run.
+# docs/performance.md; then the storage backends beside other tools, into docs/storage.md. As root on Debian 12; takes
+# about an hour, and nothing else should run.
 bench: $(VENV)/.development
 	sh tests/lab/install.sh
 	sh benchmarks/install.sh
 	$(BIN)/python -m benchmarks.compare --docs
 	$(BIN)/python -m benchmarks.chunks --docs
 	$(BIN)/python -m benchmarks.memory --docs
+	$(BIN)/python -m benchmarks.storage --docs
 
 # Debian splits venv off from python3; a broken or half-made folder is made again.
 $(VENV)/bin/pip:

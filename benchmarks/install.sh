@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what vmsnap is compared with: restic from Debian's newest stable suite, unpacked beside the system
-# (bookworm's own is four years old), and borg from PyPI in a folder of its own. Run as root on Debian 12. Does
-# nothing when all is there; says nothing unless it fails.
+# (bookworm's own is four years old), and borg and the AWS command line from PyPI, each in a folder of its own. Run as
+# root on Debian 12. Does nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_BENCH_CACHE   the cache folder (default /var/cache/vmsnap-bench)
 set -eu
@@ -9,6 +9,7 @@ set -eu
 cache=${VMSNAP_BENCH_CACHE:-/var/cache/vmsnap-bench}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 borg_version=1.4.5
+aws_version=1.46.3
 suite=trixie
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
@@ -56,5 +57,16 @@ build_borg() {
     touch "$borg/complete"
 }
 
+install_aws() {
+    aws=$cache/aws
+    [ -e "$aws/complete" ] && return
+    rm -rf "$aws"
+    say_and_run python3 -m venv "$aws"
+    say_and_run "$aws/bin/pip" install -q --disable-pip-version-check "awscli==$aws_version"
+    say_and_run "$aws/bin/aws" --version
+    touch "$aws/complete"
+}
+
 unpack_restic
 build_borg
+install_aws

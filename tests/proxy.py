@@ -32,6 +32,7 @@ class Trouble:
 
     :param after: bytes counted begin behind this, which is looked for in what goes up; empty: at once
     :param times: so often; counting begins anew each time
+    :param refuse_afterwards: so many connections are reset as soon as they are made: the server is away for a while
     """
 
     kind: Literal["cut", "stall", "corrupt", "slow", "answer"]
@@ -41,6 +42,7 @@ class Trouble:
     times: int = 1
     bytes_per_second: int = 0
     answer: bytes = b""
+    refuse_afterwards: int = 0
     struck: int = 0
     """How often it came true."""
     _left: int = field(init=False, repr=False, default=0)
@@ -107,6 +109,8 @@ class Proxy:
         self.connections = 0
         self.refusing = False
         """While it is set, new connections are reset and nothing reaches the server: it is away."""
+        self.refusals = 0
+        """So many connections are reset before the server can be reached again."""
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._closed = False
@@ -174,7 +178,8 @@ class Proxy:
             except OSError:
                 return
             self.connections += 1
-            if self.refusing:
+            if self.refusing or self.refusals:
+                self.refusals = max(0, self.refusals - 1)
                 _reset(client)
                 continue
             try:
@@ -265,7 +270,10 @@ class Proxy:
             for trouble in self.troubles:
                 if trouble is not first:
                     trouble.pass_by(at, direction)
-            return first if first and first.happen() else None, at
+            if first is None or not first.happen():
+                return None, at
+            self.refusals += first.refuse_afterwards
+            return first, at
 
     def _answer(self, pair: _Pair, answer: bytes) -> None:
         with suppress(OSError):

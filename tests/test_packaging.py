@@ -80,7 +80,7 @@ def test_in_a_clean_environment_the_wheel_loads_every_entry_point(wheel: Path, t
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local"):
+    for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local", "vmsnap-s3"):
         shown = subprocess.run(
             [str(environment / "bin" / script), "--help"], check=True, capture_output=True, cwd=tmp_path, env=clean
         )

@@ -104,6 +104,11 @@ class RetryingStorage(WrappedStorage):
         every = tuple(keys)
         self._call(lambda _: self.inner.retain(every, until))
 
+    def retained(self, keys: Iterable[str]) -> dict[str, datetime]:
+        """See the role."""
+        every = tuple(keys)
+        return self._call(lambda _: self.inner.retained(every))
+
     def hurry(self) -> None:
         """Calls that wait for their next try fail now, with what failed before. Later calls are as ever."""
         waiting, self._hurry = self._hurry, threading.Event()

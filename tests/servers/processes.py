@@ -31,10 +31,11 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for _, process in self._running:
+    def __exit__(self, *exception: object) -> None:
+        running = [process for _, process in self._running]
+        for process in running:
             process.terminate()
-        for _, process in self._running:
+        for process in running:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -42,7 +43,7 @@ class Processes:
                 process.wait()
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start one. It dies with this process' thread only if told to: see `__exit__`."""
+        """Start one."""
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder

@@ -56,12 +56,14 @@ def _show(report: GcReport) -> None:
         click.echo(f"taken for dead: {output.printable(line)}")
     would = "would be " if report.dry_run else ""
     kept = f"{output.size(report.repacked_bytes)} of them kept"
+    size_locked = output.size(report.locked_bytes)
     output.fields(
         [
             (f"{would}deleted", f"{report.packs_deleted} packs, {output.size(report.deleted_bytes)}"),
             (f"{would}written anew", f"{report.packs_repacked} packs, {kept}"),
             ("needed", f"{output.size(report.live_bytes)} by {report.backups} backups"),
             ("waiting", f"{report.packs_waiting} packs, {output.size(report.waiting_bytes)}"),
+            *([("locked", f"{report.packs_locked} packs, {size_locked}")] if report.packs_locked else []),
         ]
     )
     for line in report.waiting_for:

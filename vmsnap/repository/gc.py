@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from vmsnap.errors import Busy, DamageFound
 from vmsnap.repository import upload
-from vmsnap.repository.format import BlobKind
+from vmsnap.repository.format import BlobKind, pack_key, pack_of_key
 from vmsnap.repository.garbage import Garbage, list_garbage, put_awaited, put_garbage
 from vmsnap.repository.loading import IndexLoader
 from vmsnap.repository.marking import PhaseProgress, Stock, take_stock
 from vmsnap.repository.repack import copy_blobs
+from vmsnap.repository.retaining import locked
 from vmsnap.repository.sessions import (
     DEAD_AFTER_SECONDS,
     Session,
@@ -45,7 +46,8 @@ class GcReport:
     Packs that were `deleted` are gone, those `waiting` are condemned and are deleted by a later run, when the sessions
     in `waiting_for` (a line each) have ended. Of the packs that were `repacked`, `repacked_bytes` were needed and
     copied into new packs; they count as deleted or waiting too. `live_bytes` is what the `backups` need.
-    `dead_sessions` (a line each) were removed.
+    `dead_sessions` (a line each) were removed. Packs that are `locked` are garbage, at least in part, and the storage
+    lets nobody delete them yet; they stay listed, and new backups may use what is in them.
     """
 
     dry_run: bool
@@ -58,6 +60,8 @@ class GcReport:
     packs_waiting: int = 0
     waiting_bytes: int = 0
     waiting_for: tuple[str, ...] = ()
+    packs_locked: int = 0
+    locked_bytes: int = 0
     index_objects_rewritten: int = 0
     dead_sessions: tuple[str, ...] = ()
 
@@ -94,6 +98,7 @@ class _Collection:
         self.loader = IndexLoader(repository.storage, repository.vault)
         self.waiting: list[Garbage] = []
         self.dead: dict[str, str] = {}
+        self.locked_bytes: dict[bytes, int] = {}
         self.packs_deleted = self.deleted_bytes = self.rewritten = 0
 
     def run(self) -> GcReport:
@@ -194,7 +199,10 @@ class _Collection:
             unlisted = unlisted & overdue
         else:
             leftovers = frozenset()
-        return frozenset((doomed | unlisted) - known), frozenset(sparse), leftovers
+        unneeded = (doomed | unlisted) - known
+        kept = locked(self.storage, [pack_key(pack) for pack in sorted((unneeded | sparse) & stock.sizes.keys())])
+        self.locked_bytes = {pack: stock.sizes[pack] for key in kept if (pack := pack_of_key(key))}
+        return frozenset(unneeded - self.locked_bytes.keys()), frozenset(sparse - self.locked_bytes.keys()), leftovers
 
     def repack(self, stock: Stock, packs: frozenset[bytes]) -> None:
         """Copy what is needed of these packs to others."""
@@ -249,6 +257,8 @@ class _Collection:
             packs_waiting=len(there),
             waiting_bytes=sum(stock.sizes[pack] for pack in there),
             waiting_for=tuple(other.description for other in living if other.key in awaited),
+            packs_locked=len(self.locked_bytes),
+            locked_bytes=sum(self.locked_bytes.values()),
             index_objects_rewritten=self.rewritten,
             dead_sessions=tuple(self.dead.values()),
         )

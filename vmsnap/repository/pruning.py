@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from vmsnap.errors import DamageFound, ObjectNotFound, StorageError, UnknownBackup, UsageError
 from vmsnap.repository.format import manifest_key
+from vmsnap.repository.retaining import locked
 from vmsnap.repository.retention import RetentionPolicy, Verdict, apply
 
 if TYPE_CHECKING:
@@ -54,16 +55,28 @@ def prune_repository(
         for manifest in repository.list(unread.append)
         if vm in (None, manifest.vm) and (not wanted or wanted.intersection(manifest.tags))
     ]
-    report = PruneReport(dry_run, apply(policy, backups, now or datetime.now(UTC)), tuple(unread))
+    verdicts = apply(policy, backups, now or datetime.now(UTC))
+    doomed = [manifest_key(verdict.backup) for verdict in verdicts if not verdict.kept]
+    until = locked(repository.storage, doomed)
+    verdicts = tuple(_unless_locked(verdict, until.get(manifest_key(verdict.backup))) for verdict in verdicts)
+    report = PruneReport(dry_run, verdicts, tuple(unread))
     if not dry_run:
         _forget_each(repository, [verdict.backup for verdict in report.removed])
     return report
+
+
+def _unless_locked(verdict: Verdict, until: datetime | None) -> Verdict:
+    """The verdict, where the storage lets it be carried out."""
+    if verdict.kept or until is None:
+        return verdict
+    return replace(verdict, reasons=(f"locked until {until:%Y-%m-%d %H:%M} UTC",))
 
 
 def forget_backups(repository: Repository, backups: Sequence[str]) -> None:
     """Remove backups by their whole ids; a damaged one too. Each is removed atomically, one after the other.
 
     :raises UnknownBackup: one of them is not there; none was removed
+    :raises ObjectRetained: the storage keeps one of them until a time; a note says how many were removed
     :raises StorageError: the storage failed; a note says how many were removed
     """
     for backup in backups:

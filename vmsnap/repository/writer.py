@@ -31,6 +31,7 @@ from vmsnap.repository.chunkstore import ChunkStore
 from vmsnap.repository.format import ChunkSizes, ImageKind, pack_key
 from vmsnap.repository.index import ChunkIndex
 from vmsnap.repository.manifest import BackupFields, BackupStats, Manifest, check_fields, seal_manifest
+from vmsnap.repository.retaining import retain_data, retained_until
 from vmsnap.repository.seal import Vault
 from vmsnap.repository.sessions import Session, collectors
 from vmsnap.repository.sources import BytesReader, runs_to_read
@@ -221,9 +222,10 @@ class BackupWriter:
         self._store.flush()
         self._session.require()
         key, data = seal_manifest(self._vault, manifest)
+        until = self._retain_data(manifest)
         if not self._put_manifest(key, data):
             return False
-        self._finish(key)
+        self._finish(key, until)
         return True
 
     def commit(self, fields: BackupFields, *, seconds: float | None = None, instant_ns: int | None = None) -> Manifest:
@@ -251,9 +253,10 @@ class BackupWriter:
                 vmsnap=vmsnap.__version__,
             )
             key, data = seal_manifest(self._vault, manifest)
+            until = self._retain_data(manifest)
             if self._put_manifest(key, data):
                 break
-        self._finish(key)
+        self._finish(key, until)
         return manifest
 
     def abort(self) -> None:
@@ -266,6 +269,7 @@ class BackupWriter:
         if self._done:
             return
         self._done = True
+        self._storage.hurry()
         self._close()
         with suppress(StorageError):
             if not collectors(self._storage, self._vault, self._session.key):
@@ -275,9 +279,18 @@ class BackupWriter:
 
     # -- inside
 
-    def _finish(self, key: str) -> None:
-        """The manifest is there: see that it was right to put it, and end."""
+    def _retain_data(self, manifest: Manifest) -> datetime | None:
+        """Retain what the backup needs; returns until when, None where the user does not want that."""
+        until = retained_until(self._storage)
+        if until:
+            retain_data(self._storage, self._vault, [image for _, image in manifest.images], until)
+        return until
+
+    def _finish(self, key: str, until: datetime | None) -> None:
+        """The manifest is there: see that it was right to put it, retain it too, and end."""
         self._require_session_of(key)
+        if until:
+            self._or_take_back(key, lambda: self._storage.retain([key], until))
         self._done = True
         self._close()
         self._session.end()
@@ -381,8 +394,12 @@ class BackupWriter:
         """Take the manifest back if the session was gone before it was there: what it names may be deleted already.
         Garbage collection that takes the session for dead later than that has seen the manifest.
         """
+        self._or_take_back(key, self._session.require)
+
+    def _or_take_back(self, key: str, step: Callable[[], None]) -> None:
+        """Do the last step of a backup; if it fails, there is no backup."""
         try:
-            self._session.require()
+            step()
         except BaseException as e:
             try:
                 self._storage.delete(key)

@@ -41,14 +41,11 @@ class StorageProperties:
     """What a backend can promise at its address, asked once when a repository is opened.
 
     `conditional_put`: ``put(if_absent=True)`` is atomic against other writers; without it the backend looks first
-    and then writes. `free_bytes`: room left, None where the storage does not say. `retention_seconds`: for how long
-    from now the user wants that what a backup needs cannot be deleted by anybody, which `StorageBackend.retain` sees
-    to; None: retention was not asked for.
+    and then writes. `free_bytes`: room left, None where the storage does not say.
     """
 
     conditional_put: bool
     free_bytes: int | None = None
-    retention_seconds: float | None = None
 
 
 class StorageBackend(ABC):
@@ -73,6 +70,10 @@ class StorageBackend(ABC):
     options: ClassVar[Sequence[Option]] = ()
     remote: ClassVar[bool] = True
     """Whether it pays to keep small objects on this host instead of getting them again."""
+    retention_seconds: float | None = None
+    """For how long from now the user wants that nobody can delete what a backup needs, see `retain`; None: retention
+    was not asked for.
+    """
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
         """Remember the address; no I/O. `url` has this backend's scheme (or is a plain path, for ``file``).
@@ -134,12 +135,18 @@ class StorageBackend(ABC):
     def retain(self, keys: Iterable[str], until: datetime) -> None:
         """Let nobody delete or replace these objects before `until` (UTC, in the future), not even with the
         credentials that stored them. Those that are kept longer already stay so. Idempotent; where it fails, some of
-        them may be retained. Only for backends whose `properties` name a retention.
+        them may be retained. Called only where there are `retention_seconds`.
 
         :raises ObjectNotFound: one of them is not there
         :raises StorageError: the storage cannot do it, or failed
         """
         raise StorageError(f"{self.url} cannot keep objects from being deleted", cure="leave retention away")
+
+    def retained(self, keys: Iterable[str]) -> dict[str, datetime]:
+        """Of these objects those that are retained now, each with the time until which it is; `delete` would raise
+        `ObjectRetained`. Those that are not there are not named.
+        """
+        return {}
 
     def hurry(self) -> None:
         """What is being done is given up: calls that wait for better times fail now. Later calls are as ever."""

@@ -20,6 +20,7 @@ class WrappedStorage(StorageBackend):
         super().__init__(inner.url, {})
         # Class variables of the role, of this one object.
         vars(self).update(name=inner.name, options=inner.options, remote=inner.remote)
+        self.retention_seconds = inner.retention_seconds
         self.inner = inner
 
     def create(self) -> None:
@@ -57,6 +58,10 @@ class WrappedStorage(StorageBackend):
     def retain(self, keys: Iterable[str], until: datetime) -> None:
         """See the role."""
         self.inner.retain(keys, until)
+
+    def retained(self, keys: Iterable[str]) -> dict[str, datetime]:
+        """See the role."""
+        return self.inner.retained(keys)
 
     def hurry(self) -> None:
         """See the role."""

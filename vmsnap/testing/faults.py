@@ -370,6 +370,7 @@ class FaultyStorage(StorageBackend):
         """Wrap `driver`."""
         super().__init__(driver.url, {})
         vars(self).update(name=driver.name, options=driver.options, remote=driver.remote)
+        self.retention_seconds = driver.retention_seconds
         self.driver = driver
         self.plan = plan
 
@@ -411,6 +412,10 @@ class FaultyStorage(StorageBackend):
     def retain(self, keys: Iterable[str], until: datetime) -> None:
         """See the role."""
         return self._call(self.driver.retain, keys, until)
+
+    def retained(self, keys: Iterable[str]) -> dict[str, datetime]:
+        """See the role."""
+        return self._call(self.driver.retained, keys)
 
     def hurry(self) -> None:
         """See the role; never fails on plan."""

@@ -44,6 +44,7 @@ class S3Storage(StorageBackend):
         super().__init__(url, options or {})
         self.place = parse_place(url)
         self.settings = parse_settings(options or {})
+        self.retention_seconds = self.settings.lock_seconds
         self.connection = Connection(self.settings)
         self.uploader = upload.Uploader(self.call, self.place, self._pool)
         self.retention = Retention(self.call, self.place, self.settings)
@@ -129,15 +130,20 @@ class S3Storage(StorageBackend):
 
     def properties(self) -> StorageProperties:
         """See `StorageBackend.properties`. Finds out about conditional puts, which needs the permission to write."""
-        return StorageProperties(
-            conditional_put=self._has_conditional_put(), retention_seconds=self.settings.lock_seconds
-        )
+        return StorageProperties(conditional_put=self._has_conditional_put())
 
     def retain(self, keys: Iterable[str], until: datetime) -> None:
         """See `StorageBackend.retain`. One or two requests for each key, several at once."""
         self.retention.require()
         for _ in self._pool().map(lambda key: self.retention.retain(check_key(key), until), keys):
             pass
+
+    def retained(self, keys: Iterable[str]) -> dict[str, datetime]:
+        """See `StorageBackend.retained`. One request for each key, several at once."""
+        if not self.settings.lock_mode:
+            return {}
+        found = self._pool().map(lambda key: (key, self.retention.locked_now(check_key(key))), keys)
+        return {key: until for key, until in found if until}
 
     def doctor(self) -> Sequence[Finding]:
         """See `StorageBackend.doctor`."""

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -180,4 +181,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _text(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    # Without what stands behind the path of a URL, which tells nobody anything.
+    return re.sub(r'\?[^\s"]*', "", " ".join(str(error).split())).rstrip(".")

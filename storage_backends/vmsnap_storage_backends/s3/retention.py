@@ -93,6 +93,14 @@ class Retention:
         until: datetime | None = found.get("ObjectLockRetainUntilDate")
         return until
 
+    def locked_now(self, key: str) -> datetime | None:
+        """Until when the object cannot be deleted; None where it can, or is not there."""
+        try:
+            until = self.locked_until(key)
+        except ObjectNotFound:
+            return None
+        return until if until and until > datetime.now(UTC) else None
+
     def delete(self, key: str) -> None:
         """Delete all versions of an object, or none where one is locked.
 
