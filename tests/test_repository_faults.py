@@ -165,6 +165,34 @@ def test_giving_up_while_the_storage_is_slow_hangs_nobody() -> None:
     assert [key for key in storage.raw if key.startswith("manifests/")] == []
 
 
+def test_what_came_to_storage_that_failed_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmsnap.repository.chunkstore._INDEX_AT_CHUNKS", 1 << 18)
+
+    class Broken(Memory):
+        puts_left = 1 << 30
+
+        def put(self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False) -> None:
+            if key.startswith("packs/"):
+                self.puts_left -= 1
+                if self.puts_left < 0:
+                    raise StorageError("the connection is cut")
+            super().put(key, data, if_absent=if_absent)
+
+    storage = Broken()
+    content = os.urandom(2_000_000)
+    repository = Repository.create(storage, chunks=SMALL)
+    storage.puts_left = 6
+    with pytest.raises(StorageError, match="cut"):
+        back_up(repository, BytesReader(content))
+    there = {key for key in storage.raw if key.startswith("packs/")}
+    assert len(there) == 6
+    storage.puts_left = 1 << 30
+    manifest = back_up(Repository.open(storage), BytesReader(content))
+    assert manifest.stats.stored_bytes < len(content) - 4 * (144 << 10)
+    assert there <= storage.raw.keys()
+    assert not Repository.open(storage).check(read_data=True).damaged
+
+
 def test_deleting_that_fails_after_a_failure_does_not_hide_it() -> None:
     storage = Failing()
     repository = Repository.create(storage, chunks=SMALL)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import vmsnap
 from vmsnap.directio import direct_buffer
-from vmsnap.errors import ObjectExists, ObjectNotFound, RepositoryError, StorageError
+from vmsnap.errors import ObjectExists, ObjectNotFound, RepositoryError, StorageError, StorageFull
 from vmsnap.model import Extent
 from vmsnap.repository.base import (
     BaseImage,
@@ -94,8 +94,9 @@ class BackupWriter:
     def __enter__(self) -> BackupWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.abort()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # Who tries again need not send twice what has come there; where there is no room, it is given back.
+        self.abort(keep=isinstance(error, StorageError) and not isinstance(error, StorageFull))
 
     def add_image(
         self,
@@ -259,12 +260,13 @@ class BackupWriter:
         self._finish(key, until)
         return manifest
 
-    def abort(self) -> None:
+    def abort(self, *, keep: bool = False) -> None:
         """Give up, end the threads, and remove the packs that nobody can know of yet; idempotent, nothing after
         `commit`.
 
         Packs that an index object lists stay: another backup may use them already. So do all where a repair may be
-        listing them, and those that cannot be removed now, until the next garbage collection.
+        listing them, and those that cannot be removed now, until the next garbage collection. With `keep` those that
+        are durable are listed instead, so that the next try finds them.
         """
         if self._done:
             return
@@ -273,8 +275,11 @@ class BackupWriter:
         self._close()
         with suppress(StorageError):
             if not collectors(self._storage, self._vault, self._session.key):
-                for pack in self._store.unlisted:
-                    self._storage.delete(pack_key(pack.id))
+                if keep:
+                    self._store.list_stored()
+                else:
+                    for pack in self._store.unlisted:
+                        self._storage.delete(pack_key(pack.id))
         self._session.end()
 
     # -- inside
