@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,10 @@ SECONDS = float(os.environ.get("VMSNAP_STRESS_SECONDS", "20"))
 SEED = int(os.environ.get("VMSNAP_STRESS_SEED", "1"))
 PACK_BYTES = 128 << 10
 BACKUPS_KEPT = 5
+WANTED = {"stored", "forgotten", "collected", "packs_deleted", "packs_repacked", "packs_waiting", "restored"}
+"""What must have happened for it to be a stress at all."""
+PATIENCE_SECONDS = 300
+"""How long to wait for that after the time, where the machine is busy with other things."""
 
 
 def small_packs() -> None:
@@ -141,7 +145,8 @@ class Worker:
 
     def __init__(self, folder: Path, what: str, name: str) -> None:
         self._folder, self._what, self._name = folder, what, name
-        self._log = (folder.parent / f"{name}.log").open("w+")
+        self._path = folder.parent / f"{name}.log"
+        self._log = self._path.open("a")
         self._begin(0)
 
     def _begin(self, turn: int) -> None:
@@ -167,15 +172,22 @@ class Worker:
         self._begin(self._turn + 1)
 
     def log(self) -> str:
-        self._log.seek(0)
-        text = self._log.read()
-        self._log.seek(0, os.SEEK_END)
-        return text
+        return self._path.read_text()
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
         self._log.close()
+
+
+def done_by(workers: Iterable[Worker]) -> Counter[str]:
+    """How often each thing was done, or of how many packs."""
+    done: Counter[str] = Counter()
+    for worker in workers:
+        for line in worker.log().splitlines():
+            what, _, count = line.partition(" ")
+            done[line if not count.isdigit() else what] += int(count) if count.isdigit() else 1
+    return done
 
 
 def test_everybody_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +206,13 @@ def test_everybody_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             victim = chance.choice(workers)
             victim.kill()
             victim.again()
+        deadline += PATIENCE_SECONDS
+        while not (done := done_by(workers)) >= Counter(WANTED) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            for worker in workers:
+                worker.check()
         for worker in workers:
             worker.kill()
-        done: Counter[str] = Counter()
-        for worker in workers:
-            for line in worker.log().splitlines():
-                what, _, count = line.partition(" ")
-                done[line if not count.isdigit() else what] += int(count) if count.isdigit() else 1
     finally:
         for worker in workers:
             worker.end()
@@ -222,6 +234,4 @@ def test_everybody_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(info.size_bytes for info in packs) < last.live_bytes / 0.8 + 3000 * len(packs)
     for manifest in manifests:
         assert same(content_of(repository, manifest.disks[0].image), content_for(int(manifest.tags[0])))
-    # It was a stress at all.
-    for what in ("stored", "forgotten", "collected", "packs_deleted", "packs_repacked", "packs_waiting", "restored"):
-        assert done[what] > 0, (what, done)
+    assert done >= Counter(WANTED)
