@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Callable
 
 import pytest
+from backports.zstd import ZstdCompressor
 from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.damage import manifest_with, seal_plain
+from tests.test_storage_contract import Memory
 from vmsnap.errors import DamageFound, RepositoryError
 from vmsnap.repository import ImageRecord
+from vmsnap.repository.blobs import decompressed
 from vmsnap.repository.config import decode_config, decode_text, encode_text
 from vmsnap.repository.format import BlobKind, Codec, chunk_count, tree_depth
 from vmsnap.repository.garbage import open_garbage
 from vmsnap.repository.index import IndexedPack, open_index, seal_index
 from vmsnap.repository.keys import PassphraseKey, decode_key
 from vmsnap.repository.manifest import open_manifest
+from vmsnap.repository.nodes import encode_list, load_node
 from vmsnap.repository.packs import ENTRY, PackBuilder, check_blobs, open_pack
 from vmsnap.repository.seal import Vault
+from vmsnap.repository.sessions import Session, list_sessions
+from vmsnap.repository.tree import root_node
 
 VAULT = Vault(bytes(32), bytes(16), encrypted=False)
 GOOD_KEY = encode_text(PassphraseKey(1, "ab", "", "00" * 16, "00" * 48))
@@ -79,6 +86,47 @@ def test_no_index_manifest_or_pack_is_a_traceback(data: st.DataObject) -> None:
     builder.append(b"c" * 32, BlobKind.DATA, Codec.RAW, 24, b"x" * 24)
     pack = data.draw(mutations(bytes(builder.finish()[0])))
     survives(lambda: list(check_blobs(VAULT, builder.id, pack, open_pack(VAULT, builder.id, pack))))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_tree_node_is_a_traceback(data: st.DataObject) -> None:
+    ids = bytes(range(128))
+    image = ImageRecord(4 * 4096, 4096, 4, 1, "11" * 32)
+    listed = encode_list(1, ids)
+    differs = struct.pack("<BBI", 2, 1, 4) + b"b" * 32 + struct.pack("<I", 1) + struct.pack("<H", 2) + b"n" * 32
+    assert load_node(image, root_node(image), lambda node, _: listed if node[:1] == b"b" else differs).ids == (
+        ids[:64] + b"n" * 32 + ids[96:]
+    )
+    top, base = data.draw(mutations(differs)), data.draw(st.one_of(st.just(listed), mutations(listed)))
+    found: list[bytes] = []
+    survives(
+        lambda: found.append(
+            load_node(image, root_node(image), lambda node, _: top if node == root_node(image).id else base).ids
+        )
+    )
+    assert all(len(each) == len(ids) for each in found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_session_is_a_traceback(data: st.DataObject) -> None:
+    storage = Memory()
+    with Session(storage, VAULT, "write", "a backup") as session:
+        content = VAULT.open_object(session.key, storage.raw[session.key])
+        storage.raw[session.key] = VAULT.seal_object(session.key, data.draw(mutations(content)))
+        storage.raw[session.key + ".heartbeat"] = data.draw(mutations(storage.raw[session.key]))
+        (found,) = list_sessions(storage, VAULT)
+        assert found.key in found.description
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_compressed_chunk_is_a_traceback_or_longer_than_it_should_be(data: st.DataObject) -> None:
+    content = b"text" * 1000
+    packed = data.draw(mutations(ZstdCompressor(level=1).compress(content, ZstdCompressor.FLUSH_FRAME)))
+    with contextlib.suppress(ValueError):
+        assert len(decompressed(packed, Codec.ZSTD, len(content))) == len(content)
 
 
 def test_geometry() -> None:
