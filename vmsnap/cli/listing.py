@@ -104,6 +104,10 @@ def full_document(manifest: Manifest) -> dict[str, Any]:
             }
             for disk in manifest.disks
         ],
+        "read_only_disks": [
+            {"device": disk.device, "size_bytes": disk.size_bytes, "format": disk.format, "address": disk.address}
+            for disk in manifest.read_only_disks
+        ],
         "memory": [
             {"region": region.region, "size_bytes": region.image.size_bytes, "page_bytes": region.page_bytes}
             for region in manifest.memory
@@ -148,7 +152,8 @@ def _show(manifest: Manifest) -> None:
     click.echo()
     output.table(
         ("disk", "size", "format", "mechanism", "address"),
-        [(d.device, output.size(d.size_bytes), d.format, d.mechanism, d.address) for d in manifest.disks],
+        [(d.device, output.size(d.size_bytes), d.format, d.mechanism, d.address) for d in manifest.disks]
+        + [(d.device, output.size(d.size_bytes), d.format, "read-only", d.address) for d in manifest.read_only_disks],
         right=("size",),
     )
     if manifest.moments:

@@ -22,7 +22,7 @@ from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
 from vmsnap.model import DiskSnapshot, Duplicate
 from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction, Protocol
-from vmsnap.repository import BackupFields, DiskImage, Manifest, Repository
+from vmsnap.repository import BackupFields, DiskImage, Manifest, ReadOnlyDisk, Repository
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 
@@ -253,6 +253,11 @@ class LiveBackup:
             resume_flag=capture.executing,
             definition=description.definition,
             disks=disks,
+            read_only_disks=tuple(
+                ReadOnlyDisk(disk.device, disk.size_bytes, disk.format, disk.address)
+                for disk in description.disks
+                if disk.read_only
+            ),
             tags=self._order.tags,
         )
 

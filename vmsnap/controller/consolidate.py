@@ -105,6 +105,7 @@ class Consolidate(CleanRun):
                 resume_flag=manifest.resume_flag,
                 definition=manifest.definition,
                 disks=disks,
+                read_only_disks=manifest.read_only_disks,
                 tags=self._tags or manifest.tags,
                 remarks=self._remarks(),
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LostRange,
         Manifest,
         MemoryImage,
+        ReadOnlyDisk,
         check_device,
     )
     from vmsnap.repository.pruning import PruneReport
@@ -52,6 +53,7 @@ _HOMES = {
     "LostRange": "manifest",
     "Manifest": "manifest",
     "MemoryImage": "manifest",
+    "ReadOnlyDisk": "manifest",
     "PruneReport": "pruning",
     "RepairReport": "findings",
     "Repository": "repository",
@@ -83,6 +85,7 @@ __all__ = [
     "Manifest",
     "MemoryImage",
     "PruneReport",
+    "ReadOnlyDisk",
     "RepairReport",
     "Repository",
     "RetentionPolicy",

@@ -56,6 +56,18 @@ class DiskImage:
     mark: str = ""
 
 
+@dataclass(frozen=True)
+class ReadOnlyDisk:
+    """A disk that the VM could not write to, a CD-ROM for instance: not copied, but named, with the place where it was
+    and where a restored VM looks for it.
+    """
+
+    device: str
+    size_bytes: int
+    format: str
+    address: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackupFields:
     """What the caller of `BackupWriter.commit` knows of a backup.
@@ -69,6 +81,7 @@ class BackupFields:
     mode: str
     definition: Json = None
     disks: tuple[DiskImage, ...] = ()
+    read_only_disks: tuple[ReadOnlyDisk, ...] = ()
     memory: tuple[MemoryImage, ...] = ()
     device_state: ImageRecord | None = None
     capture: str = ""
@@ -166,6 +179,8 @@ def check_fields(fields: BackupFields) -> None:
     check_name(fields.vm, "VM name")
     for tag in fields.tags:
         check_tag(tag)
+    for read_only in fields.read_only_disks:
+        check_device(read_only.device)
     for disk in fields.disks:
         check_device(disk.device)
         if disk.image.size_bytes != disk.size_bytes:
@@ -174,7 +189,7 @@ def check_fields(fields: BackupFields) -> None:
         if not _TAG.fullmatch(memory.region):
             raise UsageError(f"{memory.region!r} cannot name a memory region")
     for what, names in (
-        ("disks", [disk.device for disk in fields.disks]),
+        ("disks", [disk.device for disk in fields.disks] + [disk.device for disk in fields.read_only_disks]),
         ("memory regions", [memory.region for memory in fields.memory]),
     ):
         if len(set(names)) != len(names):
