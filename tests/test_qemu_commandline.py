@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ import pytest
 from vmsnap.errors import UsageError
 from vmsnap_drivers.hypervisors.qemu.definition import without_secrets
 from vmsnap_drivers.qemu.commandline import Argument, Properties, parse, split, to_argv
+from vmsnap_drivers.qemu.configuration_file import parse_configuration
+from vmsnap_drivers.qemu.device_state import slirp_instances
 from vmsnap_drivers.qemu.disk_arguments import with_image, without_image
 from vmsnap_drivers.qemu.drive_names import drive_names, keys_of_name
 from vmsnap_drivers.qemu.rewrite import NewDisk, NewVm, Rewritten, rewrite
 
 RUN = Path("/run/vmsnap/vm002")
+
+
+NEW = NewVm("vm002", RUN, RUN / "qmp.sock", "pc-i440fx-7.2", (), isolated=True)
 
 
 def arguments(text: str) -> list[Argument]:
@@ -335,3 +341,49 @@ def test_secrets_are_cut_out_and_named() -> None:
     assert len(found) == 3
     assert "hunter2" not in " ".join(str(argument) for argument in cleaned) + "".join(found)
     assert cleaned[1].value == "secret,id=f,file=/key"
+
+
+def test_networks_keep_the_numbers_that_they_have_in_the_device_state() -> None:
+    new = replace(NEW, slirp_instances=(1, 3), isolated=False)
+    result = rewrite("qemu", arguments("-netdev user,id=n1 -netdev tap,id=t -netdev user,id=n3"), new)
+    names = [Properties.parse(value or "", "type").get("id") for value in values(result, "netdev")]
+    assert names == ["vmsnap-gone0", "n1", "t", "vmsnap-gone2", "n3"]
+
+
+def test_the_numbers_of_networks_are_found_in_a_device_state(tmp_path: Path) -> None:
+    state = tmp_path / "device-state"
+    header = b"\x04\x00\x00\x00\x2a\x05slirp\x00\x00\x00%c\x00\x00\x00\x04"
+    state.write_bytes(b"\x7e...." + header % 3 + b"content slirp\x00\x00\x00\x07" + header % 1)
+    assert slirp_instances(state) == (1, 3)
+
+
+def test_a_tpm_gets_a_socket_of_its_own() -> None:
+    result = rewritten(
+        "-chardev socket,id=t,path=/old/tpm -tpmdev emulator,id=tpm0,chardev=t -device tpm-crb,tpmdev=tpm0"
+    )
+    assert values(result, "chardev") == [f"socket,id=t,path={RUN}/tpm.sock"]
+
+
+def test_a_configuration_file_stands_for_options() -> None:
+    text = """# qemu
+[machine]
+  type = "q35"
+[memory]
+  size = "1G"
+
+[drive "d0"]
+  file = "/a,b.img"
+  if = "none"
+[device "disk"]
+  driver = "virtio-blk-pci"
+  drive = "d0"
+"""
+    found = parse_configuration(text)
+    assert found == [
+        Argument("machine", "type=q35"),
+        Argument("m", "size=1G"),
+        Argument("drive", "id=d0,file=/a,,b.img,if=none"),
+        Argument("device", "id=disk,driver=virtio-blk-pci,drive=d0"),
+    ]
+    with pytest.raises(UsageError, match="line 2 is no group"):
+        parse_configuration("[machine]\ntype = q35\n")

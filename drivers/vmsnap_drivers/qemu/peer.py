@@ -112,6 +112,13 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def started_at(pid: int) -> float:
+    """When a process started, in seconds since 1970, to one second; 0 where there is no such process."""
+    found = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+    ticks = start_time(pid)
+    return int(found[1]) + ticks / os.sysconf("SC_CLK_TCK") if found and ticks is not None else 0.0
+
+
 def listener(path: Path) -> int | None:
     """The process that listens on a UNIX socket, whether it answers or not; None where nobody does.
 

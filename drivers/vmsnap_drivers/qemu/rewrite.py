@@ -22,6 +22,8 @@ _DROPPED: Final = frozenset(_DROPPED_WORDS.split())
 _CHARACTER_DEVICES: Final = frozenset(["serial", "parallel", "virtioconsole", "debugcon", "fdc-serial"])
 PID_NAME: Final = "qemu.pid"
 """In the run folder; so every command line names the folder, and a process without a mark is found by it."""
+TPM_SOCKET_NAME: Final = "tpm.sock"
+"""In the run folder: where the swtpm of the VM's own listens."""
 _MEETING_POINTS: Final = frozenset(["socket", "stream", "dgram", "vde", "l2tpv3"])
 """Networks that are an address, where the original is or listens."""
 _OWN_PATH_KEYS: Final = ("path", "logfile", "input-path")
@@ -48,6 +50,7 @@ class NewVm:
     :ivar take_images: the VM's writes go into those files; else each VM has its own copy of what it writes
     :ivar block_sizes: bytes of each RAM block, by name
     :ivar default_ram: the RAM block that ``-m`` makes where no ``-object`` does (``pc.ram``); empty where one does
+    :ivar slirp_instances: the numbers that the networks of type ``user`` have in the device state, in their order
     :ivar takeover: the original is gone for good, and the VM takes its place: sockets, logs, ports and networks are
         where they were; its files go on instead of being begun anew
     """
@@ -63,6 +66,7 @@ class NewVm:
     block_sizes: Mapping[str, int] = field(default_factory=dict)
     default_ram: str = ""
     takeover: bool = False
+    slirp_instances: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,13 @@ class _Rewriter:
         self.notes: list[str] = []
         self._hub = 0
         self._added: list[Argument] = []
-        self._names = {new.qmp_socket.name, PID_NAME}
+        self._names = {new.qmp_socket.name, PID_NAME, TPM_SOCKET_NAME}
+        self._tpms: set[str] = set()
 
     def run(self, program: str, arguments: Sequence[Argument]) -> Rewritten:
         new = self.new
         disks = {disk.argument: disk for disk in new.disks}
+        self._tpms = {a.properties.get("chardev") for a in arguments if a.name == "tpmdev"} - {""}
         roots = [disk.node for disk in new.disks if arguments[disk.argument].name == "blockdev"]
         unused = children(arguments, roots) - children(arguments, self._kept_roots(arguments, set(roots)))
         kept: list[Argument] = []
@@ -103,7 +109,7 @@ class _Rewriter:
                     kept.append(changed)
         names = {argument.name for argument in arguments}
         implied = self._implied(names)
-        kept += [*self._added, *implied]
+        kept = self._with_gaps([*kept, *self._added, *implied])
         kept.append(Argument("pidfile", str(new.run_folder / PID_NAME)))
         kept = self._with_machine(self._with_ram(kept))
         kept += [
@@ -130,6 +136,8 @@ class _Rewriter:
         return path.startswith("unix:") and path != f"unix:{self.new.qmp_socket}"
 
     def _change(self, argument: Argument) -> Argument | None:
+        if argument.name == "chardev" and argument.properties.get("id") in self._tpms:
+            return Argument("chardev", self._tpm(argument.properties.get("id")))
         if argument.name == "chardev":
             taken_over = self._taken_over(argument.properties) if self.new.takeover else None
             return argument.with_properties(taken_over or self._chardev(argument.properties))
@@ -182,6 +190,10 @@ class _Rewriter:
             return changed if backend == "file" else _null(old)
         self.notes.append(f"character device {old.get('id')!r} ({backend}) is connected to nothing")
         return _null(old)
+
+    def _tpm(self, identity: str) -> str:
+        pairs = [("backend", "socket"), ("id", identity), ("path", str(self.new.run_folder / TPM_SOCKET_NAME))]
+        return Properties(pairs, "backend").text()
 
     def _taken_over(self, old: Properties) -> Properties | None:
         """A character device where the original had it; None where that cannot be."""
@@ -261,6 +273,23 @@ class _Rewriter:
         """The stream has a section "slirp" (net/slirp.c), which somebody must take. This one is connected to no NIC."""
         taker = [("type", "user"), ("id", f"vmsnap-slirp{self._hub}"), ("restrict", "on")]
         self._added.append(Argument("netdev", Properties(taker, "type").text()))
+
+    def _with_gaps(self, arguments: list[Argument]) -> list[Argument]:
+        """QEMU numbers the networks of type ``user`` as it makes them. Where one was removed at run time, the later
+        ones keep their numbers in the device state, and another stands in for it.
+        """
+        wanted = iter(self.new.slirp_instances)
+        changed: list[Argument] = []
+        made = 0
+        for argument in arguments:
+            if argument.name == "netdev" and argument.properties.get("type") == "user":
+                instance = next(wanted, made)
+                for number in range(made, instance):
+                    filler = [("type", "user"), ("id", f"vmsnap-gone{number}"), ("restrict", "on")]
+                    changed.append(Argument("netdev", Properties(filler, "type").text()))
+                made = max(made, instance) + 1
+            changed.append(argument)
+        return changed
 
     def _implied(self, names: set[str]) -> list[Argument]:
         """What QEMU makes by itself when its options do not say otherwise, as far as it touches the host."""

@@ -36,6 +36,7 @@ class Definition:
 
     :ivar arguments: name and value of each option of the command line
     :ivar machine: machine type with its version
+    :ivar tpm: version of the emulated TPM, ``2.0`` or ``1.2``; empty where there is none
     :ivar default_ram: the RAM block that ``-m`` makes; empty where an ``-object`` makes it
     """
 
@@ -48,6 +49,7 @@ class Definition:
     default_ram: str
     arguments: tuple[tuple[str, str | None], ...]
     disks: tuple[DefinedDisk, ...]
+    tpm: str = ""
 
     def options(self) -> list[Argument]:
         """The command line as it was."""

@@ -8,6 +8,7 @@ from typing import Final
 
 from vmsnap.errors import UsageError
 from vmsnap.model import MemoryRegion, Nic, VmDescription, VmState
+from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.blocks import BlockReader
 from vmsnap_drivers.hypervisors.qemu.definition import FORMAT, Definition, absolute, without_secrets
 from vmsnap_drivers.hypervisors.qemu.devices import DeviceReader
@@ -15,11 +16,14 @@ from vmsnap_drivers.hypervisors.qemu.networks import is_connected, networks
 from vmsnap_drivers.hypervisors.qemu.refusals import refusals
 from vmsnap_drivers.qemu import commandline
 from vmsnap_drivers.qemu.commandline import Argument
+from vmsnap_drivers.qemu.configuration_file import parse_configuration
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
 from vmsnap_drivers.qemu.options import Options
-from vmsnap_drivers.qemu.peer import file_system_of, look_at
+from vmsnap_drivers.qemu.peer import Peer, file_system_of, look_at, started_at
 
 _ENDED: Final = frozenset(["shutdown"])
+_CLOCK_SECONDS: Final = 1.0
+"""How exactly it is known when a process started."""
 
 
 def vm_state(monitor: Monitor) -> VmState:
@@ -38,7 +42,7 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
     peer = look_at(monitor.peer_pid)
     problems: list[str] = []
     try:
-        arguments = commandline.parse(peer.argv)
+        arguments = _with_configurations(commandline.parse(peer.argv), peer)
     except UsageError as e:
         arguments = []
         problems.append(str(e))
@@ -61,6 +65,7 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
         disks=tuple(
             replace(disk, argument=places[disk.argument]) for disk in blocks.defined if disk.argument is not None
         ),
+        tpm=tpm.version_of(arguments),
     )
     problems += secrets + devices.problems + blocks.problems + refusals(monitor, arguments, peer.cwd)
     sizes = monitor.execute("query-memory-size-summary")
@@ -81,6 +86,27 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
         refusals=tuple(problems),
         hypervisor_version=".".join(map(str, monitor.version)),
     )
+
+
+def _with_configurations(arguments: list[Argument], peer: Peer) -> list[Argument]:
+    """The options, those of the configuration files that QEMU was given among them, in their places.
+
+    :raises UsageError: a file is not as QEMU has read it
+    """
+    found: list[Argument] = []
+    for argument in arguments:
+        if argument.name != "readconfig":
+            found.append(argument)
+            continue
+        path = Path(absolute(argument.value or "", peer.cwd))
+        try:
+            changed, text = path.stat().st_mtime, path.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"the file {path}, of which QEMU has read its options, cannot be read: {e}") from e
+        if changed > started_at(peer.pid) + _CLOCK_SECONDS:
+            raise UsageError(f"the file {path} was changed after QEMU has read its options of it")
+        found += parse_configuration(text)
+    return found
 
 
 def _default_ram(monitor: Monitor, arguments: list[Argument]) -> str:

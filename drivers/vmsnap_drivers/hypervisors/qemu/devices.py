@@ -60,13 +60,14 @@ class DeviceReader:
         present = self._children(_NAMED)
         given = self._options.named("device", "id")
         self._unnamed()
-        gone = [number for identity, number in given.items() if identity not in present]
-        self.places |= {f"{_NAMED}/{identity}": number for identity, number in given.items() if identity in present}
-        for number in gone:
-            self._options.drop(number)
-        if gone:
+        # Where a device was plugged out and another in under its id, the option is not this one's.
+        kept = {identity for identity in given if identity in present and not self._was_plugged_in(identity)}
+        self.places |= {f"{_NAMED}/{identity}": given[identity] for identity in kept}
+        if gone := [number for identity, number in given.items() if identity not in kept]:
+            for number in gone:
+                self._options.drop(number)
             self._pin()
-        plugged = [f"{_NAMED}/{identity}" for identity in present if identity not in given]
+        plugged = [f"{_NAMED}/{identity}" for identity in present if identity not in kept]
         for path in sorted(plugged, key=self._depth):
             self.places[path] = self._options.add(self._read_back(path))
 
@@ -214,6 +215,9 @@ class DeviceReader:
 
     def _get(self, path: str, name: str) -> Any:
         return self._monitor.execute("qom-get", {"path": path, "property": name})
+
+    def _was_plugged_in(self, identity: str) -> bool:
+        return bool(self._get(f"{_NAMED}/{identity}", "hotplugged"))
 
     def _depth(self, path: str) -> tuple[int, str]:
         """How many devices with an id this one hangs on: those are made first."""

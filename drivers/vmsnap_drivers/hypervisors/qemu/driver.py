@@ -46,6 +46,7 @@ from vmsnap_drivers.hypervisors.qemu import (
     process,
     record,
     settings,
+    tpm,
 )
 from vmsnap_drivers.hypervisors.qemu.cow import CowCapture, can_hold
 from vmsnap_drivers.hypervisors.qemu.drain import Drain
@@ -234,6 +235,7 @@ class QemuHypervisor(Hypervisor):
         if mark is None:
             if self.state() is not VmState.ABSENT:
                 raise HypervisorError(f"VM {self.vm!r} was not started by vmsnap and is not ended by it")
+            tpm.end(self._folder)
             return
         self.close()
         launch.destroy(self._folder, mark)

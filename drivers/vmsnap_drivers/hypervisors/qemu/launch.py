@@ -21,8 +21,10 @@ from typing import Final
 from vmsnap.errors import AlreadyExists, HypervisorError, VmGone, VmsnapError
 from vmsnap.model import from_json, to_json
 from vmsnap.roles import LoadRequest
-from vmsnap_drivers.hypervisors.qemu.definition import Definition
+from vmsnap_drivers.hypervisors.qemu import tpm
+from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk, Definition
 from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.device_state import slirp_instances
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import boot_id, listener, start_time
 from vmsnap_drivers.qemu.ram_image import image_path
@@ -111,7 +113,12 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
     try:
         new = _new_vm(vm, folder, qmp_socket, definition, captured, request)
         rewritten = rewrite(definition.exe, definition.options(), new)
-        process = _start(definition, rewritten.argv, folder)
+        emulator = tpm.start(definition.tpm, folder, _environment(definition)) if definition.tpm else None
+        try:
+            process = _start(definition, rewritten.argv, folder)
+        except BaseException:
+            _end(emulator)
+            raise
         try:
             mark = LoadedMark(
                 vm,
@@ -125,16 +132,24 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
             write_whole(folder / MARK_NAME, to_json(mark))
             _bring_in(process, folder, qmp_socket, captured, _stream_images(folder, request, new), new)
         except BaseException:
-            process.kill()
-            process.wait()
+            _end(process)
+            _end(emulator)
             raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         qmp_socket.unlink(missing_ok=True)
         raise
-    # The process outlives this one; nobody here waits for it any more.
-    threading.Thread(target=process.wait, name="vmsnap-reaper", daemon=True).start()
+    # The processes outlive this one; nobody here waits for them any more.
+    for child in (process, emulator):
+        if child is not None:
+            threading.Thread(target=child.wait, name="vmsnap-reaper", daemon=True).start()
     return mark
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None:
+        process.kill()
+        process.wait()
 
 
 def destroy(folder: Path, mark: LoadedMark) -> None:
@@ -151,6 +166,7 @@ def destroy(folder: Path, mark: LoadedMark) -> None:
         if time.monotonic() > deadline:
             raise HypervisorError(f"the QEMU process {mark.pid} of VM {mark.vm!r} does not end")
         time.sleep(_LOOK_EACH_SECONDS)
+    tpm.end(folder)
     Path(mark.socket).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -162,6 +178,7 @@ def _new_vm(
     disks = []
     for disk in definition.disks:
         if disk.read_only:
+            _find_read_only(vm, disk)
             continue
         if disk.device not in given:
             raise HypervisorError(f"VM {vm!r} was given no disk for {disk.device!r}")
@@ -189,7 +206,17 @@ def _new_vm(
         block_sizes=sizes,
         default_ram=definition.default_ram,
         takeover=request.takeover,
+        slirp_instances=slirp_instances(request.device_state),
     )
+
+
+def _find_read_only(vm: str, disk: DefinedDisk) -> None:
+    """See whether a disk that is not in the backup is where it was."""
+    if disk.address.startswith("/") and not Path(disk.address).exists():
+        raise HypervisorError(
+            f"the read-only disk {disk.device!r} of VM {vm!r} lies at {disk.address}, which is not there",
+            cure="it was not copied: put it there",
+        )
 
 
 def _remove_stale(qmp_socket: Path) -> None:
@@ -216,14 +243,23 @@ def _stream_images(folder: Path, request: LoadRequest, new: NewVm) -> Path:
     return place
 
 
-def _start(definition: Definition, argv: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+def _environment(definition: Definition) -> dict[str, str]:
     # Not all of ours: a QEMU lives long, runs strangers' guests, and has no use for our secrets.
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | dict(definition.environment)
+    return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | dict(definition.environment)
+
+
+def _start(definition: Definition, argv: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     cwd = definition.cwd if Path(definition.cwd).is_dir() else str(folder)
     log = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
-            argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            argv,
+            env=_environment(definition),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     except OSError as e:
         raise HypervisorError(f"QEMU {definition.exe} cannot be started: {e.strerror}") from e

@@ -27,15 +27,16 @@ def refusals(monitor: Monitor, arguments: Sequence[Argument], cwd: str) -> list[
     """One line for each reason, an empty list where the VM can be captured."""
     found = _of_state(monitor)
     for argument in arguments:
-        found += _of_argument(argument, cwd)
+        found += of_argument(argument, cwd)
     if any(argument.name == "daemonize" for argument in arguments):
         found += [
             f"QEMU was daemonized, and {path!r} is relative to a folder that is not known any more (give absolute"
             " paths)"
             for path in _relative_paths(arguments)
         ]
-    if monitor.execute("query-tpm"):
-        found.append("the state of the TPM lies outside of QEMU and cannot be captured")
+    for entry in monitor.execute("query-tpm"):
+        if entry["options"]["type"] != "emulator":
+            found.append(f"the TPM {entry['id']!r} is the host's own, whose state cannot be captured")
     for job in monitor.execute("query-block-jobs"):
         if not str(job.get("device", "")).startswith(_OWN_JOB_PREFIX):
             found.append(f"the block job {job.get('device')!r} ({job.get('type')}) of somebody else is going on")
@@ -51,9 +52,8 @@ def _of_state(monitor: Monitor) -> list[str]:
     return []
 
 
-def _of_argument(argument: Argument, cwd: str) -> list[str]:
-    if argument.name == "readconfig":
-        return [f"QEMU has read options from the file {argument.value}, which vmsnap does not follow"]
+def of_argument(argument: Argument, cwd: str) -> list[str]:
+    """The reasons that one option gives; `cwd` is what its relative names are relative to."""
     if argument.name == "add-fd":
         return ["QEMU was given open files with -add-fd, which a new one would lack"]
     if argument.name in ("device", "netdev", "chardev", "object"):

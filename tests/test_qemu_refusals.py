@@ -1,0 +1,59 @@
+"""What cannot be captured truthfully is refused with one line each, before anything is done: told by the options."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vmsnap_drivers.hypervisors.qemu.refusals import of_argument
+from vmsnap_drivers.qemu.commandline import parse
+
+
+def refused(text: str, cwd: str = "/") -> list[str]:
+    return [line for argument in parse(shlex.split(f"qemu {text}")) for line in of_argument(argument, cwd)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("-device vfio-pci,host=01:00.0,id=card", "vfio-pci 'card' writes to memory and disks behind"),
+        ("""-device '{"driver":"vfio-pci","host":"01:00.0","id":"card"}'""", "vfio-pci 'card' writes"),
+        ("-device vhost-user-blk-pci,chardev=c,id=disk", "vhost-user-blk-pci 'disk' writes"),
+        ("-netdev vhost-user,id=net,chardev=c", "vhost-user 'net' writes"),
+        ("-netdev vhost-vdpa,id=net,vhostdev=/dev/vhost-vdpa-0", "vhost-vdpa 'net' writes"),
+        ("-device vhost-scsi-pci,id=scsi,wwpn=naa.1", "vhost-scsi-pci 'scsi' writes"),
+        ("-device ivshmem-plain,memdev=m,id=shared", "ivshmem-plain 'shared' writes"),
+        ("-device scsi-block,drive=d,id=tape", "scsi-block 'tape' passes the guest's commands through"),
+        ("-device scsi-generic,drive=d,id=tape", "scsi-generic 'tape' passes"),
+        ("-add-fd fd=3,set=2", "open files with -add-fd"),
+        ("-object memory-backend-file,id=ram,size=1G,mem-path=/dev/shm/ram,pmem=on", "'ram' is persistent memory"),
+    ],
+)
+def test_each_kind_has_its_line(text: str, told: str) -> None:
+    (line,) = refused(text)
+    assert told in line
+    assert "\n" not in line
+
+
+def test_ram_in_an_ordinary_file_is_told_from_ram_in_memory(tmp_path: Path) -> None:
+    backend = "-object memory-backend-file,id=ram,size=1G,mem-path="
+    (line,) = refused(f"{backend}ram.img", str(tmp_path))
+    assert line.endswith(f"({tmp_path}/ram.img), not in memory")
+    assert refused(f"{backend}/dev/shm/ram.img") == []
+    assert (
+        refused("-object memory-backend-memfd,id=ram,size=1G,hugetlb=on -object memory-backend-ram,id=r,size=1G") == []
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-device virtio-blk-pci,drive=d -device scsi-hd,drive=e -device virtio-scsi-pci -device nvme,drive=f,serial=1",
+        "-netdev user,id=n -netdev tap,id=t,vhost=on -device virtio-net-pci,netdev=n",
+        "-chardev socket,id=c,path=/s -tpmdev emulator,id=tpm0,chardev=c -device tpm-crb,tpmdev=tpm0",
+    ],
+)
+def test_what_can_be_captured_is_not_refused(text: str) -> None:
+    assert refused(text) == []
