@@ -26,7 +26,16 @@ _MODULES = (
     "drivers/acpi/button",
     "drivers/input/evdev",
 )
+_CONTROLLER_MODULES = (
+    "drivers/scsi/scsi_common",
+    "drivers/scsi/scsi_mod",
+    "drivers/scsi/virtio_scsi",
+    "drivers/scsi/sd_mod",
+    "drivers/ata/libata",
+    "drivers/ata/ata_piix",
+)
 _NETWORK_MODULES = ("net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net")
+_LISTS = {"order": _MODULES, "controllers": _CONTROLLER_MODULES, "network": _NETWORK_MODULES}
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def guest_image() -> GuestImage:
 
 
 def _fingerprint(kernel: Path) -> str:
-    made_of = (kernel.name, _MODULES, _NETWORK_MODULES, _COMPILE, _PROGRAMS)
+    made_of = (kernel.name, _LISTS, _COMPILE, _PROGRAMS)
     digest = hashlib.sha256(repr(made_of).encode())
     for path in [_BUSYBOX, *sorted(path for path in _SOURCES.rglob("*") if path.is_file())]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -71,7 +80,7 @@ def _build(folder: Path, modules: Path) -> Path:
     shutil.copy(_BUSYBOX, root / "bin/busybox")
     shutil.copy(_SOURCES / "init", root / "init")
     (root / "init").chmod(0o755)
-    for name, wanted in (("order", _MODULES), ("network", _NETWORK_MODULES)):
+    for name, wanted in _LISTS.items():
         for module in wanted:
             shutil.copy(modules / f"{module}.ko", root / "modules")
         (root / "modules" / name).write_text("\n".join(Path(module).name for module in wanted) + "\n")

@@ -10,7 +10,9 @@
 #include "workload.h"
 
 enum {
-    MAX_DISKS = 4,
+    MAX_DISKS = 8,
+    LETTERS = 4,
+    FIND_SECONDS = 20,
     RING_OFFSET = 1 << 20,
     LOG_OFFSET = 64 << 20,
     LOG_PAGES = 16,
@@ -20,9 +22,14 @@ enum {
 static const uint64_t RECORD_MAGIC = 0x3144524f43455256ULL; /* "VRECORD1" */
 static const uint64_t LOG_MAGIC = 0x3153474f4c4d5356ULL;    /* "VSMLOGS1" */
 
-/* The truth that a disk is held against. The record of `started` may be on the disk, that of `completed` must be. */
+/*
+ * The truth that a disk is held against. The record of `started` may be on the disk, that of `completed` must be. There
+ * is none of `since` or before: the disk was not there yet.
+ */
 struct disk {
     int fd;
+    char name[4];
+    uint64_t since;
     uint64_t started;
     uint64_t completed;
 };
@@ -48,11 +55,11 @@ static off_t slot_offset(uint64_t n)
     return RING_OFFSET + (off_t)(n % slots) * PAGE;
 }
 
-/* Fills `expected` with record n of a disk; there is no record 0, its slot was never written. */
+/* Fills `expected` with record n of a disk; there is none that is too old, its slot was never written. */
 static void expect(uint64_t n, unsigned disk)
 {
     memset(expected, 0, PAGE);
-    if (n == 0)
+    if (n <= disks[disk].since)
         return;
     expected[0] = RECORD_MAGIC;
     expected[1] = seed;
@@ -99,22 +106,61 @@ void check_disks(void)
     }
 }
 
+static int known(const char *name)
+{
+    for (unsigned d = 0; d < disk_count; d++)
+        if (!strcmp(disks[d].name, name))
+            return 1;
+    return 0;
+}
+
+/* Takes a disk of that name if there is one that can be written and is not known yet. */
+static void adopt(const char *name)
+{
+    char path[] = "/dev/vda";
+    memcpy(path + 5, name, 3);
+    if (disk_count == MAX_DISKS || known(name))
+        return;
+    int fd = open(path, O_RDWR | O_DIRECT | O_DSYNC);
+    if (fd < 0)
+        return;
+    struct disk *disk = &disks[disk_count];
+    *disk = (struct disk){.fd = fd, .since = count, .started = count, .completed = count};
+    memcpy(disk->name, name, 3);
+    memset(found, 0, slots * PAGE);
+    write_all(fd, found, slots * PAGE, RING_OFFSET); /* each boot counts anew */
+    if (disk_count++ == 0)
+        write_all(fd, log_pages, LOG_PAGES * PAGE, LOG_OFFSET);
+    if (count)
+        say("DISK %s at %llu", name, (unsigned long long)count);
+}
+
+void adopt_disks(void)
+{
+    char name[] = "vda";
+    for (char kind = 'v';; kind = 's') {
+        name[0] = kind;
+        for (unsigned letter = 0; letter < LETTERS; letter++) {
+            name[2] = (char)('a' + letter);
+            if (kind == 's' || letter + 1 != setting("ext4_disk"))
+                adopt(name);
+        }
+        if (kind == 's' || !setting("controllers"))
+            return;
+    }
+}
+
 unsigned open_disks(void)
 {
     slots = setting("slots");
     found = pages(slots);
     expected = pages(1);
     log_pages = pages(LOG_PAGES);
-    for (; disk_count < MAX_DISKS && disk_count + 1 != setting("ext4_disk"); disk_count++) {
-        char path[] = "/dev/vda";
-        path[7] = (char)('a' + disk_count);
-        int fd = open(path, O_RDWR | O_DIRECT | O_DSYNC);
-        if (fd < 0)
-            break;
-        disks[disk_count].fd = fd;
-        write_all(fd, found, slots * PAGE, RING_OFFSET); /* each boot counts anew */
-        if (disk_count == 0)
-            write_all(fd, log_pages, LOG_PAGES * PAGE, LOG_OFFSET);
+    adopt_disks();
+    /* SCSI disks are found after their driver is loaded. */
+    for (unsigned i = 0; disk_count < setting("controllers") && i < FIND_SECONDS * 100; i++) {
+        usleep(10000);
+        adopt_disks();
     }
     return disk_count;
 }

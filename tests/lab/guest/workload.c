@@ -12,6 +12,7 @@
  *   READY disks=D seed=S          everything is set up, counting begins
  *   COUNT n ok                    several times a second
  *   CHECK n ok                    all slots of all disks and all stamped pages were verified at n
+ *   DISK name at n                a disk that was plugged in is used from count n + 1 on
  *   BULK n ok                     all of the bulk memory was verified since the last such line
  *   STALL max_us=A stopped_us=B   each second: A the longest time that a real-time thread had to
  *                                 wait in guest time, B how long the machine was stopped
@@ -49,6 +50,8 @@ static struct setting settings[] = {
     {"check_every", 100, 1}, /* counts from one full check to the next */
     {"ext4_disk", 0, 0},     /* the number, from 1 on, of a disk, the last one, that is left to programs/application.c */
     {"packets", 0, 0},       /* not 0: programs/packets.c runs */
+    {"controllers", 0, 0},   /* SCSI and IDE drivers are loaded, so many disks awaited, and later ones taken, too */
+    {"tpm", 0, 0},           /* not 0: the TPM's PCR 16 is extended each second */
     {"deaf", 0, 0},          /* not 0: the power button does nothing */
 };
 
@@ -144,6 +147,8 @@ static void count_on(void)
     write_records();
     write_stamps();
     if (count % setting("check_every") == 0) {
+        if (setting("controllers"))
+            adopt_disks();
         check_disks();
         check_stamps();
         check_some_bulk();

@@ -21,6 +21,7 @@ uint64_t newest(uint64_t last, uint64_t remainder, uint64_t period);
 
 /* disks.c */
 unsigned open_disks(void); /* returns how many there are */
+void adopt_disks(void);    /* those that came since */
 void write_records(void);  /* of the current count, to each disk in order */
 void check_disks(void);
 void flush_log(void);
