@@ -22,8 +22,8 @@ from vmsnap_drivers.qemu.options import Options
 from vmsnap_drivers.qemu.peer import Peer, file_system_of, look_at, started_at
 
 _ENDED: Final = frozenset(["shutdown"])
-_CLOCK_SECONDS: Final = 1.0
-"""How exactly it is known when a process started."""
+_CLOCK_SECONDS: Final = 2.0
+"""How exactly it is known when a process started: the start of the host is told in whole seconds."""
 
 
 def vm_state(monitor: Monitor) -> VmState:
