@@ -196,10 +196,9 @@ class Measurement:
                 **self.server.environment(port),
                 "RESTIC_PASSWORD": "benchmark",
                 "HOME": str(work),
+                "VMSNAP_SSH_CONFIG": str(config),
                 "PYTHONPATH": str(PAGE.parent.parent),
             }
-            (work / ".ssh").mkdir(mode=0o700)
-            (work / ".ssh" / "config").write_text(config.read_text())
             yield Site(port, place, self.source, target, environment, config)
         shutil.rmtree(work)
 
