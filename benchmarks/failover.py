@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from unittest import mock
 
 from benchmarks.document import host, markdown_table, replace_section
@@ -61,21 +62,29 @@ class Failovers:
 def main() -> int:
     """Measure, print, write; returns the exit code."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-    results = []
-    for version in options.qemu:
+    signal.signal(signal.SIGTERM, _interrupt)
+    results: list[Failovers] = []
+    try:
         for memory_gib in options.memory:
-            room = room_for(int(memory_gib * GIB), options.folder)
-            if not room.suffices:
-                print(f"LEFT OUT: QEMU {version}, {memory_gib:g} GiB: does not fit: {room}", file=sys.stderr)
-                continue
-            results.append(measure(version, memory_gib, options.rounds, options.folder))
-            print(results[-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            for version in options.qemu:
+                room = room_for(int(memory_gib * GIB), options.folder)
+                if not room.suffices:
+                    print(f"LEFT OUT: QEMU {version}, {memory_gib:g} GiB: does not fit: {room}", file=sys.stderr)
+                    continue
+                results.append(measure(version, memory_gib, options.rounds, options.folder))
+                print(results[-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; the guests that were measured whole until then count", file=sys.stderr)
+    results.sort(key=lambda result: (float(result.qemu), result.memory_gib))
     text = _table(results)
     print(text)
-    if options.docs:
+    if options.docs and results:
         replace_section("failover", text, PAGE)
     return 0 if results else 1
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def measure(version: str, memory_gib: float, rounds: int, folder: Path) -> Failovers:

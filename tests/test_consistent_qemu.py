@@ -29,7 +29,6 @@ BUILDS = [pytest.param(build, id=f"qemu-{build.version}") for build in available
 KILLED_AT = [
     ("finish_duplicate", 1),
     ("clone", 1),
-    ("clone", 2),
     ("load", 1),
     ("switch_disks", 1),
     ("cut_network", 1),
