@@ -43,7 +43,8 @@ class Processes:
                 process.wait()
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start one."""
+        """Start one. It ends when this process does, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
+        command = ["setpriv", "--pdeathsig", "TERM", *command]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
