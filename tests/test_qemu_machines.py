@@ -137,8 +137,10 @@ def loop_device(file: Path) -> Iterator[Path]:
     """A block device of the host."""
     done = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, capture_output=True, text=True)
     device = Path(done.stdout.strip())
-    yield device
-    subprocess.run(["losetup", "--detach", str(device)], check=True)
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 
 def image_tool(build: QemuBuild, *arguments: object) -> None:
