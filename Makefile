@@ -18,8 +18,7 @@ test: $(VENV)/.development
 	@if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then sh tests/lab/install.sh; \
 	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
 	$(MAKE) --no-print-directory check
-	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile -m 'not qemu'
-	$(BIN)/pytest -q --durations=15 -m qemu
+	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile
 
 # What needs nothing but Python: formatting, lint, types, docs that are up to date.
 check: $(VENV)/.development
