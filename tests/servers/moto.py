@@ -17,7 +17,9 @@ def moto(folder: Path) -> Iterator[S3Server]:
     """The server, answering, while the context lasts."""
     [port] = free_ports(1)
     with Processes(folder) as processes:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        processes.start("moto", command, os.environ)
+        command = [sys.executable, "-m", "tests.servers.moto_process", str(port)]
+        processes.start(
+            "moto", command, os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        )
         processes.wait_for(port)
         yield S3Server("moto", port, "any", "anything", processes)
