@@ -142,6 +142,7 @@ def bench(request: pytest.FixtureRequest, folder: Path, machines: Machines) -> I
 
 
 def with_capture(bench: Bench, capture: str) -> None:
+    bench.driver.close()
     bench.driver = bench.new_driver(capture=capture)
 
 

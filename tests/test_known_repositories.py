@@ -56,6 +56,7 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     path = tmp_path / "db"
     Database(path).close()
     with sqlite3.connect(path) as old:
+        old.execute("DROP TABLE held")
         old.execute("DROP TABLE repository")
         old.execute("PRAGMA user_version = 1")
     old.close()

@@ -242,13 +242,15 @@ class BackupWriter:
         check_fields(fields)
         self._store.flush()
         self._session.require()
-        now = datetime.now(UTC) if instant_ns is None else datetime.fromtimestamp(instant_ns // 10**9, UTC)
+        second, within_ns = divmod(time.time_ns() if instant_ns is None else instant_ns, 10**9)
+        now = datetime.fromtimestamp(second, UTC)
         took = time.monotonic() - self._begin if seconds is None else seconds
         stats = BackupStats(self._read_bytes, self._store.stored_bytes, round(took, 3))
         while True:
             manifest = Manifest(
                 **{name: getattr(fields, name) for name in BackupFields.__dataclass_fields__},
-                backup=f"{fields.vm}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+                # The part of the second first, so that ids sort by time also within one; then what tells them apart.
+                backup=f"{fields.vm}-{now:%Y%m%dT%H%M%SZ}-{within_ns * 4096 // 10**9:03x}{secrets.randbelow(4096):03x}",
                 time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
                 stats=stats,
                 vmsnap=vmsnap.__version__,
