@@ -17,11 +17,7 @@ from tests.servers.s3 import S3Server
 from tests.servers.swift import swift
 from vmsnap.host import HostFolders
 
-ALLOWED_SKIPS: dict[str, str] = {
-    "tests/test_qemu_machines.py::test_devices_come_and_go_with_a_tpm_on_every_kind_of_ram[qemu-10.0]": (
-        "fails since a merge that nobody had time to look into; to be understood before issue 4 is called done"
-    ),
-}
+ALLOWED_SKIPS: dict[str, str] = {}
 """Test ids that may be skipped even where skips are forbidden, each with its reason."""
 
 # How long an example takes says nothing about what it tests, and much about what else the machine does.

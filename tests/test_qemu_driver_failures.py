@@ -146,16 +146,20 @@ def test_a_vm_that_its_operator_paused_stays_paused_whether_it_can_be_captured_o
     assert_well(bench)
 
 
+@pytest.mark.parametrize("more", [(), ("-vga", "std")], ids=["one piece of RAM", "RAM and VGA"])
 @pytest.mark.parametrize("build", available_qemus(), ids=lambda build: build.version)
-def test_a_pre_copy_that_could_lose_pages_is_refused(build: QemuBuild, folder: Path) -> None:
-    with LabMachine(folder / "vm", build, round_memory=True) as machine:
+def test_a_pre_copy_that_could_lose_pages_is_refused(build: QemuBuild, folder: Path, more: tuple[str, ...]) -> None:
+    with LabMachine(folder / "vm", build, round_memory=True, extra_arguments=more) as machine:
         context = DriverContext(folder / "state", folder / "memory")
         context.memory_dir.mkdir()
         driver = QemuHypervisor("vm001", context, {"qmp": str(machine.qmp_socket), "capture": "precopy"})
+        lost = ["pc.ram"] * (build.version == "7.2") + ["0000:00:02.0/vga.vram"] * bool(more)
         try:
-            if build.version == "7.2":
-                with pytest.raises(CannotCapture, match=r"loses track of written pages.*use -o capture=cow"):
+            if lost:
+                with pytest.raises(CannotCapture) as refused:
                     driver.plan_capture(CaptureRequest("bk001", 5.0))
+                assert f"loses track of pages written in {', '.join(lost)};" in str(refused.value)
+                assert "use -o capture=cow" in str(refused.value)
             else:
                 assert driver.plan_capture(CaptureRequest("bk001", 5.0)).capture == "precopy"
         finally:

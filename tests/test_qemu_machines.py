@@ -257,8 +257,6 @@ def wait_until_gone(ask: Callable[..., Any], device: str) -> None:
 
 
 def test_devices_come_and_go_with_a_tpm_on_every_kind_of_ram(build: QemuBuild, host: Host, place: Path) -> None:
-    if build.version == "10.0":
-        pytest.skip("not understood yet: it passed once, later it failed once and did not end within 110 s once")
     shared = Path("/dev/shm") / f"{place.name}.ram"
     # fmt: off
     arguments = [

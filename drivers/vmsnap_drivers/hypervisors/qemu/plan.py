@@ -14,6 +14,7 @@ from vmsnap.model import CapturePlan, VmDescription, VmState, Window
 from vmsnap.roles import CaptureRequest, DriverContext
 from vmsnap_drivers.hypervisors.qemu import precopy
 from vmsnap_drivers.hypervisors.qemu.cow import LEAVES_STOPPED_FROM, can_hold, may_trace, prepare_seconds
+from vmsnap_drivers.hypervisors.qemu.lost_pages import why_pages_would_be_lost
 from vmsnap_drivers.qemu.huge_pages import survey
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes
@@ -24,7 +25,6 @@ _PROTECT_SMALL_PER_BYTE: Final = 0.0025 / (1 << 30)
 _TOUCH_PER_BYTE: Final = 0.030 / (1 << 30)
 _PRECOPY_FIXED: Final = 0.009
 _PRECOPY_PER_BYTE: Final = 0.0005 / (1 << 30)
-_SYNCED_BY_WORDS_BYTES: Final = 256 * 1024
 _ROOM_BESIDE_RAM_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -60,7 +60,7 @@ def ways(monitor: Monitor, description: VmDescription, factors: Mapping[str, flo
         held,
         found.collapsible_bytes,
         why_no_cow,
-        why_pages_would_be_lost(monitor, description),
+        why_pages_would_be_lost(monitor),
     )
 
 
@@ -136,20 +136,6 @@ def _plan_stopped(monitor: Monitor, description: VmDescription) -> CapturePlan:
     if why_not := why_no_userfaultfd(monitor.peer_pid):
         raise CannotCapture(f"VM {description.vm!r} stands still, and copy on write cannot be: {why_not}")
     return CapturePlan("cow", Window.FREE, True, 0.0, "the guest stands still already")
-
-
-def why_pages_would_be_lost(monitor: Monitor, description: VmDescription) -> str:
-    """Why a pre-copy of this VM could hold pages that are older than the instant; empty where it could not.
-
-    Before QEMU 9.0 the dirty bitmap of a RAM block whose length is a multiple of 64 pages is taken over by words,
-    without telling TCG's TLB that the pages are clean again, so that later writes go unseen ("physmem: Fix
-    migration dirty bitmap coherency with TCG memory access", 2024). Seen on 7.2: 3 of 18 captures did not restore.
-    """
-    if monitor.version >= LEAVES_STOPPED_FROM or monitor.execute("query-kvm")["enabled"]:
-        return ""
-    if all(region.size_bytes % _SYNCED_BY_WORDS_BYTES for region in description.memory):
-        return ""
-    return "under TCG this QEMU loses track of written pages; KVM, or QEMU 9.0, does not"
 
 
 def choose_folder(context: DriverContext, vm: str, memory_bytes: int) -> Path:
