@@ -4,8 +4,8 @@
 
 Boots the lab's guest (tests/lab/install.sh gets what it needs) with so many GiB of touched, non-zero RAM and two disks.
 Each round backs it up with `--keep-duplicate`, kills it, and runs the command `vmsnap failover`. Beside it, once for
-each guest: the same state loaded the ordinary way, every page of RAM sent to `-incoming`. Ctrl-C removes everything, as
-the end does. --docs writes the table into docs/failover.md.
+each guest: the same state loaded the ordinary way, every page of RAM sent to `-incoming`, and `vmsnap restore --run` of
+its newest backup. Ctrl-C removes everything, as the end does. --docs writes the table into docs/failover.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from unittest import mock
 
 from benchmarks.document import host, markdown_table, replace_section
@@ -48,7 +49,8 @@ class Failovers:
     """What was measured on one guest: seconds.
 
     `commands` is from the start of the process `vmsnap` to its end, the guest running; `calls` what it says itself,
-    from the call of the verb to the running guest; `mapped` and `ordinary` are load and resume alone, beside nothing.
+    from the call of the verb to the running guest; `mapped` and `ordinary` are load and resume alone, beside nothing;
+    `restored` is `vmsnap restore --run`, from the start of the process to its end.
     """
 
     qemu: str
@@ -57,6 +59,7 @@ class Failovers:
     calls: tuple[float, ...]
     mapped: float
     ordinary: float
+    restored: float
 
 
 def main() -> int:
@@ -100,29 +103,34 @@ def measure(version: str, memory_gib: float, rounds: int, folder: Path) -> Failo
         machine.fill()
         controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
         stack.callback(_kill, machine.qmp_socket)
-        repository = create_repository(str(place / "repository"))
+        url = str(place / "repository")
+        repository = create_repository(url)
         commands, calls, beside = [], [], (0.0, 0.0)
         for number in range(rounds):
-            controller.backup("vm001", repository, keep_duplicate=True)
+            backup = controller.backup("vm001", repository, keep_duplicate=True).backup
             _kill(machine.qmp_socket)
             machine.kill()
             if not number:
                 (held,) = HeldDuplicates(controller.table.database).all("vm001")
                 beside = (_load_beside(controller, held, place, 0), _load_beside(controller, held, place, 1 << 62))
-            command, call = _fail_over(place / "state")
+            command, answer = _vmsnap(place / "state", "failover", "vm001")
             commands.append(command)
-            calls.append(call)
-        return Failovers(version, memory_gib, tuple(commands), tuple(calls), *beside)
+            calls.append(float(answer["seconds"]))
+        _kill(machine.qmp_socket)
+        restored, answer = _vmsnap(place / "state", "--repository", url, "restore", backup, "--as", "vm002", "--run")
+        _kill(Path(answer["options"]["qmp"]))
+        return Failovers(version, memory_gib, tuple(commands), tuple(calls), *beside, restored)
 
 
-def _fail_over(state_dir: Path) -> tuple[float, float]:
-    argv = [str(Path(sys.executable).parent / "vmsnap"), "--state-dir", str(state_dir), "--json", "failover", "vm001"]
+def _vmsnap(state_dir: Path, *words: str) -> tuple[float, dict[str, Any]]:
+    """Run a command; returns its seconds and its answer."""
+    argv = [str(Path(sys.executable).parent / "vmsnap"), "--state-dir", str(state_dir), "--json", *words]
     begun = time.monotonic()
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     seconds = time.monotonic() - begun
     if done.returncode:
-        raise SystemExit(f"vmsnap failover failed: {done.stderr}")
-    return seconds, float(json.loads(done.stdout)["seconds"])
+        raise SystemExit(f"vmsnap {' '.join(words)} failed: {done.stderr}")
+    return seconds, json.loads(done.stdout)
 
 
 def _load_beside(controller: Controller, held: HeldDuplicate, place: Path, smallest_mapped_bytes: int) -> float:
@@ -173,9 +181,10 @@ def _table(results: Sequence[Failovers]) -> str:
                 f"{statistics.median(result.calls):.2f} s",
                 f"{result.mapped:.2f} s",
                 f"{result.ordinary:.2f} s",
+                f"{result.restored:.2f} s",
             )
         )
-    head = ("QEMU, RAM", "command, median", "worst", "its own count", "load alone", "ordinary load")
+    head = ("QEMU, RAM", "command, median", "worst", "its own count", "load alone", "ordinary load", "restore --run")
     line = f"`python -m benchmarks.failover {' '.join(sys.argv[1:])}` on {host()}; load {os.getloadavg()[0]:.1f}"
     return f"{line}\n\n{markdown_table(head, rows)}"
 

@@ -171,7 +171,11 @@ class Measurement:
             got = sum(path.stat().st_size for path in site.target.rglob("*") if path.is_file())
             if got != self.source_bytes:
                 raise SystemExit(f"{contestant.name} over {contestant.protocol} got {got} bytes")
-        print(f"{latency_ms} ms {contestant.protocol} {contestant.name}: done", file=sys.stderr, flush=True)
+        took = ", ".join(f"{way} {self._last(contestant, latency_ms, way):.1f} s" for way in ("put", "get"))
+        print(f"{latency_ms} ms {contestant.protocol} {contestant.name}: {took}", file=sys.stderr, flush=True)
+
+    def _last(self, contestant: Contestant, latency_ms: int, direction: str) -> float:
+        return self.seconds[contestant.protocol, contestant.name, latency_ms, direction][-1]
 
     @property
     def source_bytes(self) -> int:

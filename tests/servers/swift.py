@@ -66,6 +66,7 @@ use = egg:swift#catch_errors
 use = egg:swift#s3api
 location = us-east-1
 allow_multipart_uploads = true
+storage_domain = {domain}
 
 [filter:tempauth]
 use = egg:swift#tempauth
@@ -80,6 +81,8 @@ use = egg:swift#proxy
 account_autocreate = true
 """
 
+DOMAIN = "s3.test"
+"""The buckets are hosts of it too, for whoever can resolve their names."""
 ACCESS_KEY, STRANGER_KEY, SECRET_KEY = "test:vmsnap", "test:stranger", "correct-horse-battery"
 
 
@@ -98,7 +101,7 @@ def swift(folder: Path) -> Iterator[S3Server]:
     with Processes(folder) as processes:
         for kind, port in ports.items():
             text = (_PROXY if kind == "proxy" else _STORE).format(
-                port=port, user=user, folder=folder, kind=kind, secret=SECRET_KEY
+                port=port, user=user, folder=folder, kind=kind, secret=SECRET_KEY, domain=DOMAIN
             )
             configuration = folder / f"{kind}-server.conf"
             configuration.write_text(text)
