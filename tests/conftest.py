@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,15 @@ def folders(tmp_path: Path) -> Iterator[HostFolders]:
     found = HostFolders.find(tmp_path / "state")
     yield found
     shutil.rmtree(found.memory_dir, ignore_errors=True)
+
+
+Counted = Callable[[str], None]
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Counted:
+    """Takes a line that says how many cases a test has tried; all of them are printed at the end."""
+    return lambda text: record_property("counted", text)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Where skips are forbidden, name each one that is not listed."""
+    """Say how many cases were tried; where skips are forbidden, name each one that is not listed."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "counted" and report.when == "call":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")
     for report in _forbidden(terminalreporter):
         terminalreporter.write_line(f"FORBIDDEN SKIP {report.nodeid}: {report.longrepr}", red=True)
 

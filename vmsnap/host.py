@@ -104,7 +104,7 @@ def process_start(pid: int) -> int | None:
 
 def _private_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_durably(folder)
         found = folder.stat()
     except OSError as e:
         raise UsageError(
@@ -117,3 +117,17 @@ def _private_folder(folder: Path) -> None:
             folder.chmod(0o700)
         except OSError as e:
             raise VmsnapError(f"the folder {folder} is open to others and cannot be closed: {e.strerror}") from e
+
+
+def _make_durably(folder: Path) -> None:
+    """Make the folder and the parents that are missing; after a power cut they are there."""
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        _make_durably(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

@@ -14,6 +14,7 @@ from vmsnap.controller.results import RecoveryResult
 from vmsnap.controller.running import LoadedRecord
 from vmsnap.controller.takeover import settle_takeover
 from vmsnap.errors import VmGone, VmsnapError
+from vmsnap.heldduplicates import HeldDuplicates
 from vmsnap.journal import Deed, Journal, Operation, OperationRow, Resource
 from vmsnap.locks import vm_lock
 from vmsnap.model import ClonePlan, SnapshotPlan, VmState, from_json
@@ -47,6 +48,7 @@ class Recovery:
                             self._recover(present)
             except Exception as e:  # noqa: BLE001 - what is wrong with one VM must not keep the others from recovery
                 self._kept.append(f"{row.operation} (VM {row.vm}): {e}")
+        self._remove_stray_rows(vm)
         return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
 
     def finish(self, operation: str) -> RecoveryResult:
@@ -55,6 +57,17 @@ class Recovery:
             if row.operation == operation:
                 self._recover(row)
         return RecoveryResult(tuple(self._resumed), tuple(self._removed), tuple(self._kept))
+
+    def _remove_stray_rows(self, vm: str | None) -> None:
+        """A backup that ended and died before it struck its duplicate out of the VM table has nothing else left."""
+        # Asked in this order, so that a backup that begins meanwhile is seen as one that is at work.
+        rows, held = self._table.rows(), HeldDuplicates(self._table.database)
+        at_work = {row.operation.removeprefix("vmsnap-") for row in self._journal.unfinished()}
+        for row in rows:
+            if row.kind == WORKING or vm not in (None, row.duplicate_of) or held.is_held(row.vm):
+                continue
+            if row.vm.removeprefix("bk-") not in at_work:
+                self._table.remove(row.vm)
 
     def _recover(self, row: OperationRow) -> None:
         if row.outcome is None and row.worker_alive():
