@@ -7,10 +7,10 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmsnap.errors import Busy
+from vmsnap.errors import Busy, VmsnapError
 from vmsnap.model import check_name
 
 GUARDIAN = "guardian"
@@ -29,11 +29,14 @@ def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float =
     who it is may be one.
 
     :raises Busy: another process holds it; who, what for and since when is in the message
+    :raises VmsnapError: the file cannot be made
     """
-    folder = state_dir / "locks"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{check_name(vm, 'VM name')}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = state_dir / "locks" / f"{check_name(vm, 'VM name')}.lock"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise VmsnapError(f"VM {vm!r} cannot be locked: {e.strerror}: {path}") from e
     begun = time.monotonic()
     try:
         while not _taken(descriptor):
@@ -46,14 +49,13 @@ def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float =
             if time.monotonic() - begun >= patience:
                 raise Busy(f"VM {vm!r} is busy: {_holder(holder)}", cure="try again when it is done")
             time.sleep(_LOOK_EACH_SECONDS)
-        os.ftruncate(descriptor, 0)
         note = {"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.pwrite(descriptor, json.dumps(note).encode(), 0)
+        _write_note(descriptor, json.dumps(note).encode())
         try:
             yield
         finally:
             # Not to be taken for the next holder's.
-            os.ftruncate(descriptor, 0)
+            _write_note(descriptor, b"")
     finally:
         os.close(descriptor)
 
@@ -66,10 +68,17 @@ def _taken(descriptor: int) -> bool:
     return True
 
 
+def _write_note(descriptor: int, note: bytes) -> None:
+    # It is for people: where a full disk does not take it the lock holds all the same.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, note, 0)
+
+
 def _note(descriptor: int) -> dict[str, object]:
     try:
         note = json.loads(os.pread(descriptor, 1000, 0))
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}
 

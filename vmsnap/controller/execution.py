@@ -4,8 +4,10 @@ on failure.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from vmsnap.controller.interruption import Interruption
 from vmsnap.errors import ProtocolError, VmsnapError
@@ -14,6 +16,15 @@ from vmsnap.protocol import Compensation, Condition, Instruction, Protocol, Stat
 
 Action = Callable[[], object]
 """Carries out an instruction or a compensation. Text that it returns is what the journal says of it."""
+
+_CURES: Final = {
+    errno.ENOSPC: "free some room there",
+    errno.EDQUOT: "free some room there, or raise the quota",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "raise the limit of open files: sysctl fs.file-max",
+    errno.ENOMEM: "free some memory",
+    errno.EIO: "look into the kernel's log: the disk may be failing",
+}
 
 
 class Execution:
@@ -108,11 +119,21 @@ class Execution:
             self._begun.append(instruction)
             try:
                 told = self._actions[instruction]()
+            except OSError as error:
+                failed = _named(instruction, error)
+                self._enter_failure(instruction, failed)
+                raise failed from error
             except BaseException as error:
-                self._operation.ended(instruction.value, "failed", str(error))
+                self._enter_failure(instruction, error)
                 raise
             self._operation.ended(instruction.value, "done", _text(told))
         self.state = self._protocol.after(self.state, instruction)
+
+    def _enter_failure(self, instruction: Instruction, error: BaseException) -> None:
+        try:
+            self._operation.ended(instruction.value, "failed", str(error))
+        except VmsnapError as left:
+            error.add_note(f"the journal could not be written: {left}")
 
     def _set_right(self, error: BaseException) -> None:
         """Do what the table says for what was begun, all of it even where some fails; what fails stays in the
@@ -134,6 +155,13 @@ class Execution:
                 self._operation.end("failed")
             except VmsnapError as left:
                 error.add_note(f"the journal could not be written: {left}")
+
+
+def _named(instruction: Instruction, error: OSError) -> VmsnapError:
+    """What the system refused a driver or us, where nobody closer to it has said it better."""
+    place = f": {error.filename}" if error.filename else ""
+    message = f"{instruction.value} failed: {error.strerror or error}{place}"
+    return VmsnapError(message, cure=_CURES.get(error.errno or 0, ""))
 
 
 def _text(told: object) -> str:
