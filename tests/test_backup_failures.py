@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import Counted
 from tests.world import World
 from vmsnap.controller import Controller
 from vmsnap.controller.backup import BackupOrder, LiveBackup
@@ -93,7 +94,7 @@ def test_the_orders_tried_here_are_all_orders_of_the_protocol() -> None:
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{order[0].value} first")
 def test_whatever_single_call_of_a_backup_fails_the_vm_runs_and_nothing_is_left(
-    world: World, order: tuple[Instruction, ...]
+    world: World, order: tuple[Instruction, ...], counted: Counted
 ) -> None:
     faults = list(single_faults(calls_of_a_good_run(world).counts, [Effect.BEFORE, Effect.AFTER]))
     assert len(faults) >= 50
@@ -109,6 +110,7 @@ def test_whatever_single_call_of_a_backup_fails_the_vm_runs_and_nothing_is_left(
         world.see_that_all_is_well()
         clear(world)
     assert failed > len(faults) // 2
+    counted(f"{len(faults)} single failures, {failed} of the backups failed, nothing was left or lost")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -154,7 +156,7 @@ def test_a_vm_that_was_stopped_stays_stopped_and_has_no_pause(world: World) -> N
     clear(world)
 
 
-def test_whatever_single_call_of_a_restore_fails_nothing_of_it_is_left(world: World) -> None:
+def test_whatever_single_call_of_a_restore_fails_nothing_of_it_is_left(world: World, counted: Counted) -> None:
     with world.controller() as controller:
         backup = controller.backup("vm001", world.repository()).backup
 
@@ -186,9 +188,11 @@ def test_whatever_single_call_of_a_restore_fails_nothing_of_it_is_left(world: Wo
     good = FaultPlan()
     assert restore(good)
     take_away()
-    for fault in single_faults(good.counts, [Effect.BEFORE, Effect.AFTER]):
+    faults = list(single_faults(good.counts, [Effect.BEFORE, Effect.AFTER]))
+    for fault in faults:
         if restore(FaultPlan(fault)):
             take_away()
         assert not (world.folders.state_dir / "vms" / "vm002").exists(), fault
         world.see_that_all_is_well(backups=1)
     clear(world)
+    counted(f"{len(faults)} single failures, nothing was left or lost")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.conftest import Counted
 from tests.world import World
 from vmsnap.controller import Controller
 from vmsnap.errors import VmsnapError
@@ -144,7 +145,9 @@ def counts_of(world: World, case: Case) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_whatever_single_call_fails_nothing_is_left_that_nobody_owns(world: World, case: Case) -> None:
+def test_whatever_single_call_fails_nothing_is_left_that_nobody_owns(
+    world: World, case: Case, counted: Counted
+) -> None:
     faults = list(single_faults(counts_of(world, case), IN_PROCESS))
     assert len(faults) > 60
     failed = 0
@@ -155,14 +158,17 @@ def test_whatever_single_call_fails_nothing_is_left_that_nobody_owns(world: Worl
         assert plan.struck or fault.method in STORAGE, fault
         see_and_clear(world, case, fault)
     assert failed > len(faults) // 3
+    counted(f"{len(faults)} single failures, {failed} runs failed, nothing was left or lost")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_killed_at_any_call_of_a_driver_recovery_sets_it_right(world: World, case: Case) -> None:
+def test_killed_at_any_call_of_a_driver_recovery_sets_it_right(world: World, case: Case, counted: Counted) -> None:
     counts = {call: number for call, number in counts_of(world, case).items() if call not in STORAGE}
-    for fault in single_faults(counts, KILLS):
+    faults = list(single_faults(counts, KILLS))
+    for fault in faults:
         run_and_be_killed(world, case.verb, fault)
         see_and_clear(world, case, fault)
+    counted(f"{len(faults)} kills at calls of drivers, nothing was left or lost")
 
 
 # -- failover: each run needs a VM of its own that has failed
@@ -217,12 +223,14 @@ def see_that_one_machine_is_there(world: World, fault: Fault) -> None:
 
 
 def test_whatever_call_of_a_failover_fails_one_machine_is_there_in_the_end(
-    failed_world: Callable[[], World],
+    failed_world: Callable[[], World], counted: Counted
 ) -> None:
     plan = FaultPlan()
     assert run_with(failed_world(), fail_over, plan)
     assert {"fence", "load", "switch_disks", "resume", "state", "describe", "discard_duplicate"} <= set(plan.counts)
-    for fault in single_faults({call: n for call, n in plan.counts.items() if call not in STORAGE}, IN_PROCESS + KILLS):
+    counts = {call: n for call, n in plan.counts.items() if call not in STORAGE}
+    faults = list(single_faults(counts, IN_PROCESS + KILLS))
+    for fault in faults:
         if fault == Fault("describe", 1, Effect.KILL_AFTER):
             continue  # the dead VM is asked, which fails by itself: there is no after
         world = failed_world()
@@ -232,3 +240,4 @@ def test_whatever_call_of_a_failover_fails_one_machine_is_there_in_the_end(
             run_with(world, fail_over, FaultPlan(fault))
         see_that_one_machine_is_there(world, fault)
         world.close()
+    counted(f"{len(faults)} failures and kills of a failover, one machine was there each time")

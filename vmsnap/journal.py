@@ -21,6 +21,9 @@ from vmsnap.database import Database
 from vmsnap.host import boot_id, process_start
 from vmsnap.vmtable import VmRow, insert_row
 
+_OPERATION_PREFIX = "vmsnap-"
+_DUPLICATE_PREFIX = "bk-"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -283,11 +286,21 @@ class Operation:
             )
 
 
+def duplicate_name_of(operation: str) -> str:
+    """What the duplicate is called that an operation captures."""
+    return _DUPLICATE_PREFIX + operation.removeprefix(_OPERATION_PREFIX)
+
+
+def is_duplicate_name(vm: str) -> bool:
+    """Whether `duplicate_name_of` may have given that name."""
+    return vm.startswith(_DUPLICATE_PREFIX)
+
+
 def insert_operation(
     db: sqlite3.Connection, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]
 ) -> str:
     """Enter a new operation of this process inside a transaction; returns its name."""
-    name = f"vmsnap-{secrets.token_hex(5)}"
+    name = _OPERATION_PREFIX + secrets.token_hex(5)
     pid = os.getpid()
     db.execute(
         "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",

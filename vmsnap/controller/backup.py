@@ -18,7 +18,7 @@ from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import BackupDisk, BackupResult
 from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import ProtocolError, VmsnapError
-from vmsnap.journal import Journal, Operation
+from vmsnap.journal import Journal, Operation, duplicate_name_of
 from vmsnap.locks import vm_lock
 from vmsnap.model import DiskSnapshot, Duplicate
 from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction, Protocol
@@ -93,7 +93,7 @@ class LiveBackup:
                 operation,
                 self._drivers,
                 self._table,
-                duplicate_name=f"bk-{operation.name.removeprefix('vmsnap-')}",
+                duplicate_name=duplicate_name_of(operation.name),
                 max_pause_seconds=self._order.max_pause_seconds,
                 start_guardian=self._start_guardian,
                 needs_clones=self._needs_clones(),

@@ -15,7 +15,15 @@ from vmsnap.controller.running import LoadedRecord
 from vmsnap.controller.takeover import settle_takeover
 from vmsnap.errors import VmGone, VmsnapError
 from vmsnap.heldduplicates import HeldDuplicates
-from vmsnap.journal import Deed, Journal, Operation, OperationRow, Resource
+from vmsnap.journal import (
+    Deed,
+    Journal,
+    Operation,
+    OperationRow,
+    Resource,
+    duplicate_name_of,
+    is_duplicate_name,
+)
 from vmsnap.locks import vm_lock
 from vmsnap.model import ClonePlan, SnapshotPlan, VmState, from_json
 from vmsnap.roles import Hypervisor
@@ -62,11 +70,11 @@ class Recovery:
         """A backup that ended and died before it struck its duplicate out of the VM table has nothing else left."""
         # Asked in this order, so that a backup that begins meanwhile is seen as one that is at work.
         rows, held = self._table.rows(), HeldDuplicates(self._table.database)
-        at_work = {row.operation.removeprefix("vmsnap-") for row in self._journal.unfinished()}
+        at_work = {duplicate_name_of(row.operation) for row in self._journal.unfinished()}
         for row in rows:
-            if row.kind == WORKING or vm not in (None, row.duplicate_of) or held.is_held(row.vm):
+            if not is_duplicate_name(row.vm) or row.kind == WORKING or vm not in (None, row.duplicate_of):
                 continue
-            if row.vm.removeprefix("bk-") not in at_work:
+            if row.vm not in at_work and not held.is_held(row.vm):
                 self._table.remove(row.vm)
 
     def _recover(self, row: OperationRow) -> None:
