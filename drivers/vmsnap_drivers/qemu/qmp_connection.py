@@ -20,6 +20,8 @@ from vmsnap.model import Moment
 from vmsnap_drivers.qemu.qmp_socket import GREETING_TIMEOUT_SECONDS, QmpSocket
 
 _EVENTS_KEPT: Final = 10_000
+_CLOCK_READINGS: Final = 20
+_CLOSE_ENOUGH_NS: Final = 20_000
 
 
 class MonitorError(HypervisorError):
@@ -228,10 +230,24 @@ class Connection:
         if "event" in message:
             stamp = message.get("timestamp", {})
             wall_ns = int(stamp.get("seconds", 0)) * 10**9 + int(stamp.get("microseconds", 0)) * 1000
-            monotonic_ns = time.monotonic_ns() - (time.time_ns() - wall_ns)
+            monotonic_ns = wall_ns - _wall_ahead_ns()
             self._last_event += 1
             self._events.append(
                 Event(message["event"], message.get("data", {}), wall_ns, monotonic_ns, self._last_event)
             )
         elif message.get("id") in self._answers:
             self._answers[message["id"]] = message
+
+
+def _wall_ahead_ns() -> int:
+    """How far the wall clock is ahead of the monotonic one. A process can lose the processor between two readings: of
+    some the closest ones count.
+    """
+    closest = ahead = 0
+    for number in range(_CLOCK_READINGS):
+        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        if not number or after - before < closest:
+            closest, ahead = after - before, wall - (before + after) // 2
+        if closest <= _CLOSE_ENOUGH_NS:
+            break
+    return ahead
