@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -97,6 +98,8 @@ def _detach_and_run(plan: MachinePlan, report: int) -> None:
 
 def _leave_everything(report: int) -> int:
     """Let go of everything that was the caller's, but the pipe; returns where that is now."""
+    # Of the caller's objects none is ever collected here: a socket among them would close whatever has its number now.
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
