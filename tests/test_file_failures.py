@@ -55,6 +55,7 @@ class Process:
         self._process.stdin.write(f"{number} {choice} {int(lasting)}\n")
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        assert self._process.stdout.readline() == "ended\n"
         return answer
 
     def close(self) -> None:

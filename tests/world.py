@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vmsnap.controller import Controller, Drivers
+from vmsnap.errors import VmGone
 from vmsnap.guardian import Guard, NoGuard, start_for
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository, storage_for
 from vmsnap.repository import Repository
 from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
 from vmsnap.testing.faults import FaultPlan, FaultyHypervisor, FaultySnapshotMechanism, FaultyStorage
-from vmsnap_drivers.hypervisors.simulated import lifecycle
+from vmsnap_drivers.hypervisors.simulated import lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import ask
 
 MIB = 1 << 20
@@ -68,7 +69,12 @@ class World:
         )
         self.socket = Path(loaded.options["socket"])
         with self.controller() as controller:
-            controller.add_vm("vm001", "simulated", loaded.options)
+            try:
+                controller.add_vm("vm001", "simulated", loaded.options)
+            except VmGone as e:
+                log = record.log_path(self.socket)
+                e.add_note(log.read_text() if log.exists() else "its process left no last words")
+                raise
         self.files_at_rest = self.files()
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.storedfiles.failing STATE_DIR REPOSITORY
 
-Each line of its input is a case, ``NUMBER CHOICE LASTING``, see ``arm`` in between.c; the answer is a line of JSON.
+Each line of its input is a case, ``NUMBER CHOICE LASTING``, see ``arm`` in between.c; the answer is a line of JSON, and
+another one, ``ended``, when the child is gone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def main() -> None:
         child = os.fork()
         if child:
             os.waitpid(child, 0)
+            # A child that has answered lives still, for a moment.
+            sys.stdout.write("ended\n")
+            sys.stdout.flush()
             continue
         library.arm(*map(int, line.split()))
         answer = back_up(state_dir, url) | {"left": library.left()}
