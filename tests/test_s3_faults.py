@@ -4,7 +4,6 @@ clearly; what is stored stays stored, nothing half-written is taken for whole, a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,9 +27,7 @@ PACK = b"/packs/"
 def world() -> Iterator[World]:
     made = World(memory_bytes=MIB, disk_bytes=64 * MIB)
     # The guest writes a few blocks only: enough for a pack that goes up in parts.
-    with (made.disk_folder / "vm001-disk0.img").open("r+b") as image:
-        image.seek(2 * MIB)
-        image.write(os.urandom(7 * MIB))
+    made.write_noise(7)
     yield made
     made.close()
 

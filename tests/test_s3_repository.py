@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,9 +37,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 def world() -> Iterator[World]:
     made = World(memory_bytes=MIB, disk_bytes=64 * MIB)
     # Of which the guest itself writes few blocks.
-    with (made.disk_folder / "vm001-disk0.img").open("r+b") as image:
-        image.seek(2 * MIB)
-        image.write(os.urandom(3 * MIB))
+    made.write_noise(3)
     yield made
     made.close()
 

@@ -5,6 +5,7 @@ It lies on tmpfs, so that thousands of runs are quick; nothing in it is a stand-
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
 from vmsnap.testing.faults import FaultPlan, FaultyHypervisor, FaultySnapshotMechanism, FaultyStorage
 from vmsnap_drivers.hypervisors.simulated import lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import ask
+from vmsnap_drivers.hypervisors.simulated.layout import PAGE, Slots
 
 MIB = 1 << 20
 
@@ -85,6 +87,14 @@ class World:
         shutil.rmtree(self.folders.memory_dir, ignore_errors=True)
 
     # -- acting
+
+    def write_noise(self, mebibytes: int) -> None:
+        """Put nearly so much random data on the first disk, between the blocks in which its guest keeps records."""
+        with (self.disk_folder / "vm001-disk0.img").open("r+b") as image:
+            slots = Slots.of(image.seek(0, os.SEEK_END))
+            for number in range(mebibytes):
+                image.seek(slots.offset(number) + PAGE)
+                image.write(os.urandom(min(MIB, (slots.stride_blocks - 1) * PAGE)))
 
     def controller(self, faults: FaultPlan | None = None) -> Controller:
         """A controller of this world, with faults."""
