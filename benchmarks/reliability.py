@@ -28,6 +28,7 @@ TESTS = (
     "tests/test_kill_soak_qemu.py",
 )
 _THOROUGH = {"VMSNAP_FILE_FAILURES": "1000000", "VMSNAP_POWER_CUTS": "1000", "VMSNAP_SOAK_SECONDS": "300"}
+_SETTINGS = {*_THOROUGH, "VMSNAP_FILE_SEED", "VMSNAP_POWER_SEED", "VMSNAP_SOAK_SEED"}
 _COUNTED = re.compile(r"^(tests/\S+?\.py::.+?): (.+)$", re.MULTILINE)
 
 
@@ -48,10 +49,12 @@ def main() -> int:
     if done.returncode or not rows:
         print(done.stdout)
         return done.returncode or 1
+    # How much is tried can be set from outside, and belongs to the command then.
+    settings = [f"{name}={value} " for name, value in sorted(os.environ.items()) if name in _SETTINGS]
     words = " ".join(sys.argv[1:])
     last = done.stdout.strip().splitlines()[-1]
     table = markdown_table(("test", "what was tried"), [(f"`{test.split('::')[1]}`", said) for test, said in rows])
-    text = f"`python -m benchmarks.reliability {words}` on {host()}: {last}.\n\n{table}"
+    text = f"`{''.join(settings)}python -m benchmarks.reliability {words}` on {host()}: {last}.\n\n{table}"
     print(text)
     if options.docs:
         replace_section("reliability", text, PAGE)

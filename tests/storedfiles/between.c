@@ -101,6 +101,12 @@ static void note(uint32_t kind, const char *path, const void *data, size_t lengt
     errno = saved;
 }
 
+/* Whether a path is the folder itself or leads below it. */
+static int is_below(const char *path)
+{
+    return !strncmp(path, folder, folder_length) && (path[folder_length] == '/' || !path[folder_length]);
+}
+
 /* The absolute path of a name below a folder's descriptor, NULL where it is none of ours. */
 static const char *ours(int at, const char *name, char *path)
 {
@@ -119,9 +125,7 @@ static const char *ours(int at, const char *name, char *path)
     size_t length = strlen(path);
     while (length > 1 && path[length - 1] == '/')
         path[--length] = 0;
-    if (strncmp(path, folder, folder_length) || (path[folder_length] != '/' && path[folder_length]))
-        return NULL;
-    return path;
+    return is_below(path) ? path : NULL;
 }
 
 /* The inode behind a descriptor of a file of ours (its path in `path`), 0 for any other. */
@@ -136,7 +140,7 @@ static uint64_t inode_of(int fd, char *path, int wanted_type)
     if (length < 0)
         return 0;
     path[length] = 0;
-    return strncmp(path, folder, folder_length) ? 0 : found.st_ino;
+    return is_below(path) ? found.st_ino : 0;
 }
 
 static int is_ours(int fd)
