@@ -34,16 +34,32 @@ def negotiate(connection: NbdSocket, name: str, contexts: Sequence[str]) -> Expo
     encoded = name.encode()
     if len(encoded) > wire.LONGEST_STRING:
         raise NbdError(f"an NBD export's name has {wire.LONGEST_STRING} bytes at most")
+    _greet(connection)
+    for reply, _ in _ask(connection, wire.OPTION_STRUCTURED_REPLY, b""):
+        raise connection.broken(f"it answered the wish for structured replies with {reply}")
+    granted = _ask_contexts(connection, encoded, contexts) if contexts else {}
+    return _go(connection, encoded, granted)
+
+
+def take_leave(connection: NbdSocket) -> None:
+    """Greet a server and say goodbye, so that it is known to answer and keeps nothing of this connection; `connection`
+    is closed on return. Blocks.
+
+    :raises NbdError: it does not answer, or breaks the protocol
+    """
+    _greet(connection)
+    for reply, _ in _ask(connection, wire.OPTION_ABORT, b""):
+        raise connection.broken(f"it answered a goodbye with {reply}")
+    connection.await_end()
+
+
+def _greet(connection: NbdSocket) -> None:
     magic, option_magic, flags = wire.GREETING.unpack(connection.receive(wire.GREETING.size))
     if magic != wire.SERVER_MAGIC or option_magic != wire.OPTION_MAGIC:
         raise connection.broken("it does not greet as an NBD server of the newstyle does")
     if not flags & wire.FLAG_FIXED_NEWSTYLE:
         raise connection.broken("it does not offer the fixed newstyle negotiation")
     connection.send(struct.pack(">I", flags & (wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)))
-    for reply, _ in _ask(connection, wire.OPTION_STRUCTURED_REPLY, b""):
-        raise connection.broken(f"it answered the wish for structured replies with {reply}")
-    granted = _ask_contexts(connection, encoded, contexts) if contexts else {}
-    return _go(connection, encoded, granted)
 
 
 def _ask_contexts(connection: NbdSocket, name: bytes, contexts: Sequence[str]) -> dict[str, int]:

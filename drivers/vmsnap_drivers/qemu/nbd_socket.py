@@ -75,6 +75,22 @@ class NbdSocket:
         self.receive_into(memoryview(data))
         return bytes(data)
 
+    def await_end(self) -> None:
+        """Wait until the server hangs up, and close. Blocks.
+
+        :raises NbdError: it does not, or sends something instead
+        """
+        self._check_open()
+        try:
+            more = self._socket.recv(1)
+        except ConnectionResetError:
+            more = b""
+        except OSError as e:
+            raise self._failed(e) from e
+        if more:
+            raise self.broken("it goes on after its last answer")
+        self.close()
+
     def broken(self, what: str) -> NbdError:
         """Close, and return the error to raise: the server did `what`, after which nothing it sends can be trusted."""
         self.close()

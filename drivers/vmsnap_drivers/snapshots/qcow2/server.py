@@ -10,10 +10,16 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Final
 
 from vmsnap.errors import Busy, HypervisorError, SnapshotError, VmGone
 from vmsnap_drivers.qemu.monitor import MonitorError
+from vmsnap_drivers.qemu.nbd_handshake import take_leave
+from vmsnap_drivers.qemu.nbd_socket import NbdSocket
+from vmsnap_drivers.qemu.nbd_wire import NbdError
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
+
+_ANSWERS_WITHIN_SECONDS: Final = 10.0
 
 
 def start(graph: BlockGraph, path: Path) -> None:
@@ -48,7 +54,7 @@ def start(graph: BlockGraph, path: Path) -> None:
 def stop(graph: BlockGraph, path: Path) -> None:
     """Stop the server if it is the one that listens on `path`, and remove the socket. Idempotent.
 
-    :raises SnapshotError: QEMU refused
+    :raises SnapshotError: QEMU refused, or does not answer there
     """
     if _is_listening(path):
         graph.call("nbd-server-stop")
@@ -74,18 +80,21 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _is_listening(path: Path) -> bool:
-    """Say whether somebody listens there. It can only be QEMU, to which the socket was given."""
+    """Say whether somebody listens there. It can only be QEMU, to which the socket was given.
+
+    Takes its leave of the server instead of hanging up: QEMU 7.2 with Debian's fix of CVE-2024-7409 stands still for
+    ever in an ``nbd-server-stop`` that comes while a client still negotiates (``nbd_server_free`` waits for it, and
+    serves it no more). By the time that this client's goodbye is answered, clients that died before it are gone too.
+
+    :raises NbdError: it listens and does not answer
+    """
     if not path.exists():
         return False
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(5.0)
-        try:
-            probe.connect(f"/proc/self/fd/{folder}/{path.name}")
-        except ConnectionRefusedError:
+    try:
+        connection = NbdSocket(path, _ANSWERS_WITHIN_SECONDS)
+    except NbdError as e:
+        if isinstance(e.__cause__, ConnectionRefusedError):
             return False
-        except OSError as e:
-            raise SnapshotError(f"the socket {path} cannot be looked at: {e.strerror}") from e
-        finally:
-            os.close(folder)
+        raise
+    take_leave(connection)
     return True
