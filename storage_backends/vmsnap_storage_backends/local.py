@@ -44,6 +44,7 @@ class LocalStorage(StorageBackend):
     name: ClassVar[str] = "file"
     options: ClassVar[Sequence[Option]] = ()
     remote: ClassVar[bool] = False
+    reopens: ClassVar[bool] = True
 
     def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
         super().__init__(url, options or {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
@@ -14,6 +14,9 @@ from vmsnap.repository.format import MAX_CHUNK_BYTES, BlobKind, Codec, pack_key
 from vmsnap.repository.index import ChunkIndex, Location
 from vmsnap.repository.seal import BrokenSeal, Cipher, Vault
 from vmsnap.roles.storage import StorageBackend
+
+if TYPE_CHECKING:
+    from vmsnap.repository.second_process import SecondProcess
 
 # One read takes in gaps up to this, and gets this long at most.
 _GAP_BYTES = 128 << 10
@@ -109,6 +112,25 @@ class BlobReader:
         for group in neighbours(sorted(places)):
             yield from self._read_group(kind, wanted, group, index)
 
+    def read_at(self, wanted: Sequence[tuple[Wanted, Location]]) -> Iterator[bytes | memoryview]:
+        """Yield the content of chunks in places that are known, and sorted. Nothing else is tried where that fails.
+
+        :raises DamageFound: one is not what was written
+        :raises StorageError: the storage failed, or has the pack no longer
+        """
+        for group in neighbours([(place, at) for at, (_, place) in enumerate(wanted)]):
+            start, end = _bounds(group)
+            data = memoryview(self._storage.get(pack_key(group[0][0].pack), start, end - start))
+            for place, at in group:
+                sealed = data[place.offset - start : place.offset - start + place.sealed_bytes]
+                yield self._open(BlobKind.DATA, wanted[at][0], place, sealed)
+
+    def second_process(self, fd: int) -> SecondProcess:
+        """A process beside this one, to write chunks to an open file; to be closed by the caller. No I/O yet."""
+        from vmsnap.repository.second_process import SecondProcess
+
+        return SecondProcess(self._storage, self._vault, fd)
+
     def _open_kept(
         self, kind: BlobKind, want: Wanted, place: Location, sealed: bytes | None
     ) -> bytes | memoryview | None:
@@ -124,8 +146,7 @@ class BlobReader:
     def _read_group(
         self, kind: BlobKind, wanted: Sequence[Wanted], group: Sequence[tuple[Location, int]], index: ChunkIndex
     ) -> Iterator[tuple[int, bytes | memoryview | DamageFound]]:
-        start = group[0][0].offset
-        end = max(place.offset + place.sealed_bytes for place, _ in group)
+        start, end = _bounds(group)
         pack = group[0][0].pack
         key = pack_key(pack)
         try:
@@ -255,6 +276,10 @@ def decompressed(plain: bytes | memoryview, codec: Codec, raw_bytes: int) -> byt
     if len(content) != raw_bytes:
         raise ValueError(f"it has {len(content)} bytes instead of {raw_bytes}")
     return content
+
+
+def _bounds(group: Sequence[tuple[Location, int]]) -> tuple[int, int]:
+    return group[0][0].offset, max(place.offset + place.sealed_bytes for place, _ in group)
 
 
 def neighbours(places: Sequence[tuple[Location, int]]) -> Iterator[list[tuple[Location, int]]]:

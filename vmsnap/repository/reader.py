@@ -19,6 +19,8 @@ from vmsnap.repository.format import ID_BYTES, ZERO_ID, BlobKind
 from vmsnap.repository.loss import is_within
 from vmsnap.repository.manifest import LostRange
 from vmsnap.repository.nodes import TreeReader
+from vmsnap.repository.runs import runs
+from vmsnap.repository.second_process import Piece, SecondProcess
 from vmsnap.repository.tree import ImageRecord, Node, child_count, leaves, root_node, span_of
 from vmsnap.roles.snapshot import DiskReader
 
@@ -29,7 +31,6 @@ Progress: TypeAlias = Callable[[int, int | None], None]
 LoadIds: TypeAlias = Callable[[ImageRecord, Node], bytes]
 
 _BATCH_BYTES = 4 << 20
-_WRITE_BYTES = 4 << 20
 _HOLES_BYTES = 1 << 30
 _CACHE_BYTES = 16 << 20
 
@@ -124,13 +125,13 @@ class ImageReader(DiskReader):
     def write_data(self, fd: int, progress: Progress | None = None) -> None:
         """Write all data of the image to the same places of an open file that reads as zeros; holes are left alone.
 
-        Several threads read ahead and write. Blocks.
+        Several threads read ahead and write, and a second process where that helps. Blocks.
 
         :raises DamageFound: the backup is damaged
         :raises OSError: writing failed
         """
-        with closing(QuietWriter(fd)) as file:
-            self._write_to(lambda offset, contents: file.write_all(contents, offset), progress)
+        with closing(QuietWriter(fd)) as file, closing(self._blobs.second_process(fd)) as other:
+            self._write_to(lambda offset, contents: file.write_all(contents, offset), progress, other)
 
     def write_to_empty(self, target: Target, progress: Progress | None = None) -> None:
         """Write all data of the image to a target that is as large and reads as zeros; durable on return. Blocks.
@@ -248,12 +249,29 @@ class ImageReader(DiskReader):
                 part = ids[at * ID_BYTES : (at + size) * ID_BYTES]
                 yield first + at, len(part) // ID_BYTES, part
 
-    def _write_to(self, write: Callable[[int, Sequence[bytes | memoryview]], None], progress: Progress | None) -> None:
+    def _write_to(
+        self,
+        write: Callable[[int, Sequence[bytes | memoryview]], None],
+        progress: Progress | None,
+        other: SecondProcess | None = None,
+    ) -> None:
         def store(first: int, _count: int, ids: bytes) -> None:
+            if other and ids and other.write(lambda: self._pieces(first, ids)):
+                return
             for offset, contents in self._adjacent(first, ids):
                 write(offset, contents)
 
         self._in_threads(store, progress)
+
+    def _pieces(self, first: int, ids: bytes) -> list[Piece]:
+        """Where the chunks of a batch lie and belong; empty where some of them are not known."""
+        numbers, wanted = self._wanted(first, ids)
+        places = self._blobs.index.find_many([want.id for want in wanted])
+        known = [place for place in places if place is not None]
+        if len(known) < len(places):
+            return []
+        size = self.image.chunk_bytes
+        return [Piece(place, want, number * size) for place, want, number in zip(known, wanted, numbers, strict=True)]
 
     def _check_known(self, first: int, ids: bytes) -> None:
         """See that the index has the chunks of a batch.
@@ -316,22 +334,9 @@ class ImageReader(DiskReader):
             return _holes_below(image, node)
 
     def _adjacent(self, first: int, ids: bytes) -> Iterator[tuple[int, list[bytes | memoryview]]]:
-        """The content of a batch in runs of chunks that follow one another: where each begins, and its chunks.
-
-        Runs are short, so that memory is used again while it is in the processor's cache.
-        """
-        longest = max(1, _WRITE_BYTES // self.image.chunk_bytes)
-        run: list[bytes | memoryview] = []
-        start = 0
-        for number, content in self._read_batch(first, ids):
-            if run and (number != start + len(run) or len(run) == longest):
-                yield start * self.image.chunk_bytes, run
-                run = []
-            if not run:
-                start = number
-            run.append(content)
-        if run:
-            yield start * self.image.chunk_bytes, run
+        """The content of a batch in runs of chunks that follow one another: where each begins, and its chunks."""
+        size = self.image.chunk_bytes
+        return runs((number * size, content) for number, content in self._read_batch(first, ids))
 
     def _chunk(self, number: int, end: int) -> bytes | memoryview | None:
         """The content of a chunk, None for a hole; reads those that follow with it, before `end` at most unless the

@@ -70,6 +70,8 @@ class StorageBackend(ABC):
     options: ClassVar[Sequence[Option]] = ()
     remote: ClassVar[bool] = True
     """Whether it pays to keep small objects on this host instead of getting them again."""
+    reopens: ClassVar[bool] = False
+    """Whether another process that runs as the same user can open it by its URL alone, and read beside this one."""
     retention_seconds: float | None = None
     """For how long from now the user wants that nobody can delete what a backup needs, see `retain`; None: retention
     was not asked for.
