@@ -106,6 +106,24 @@ def test_what_is_locked_is_kept_and_it_is_said_until_when(bucket: str, client: A
     assert not repository.verify(second).findings
 
 
+def test_a_locked_pack_that_somebody_wrote_over_is_whole_again_by_its_locked_version(bucket: str, client: Any) -> None:
+    repository = create_repository(f"s3://{bucket}", options=lock(30))
+    kept = back_up(repository, DATA)
+    pack = max(key for key in locks(client, bucket) if key.startswith("packs/"))
+    nonsense = client.put_object(Bucket=bucket, Key=pack, Body=b"nonsense")
+    attacked = open_repository(f"s3://{bucket}", options=lock(30))
+    report = attacked.repair()
+    assert {touch.backup for touch in report.lost} == {kept}
+    assert any("is locked until" in action and pack in action for action in report.actions)
+    assert attacked.list()[0].lost
+    # What the page on storage tells to do: the newer version goes, and with it the damage.
+    client.delete_object(Bucket=bucket, Key=pack, VersionId=nonsense["VersionId"])
+    again = open_repository(f"s3://{bucket}", options=lock(30))
+    assert again.repair().whole_again == (kept,)
+    assert not again.verify(kept).findings
+    assert not again.check(read_data=True).findings
+
+
 def test_without_locks_all_versions_go_with_an_object(bucket: str, client: Any) -> None:
     repository = create_repository(f"s3://{bucket}", options=lock(30))
     storage = S3Storage(f"s3://{bucket}", lock(30))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vmsnap.errors import Busy, DamageFound, NewerFormat, ObjectNotFound, RepositoryError
+from vmsnap.errors import Busy, DamageFound, NewerFormat, ObjectNotFound, ObjectRetained, RepositoryError
 from vmsnap.repository.blobs import BlobReader
 from vmsnap.repository.findings import DAMAGE, NOTE, Findings, RepairReport, Touched, object_in
 from vmsnap.repository.format import manifest_key, pack_key
@@ -224,7 +224,7 @@ class _Repair:
             return tuple(other.description for other in living)
         session.require()
         for pack in packs:
-            self._storage.delete(pack_key(pack))
+            self._delete(pack_key(pack))
         self._storage.delete(garbage.key)
         return ()
 
@@ -232,7 +232,13 @@ class _Repair:
         for key in keys:
             self._act(f"{key} cannot be read: it is deleted")
             if not self._dry_run:
-                self._storage.delete(key)
+                self._delete(key)
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._storage.delete(key)
+        except ObjectRetained as e:
+            self._act(f"{e.message}: it stays until garbage is collected after that")
 
     def _put(self, key: str, data: bytes) -> None:
         if not self._dry_run:
