@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # As many packs as an uploader stores at once, and as many ranges as a restore reads at once.
-_PUTS = 2
+_PUTS = 3
 _GETS = 4
 _RANGE_BYTES = 8 << 20
 

@@ -17,6 +17,8 @@ from vmsnap.repository.seal import Vault
 from vmsnap.roles.storage import StorageBackend
 
 _UPLOADS = 2
+# Where an answer takes a while, more of them are on their way.
+_REMOTE_UPLOADS = 3
 # Chunks and tree nodes go into packs of their own: whoever walks a tree then finds its nodes side by side.
 PACK_BYTES_OF = {BlobKind.DATA: PACK_BYTES, BlobKind.TREE: PACK_BYTES // 4}
 
@@ -46,11 +48,11 @@ class _OpenPack:
 class _Kind:
     """The packs of one kind: the one that is open, and the buffers that they take in turns."""
 
-    def __init__(self, kind: BlobKind) -> None:
+    def __init__(self, kind: BlobKind, uploads: int) -> None:
         self.open: _OpenPack | None = None
         self.pack_bytes = PACK_BYTES_OF[kind]
         self.buffers: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        for _ in range(_UPLOADS + 2):
+        for _ in range(uploads + 2):
             self.buffers.put(None)
 
     def buffer(self) -> memoryview:
@@ -60,8 +62,8 @@ class _Kind:
 
 
 class PackUploader:
-    """Takes blobs, builds one pack of each kind at a time, and stores up to two others meanwhile; all its memory is the
-    buffers of at most four packs of each kind. A failed upload fails every later call.
+    """Takes blobs, builds one pack of each kind at a time, and stores two others meanwhile, three in remote storage;
+    all its memory is the buffers of two packs more than that of each kind. A failed upload fails every later call.
     """
 
     def __init__(self, storage: StorageBackend, vault: Vault, stored: Callable[[IndexedPack], None]) -> None:
@@ -69,9 +71,10 @@ class PackUploader:
         self._storage = storage
         self._vault = vault
         self._stored = stored
-        self._threads = ThreadPoolExecutor(_UPLOADS, "vmsnap-upload")
+        uploads = _REMOTE_UPLOADS if storage.remote else _UPLOADS
+        self._threads = ThreadPoolExecutor(uploads, "vmsnap-upload")
         self._uploads: list[Future[None]] = []
-        self._kinds = {kind: _Kind(kind) for kind in BlobKind}
+        self._kinds = {kind: _Kind(kind, uploads) for kind in BlobKind}
         self._closed = False
         self._filling = 0
         # Who holds the first one may wait for a buffer, which others give back; they take the second one alone.
