@@ -21,8 +21,7 @@ from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.model import VmState
 from vmsnap.roles import LoadRequest
 from vmsnap.testing.rigs import digest
-from vmsnap_drivers.hypervisors.qemu import QemuHypervisor
-from vmsnap_drivers.hypervisors.qemu.life import await_life
+from vmsnap_drivers.hypervisors.qemu import QemuHypervisor, life
 
 pytestmark = pytest.mark.qemu
 __all__ = ["bench", "folder", "machines"]
@@ -135,11 +134,37 @@ def test_a_guest_that_dies_while_life_is_awaited_is_not_said_to_live(bench: Benc
         reset.start()
 
         with pytest.raises(HypervisorError, match=r"RESET|SHUTDOWN|ended while"):
-            await_life("vm002", loader.monitor, [silent], None, 30)
+            life.await_life("vm002", loader.monitor, [silent], None, 30)
         reset.join()
     finally:
         loader.destroy()
     bench.driver.discard_duplicate("bk001")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_guest_s_agent_answers_from_the_duplicate(version: str, folder: Path) -> None:
+    """Debian's qemu-ga in the guest. The original's socket is not the duplicate's, which never talks to it."""
+    arguments = (
+        *("-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={folder}/agent.sock,server=on,wait=off"),
+        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=1"),
+    )
+    machine = LabMachine(folder / "guest", find_qemu(version), settings={"agent": 1}, extra_arguments=arguments)
+    with machine:
+        until(lambda: life.answers(folder / "agent.sock"), "the original's agent answers")
+        bench = Bench(folder, machine)
+        captured = bench.capture(copy_disks=True)
+        loader, _ = bench.loaded(captured, "vm002", isolated=True)
+        try:
+            loader.resume()
+            own = serial_log(bench, "vm002").parent
+            logs, agent = life.signs(loader.monitor, own)
+            assert agent is not None and agent.parent == own and logs
+            said = life.await_life("vm002", loader.monitor, [], agent, 30)
+            assert re.fullmatch(r"its guest agent answered within \d+\.\d s", said)
+            assert life.answers(folder / "agent.sock"), "the original's goes on answering"
+        finally:
+            loader.destroy()
+            bench.driver.close()
 
 
 @pytest.fixture(params=VERSIONS)

@@ -1,6 +1,7 @@
 """Builds what the guest boots: Debian's cloud kernel and an initramfs of busybox, drivers and workload."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +36,7 @@ _CONTROLLER_MODULES = (
     "drivers/ata/ata_piix",
 )
 _NETWORK_MODULES = ("net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net")
+_AGENT_MODULE = "drivers/char/virtio_console"
 _LISTS = {"order": _MODULES, "controllers": _CONTROLLER_MODULES, "network": _NETWORK_MODULES}
 
 
@@ -46,9 +48,10 @@ class GuestImage:
     initramfs: Path
 
 
-def guest_image() -> GuestImage:
+def guest_image(*, agent: bool = False) -> GuestImage:
     """The guest, built at the first call and whenever something that it is made of changed.
 
+    :param agent: with QEMU's guest agent, which the others would only carry along.
     :raise LookupError: when the kernel is not in the cache; the message says how to get it.
     :raise subprocess.CalledProcessError: when the workload does not compile.
     """
@@ -62,11 +65,20 @@ def guest_image() -> GuestImage:
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as folder:
             built = _build(Path(folder), modules)
             built.replace(initramfs)
-    return GuestImage(kernel, initramfs)
+    if not agent:
+        return GuestImage(kernel, initramfs)
+    longer = initramfs.with_suffix(".agent.cpio")
+    if not longer.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as folder:
+            added = _build_agent(Path(folder), modules)
+            # The kernel takes several archives, one behind the other.
+            added.write_bytes(initramfs.read_bytes() + added.read_bytes())
+            added.replace(longer)
+    return GuestImage(kernel, longer)
 
 
 def _fingerprint(kernel: Path) -> str:
-    made_of = (kernel.name, _LISTS, _COMPILE, _PROGRAMS)
+    made_of = (kernel.name, _LISTS, _AGENT_MODULE, _COMPILE, _PROGRAMS)
     digest = hashlib.sha256(repr(made_of).encode())
     for path in [_BUSYBOX, *sorted(path for path in _SOURCES.rglob("*") if path.is_file())]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -89,8 +101,30 @@ def _build(folder: Path, modules: Path) -> Path:
     for program, libraries in _PROGRAMS.items():
         source = str(_SOURCES / "programs" / f"{program}.c")
         subprocess.run([*_COMPILE, "-o", str(root / program), source, *libraries], check=True)
+    return _archive(root, folder / "initramfs.cpio")
+
+
+def _build_agent(folder: Path, modules: Path) -> Path:
+    """An archive of the agent with the libraries that it is linked with, and the driver of its port."""
+    unpacked = cache_folder() / "agent"
+    if not (unpacked / "complete").exists():
+        raise LookupError("QEMU's guest agent is not in the cache: run tests/lab/install.sh as root")
+    place = folder / "root" / "agent"
+    (place / "lib").mkdir(parents=True)
+    program = unpacked / "usr/sbin/qemu-ga"
+    shutil.copy(program, place)
+    shutil.copy(modules / f"{_AGENT_MODULE}.ko", place)
+    where = {"LD_LIBRARY_PATH": f"{unpacked}/usr/lib/x86_64-linux-gnu:{unpacked}/lib/x86_64-linux-gnu"}
+    linked = subprocess.run(["ldd", str(program)], env=where, check=True, capture_output=True, text=True).stdout
+    for library in re.findall(r"=> (/\S+)", linked):
+        shutil.copy(library, place / "lib")
+    (loader,) = re.findall(r"^\s*(/\S+)", linked, re.M)
+    shutil.copy(loader, place / "loader")
+    return _archive(folder / "root", folder / "agent.cpio")
+
+
+def _archive(root: Path, archive: Path) -> Path:
     names = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
-    archive = folder / "initramfs.cpio"
     # Not compressed: reading 3 MB more costs the emulated CPU less than unpacking them.
     with archive.open("wb") as output:
         argv = ["cpio", "--create", "--quiet", "--format=newc", "--owner=0:0"]

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
 # iproute2, e2fsprogs, xfsprogs, OVMF and swtpm from the machine's own suites; and, in the cache folder, the
-# guest's kernel, an SSH server that no system starts, and QEMU 10.0 from bookworm-backports, unpacked
+# guest's kernel, an SSH server that no system starts, QEMU's guest agent, and QEMU 10.0 from bookworm-backports, unpacked
 # beside the installed one. Run as root. Does nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
@@ -80,6 +80,18 @@ unpack_sshd() {
     touch "$sshd/complete"
 }
 
+# Unpacked, not installed: it is for guests.
+unpack_agent() {
+    agent=$cache/agent
+    [ -e "$agent/complete" ] && return
+    refresh_lists
+    rm -rf "$agent"
+    needed=$(apt-get -s -q install --no-install-recommends qemu-guest-agent | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$agent" download $needed
+    touch "$agent/complete"
+}
+
 # The backports suite gets a source list and list folder of its own, so that the machine's apt
 # configuration stays as it is. What a (simulated) installation would bring is what is unpacked:
 # QEMU and those shared libraries that this machine lacks.
@@ -133,4 +145,5 @@ WRAPPER
 install_packages
 unpack_kernel
 unpack_sshd
+unpack_agent
 unpack_backported_qemu

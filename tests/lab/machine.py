@@ -130,7 +130,7 @@ class LabMachine:
 
     def command(self) -> list[str]:
         """The argv of this machine's QEMU."""
-        image = guest_image()
+        image = guest_image(agent=bool(self.settings.get("agent")))
         options = [f"vmsnap.{name}={value}" for name, value in self.settings.items()]
         kernel_arguments = ["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", *options]
         loaded: list[str] = []

@@ -53,6 +53,7 @@ static struct setting settings[] = {
     {"controllers", 0, 0},   /* SCSI and IDE drivers are loaded, so many disks awaited, and later ones taken, too */
     {"tpm", 0, 0},           /* not 0: the TPM's PCR 16 is extended each second */
     {"deaf", 0, 0},          /* not 0: the power button does nothing */
+    {"agent", 0, 0},         /* not 0: QEMU's guest agent runs */
 };
 
 uint64_t count, seed;

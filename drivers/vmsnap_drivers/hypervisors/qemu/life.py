@@ -48,7 +48,7 @@ def await_life(vm: str, monitor: Monitor, logs: Sequence[Path], agent: Path | No
         for log, found in beats.items():
             if found.look(vm) >= _BEATS:
                 return f"it wrote to its serial line ({log.name}) within {passed:.1f} s"
-        if agent is not None and _answers(agent):
+        if agent is not None and answers(agent):
             return f"its guest agent answered within {time.monotonic() - begun:.1f} s"
         if passed >= seconds:
             return f"it executed for {seconds:g} s without a fault"
@@ -118,7 +118,7 @@ def _check_faultless(vm: str, monitor: Monitor, mark: int) -> None:
         raise HypervisorError(f"VM {vm!r} is {state.value} instead of executing")
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
     """Whether an agent answers now. Where nobody does, the question stays in the port's buffer, which does no harm."""
     token = int.from_bytes(os.urandom(4), "big")
     question = json.dumps({"execute": "guest-sync", "arguments": {"id": token}}).encode() + b"\n"
