@@ -167,6 +167,34 @@ def test_after_a_restart_only_a_whole_record_counts(machine: Machine, driver: Qc
     machine.oracle.execute("block_resize", node_name=disk.handle["node"], size=SIZE_BYTES + MIB)
 
 
+def test_what_qemu_s_own_tools_do_to_an_image_while_its_vm_is_off_is_recorded_or_refused(
+    machine: Machine, driver: Qcow2Mechanism, tmp_path: Path
+) -> None:
+    first = Instant(driver, machine, Window.FREE)
+    first.keep()
+    first.delete()
+    image = first.disks[1].address
+    machine.oracle.hmp("quit")
+    machine.process.wait(30)
+    machine.stop()
+    content = bytearray(first.contents[1])
+    content[MIB : 2 * MIB] = bytes(MIB)
+    content[2 * MIB : 2 * MIB + 5000] = b"other" * 1000
+    (tmp_path / "other").write_bytes(content)
+
+    def qemu_img(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(machine.build.img_binary), *arguments], capture_output=True, text=True)
+
+    converted = qemu_img("convert", "-n", "-f", "raw", "-O", "qcow2", str(tmp_path / "other"), image)
+    assert converted.returncode == 0, converted.stderr
+    # It would change the disk unrecorded.
+    assert "dirty bitmaps" in qemu_img("snapshot", "-a", "before", image).stderr
+    machine.start()
+    second = Instant(driver, machine, Window.FREE)
+    assert second.changed_since(first, 1)
+    second.delete()
+
+
 def test_an_image_that_was_written_past_qemu_is_not_trusted(
     machine: Machine, context: DriverContext, driver: Qcow2Mechanism
 ) -> None:

@@ -317,7 +317,7 @@ def test_devices_come_and_go_with_a_tpm_on_every_kind_of_ram(build: QemuBuild, h
         shared.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("form", ["blockdev"])
+@pytest.mark.parametrize("form", ["blockdev", "drive"])
 def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: Path, form: str) -> None:
     variables = place / "variables.fd"
     shutil.copy(VARIABLES, variables)
