@@ -20,7 +20,7 @@ from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, OwnedResource, check_name, from_json, to_json
 from vmsnap.pagecache import write_all
 from vmsnap.roles import DiskReader
-from vmsnap_drivers.snapshots.qcow2.image import sync_file, sync_folder
+from vmsnap_drivers.snapshots.qcow2.image import sync
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM
 
 _CHUNK_BYTES: Final = 4 << 20
@@ -83,8 +83,8 @@ def make(plan: ClonePlan, snapshot: DiskSnapshot, reader: DiskReader, notes: Pat
     except OSError as e:
         raise SnapshotError(f"the clone {path} cannot be made: {e.strerror}", cure="see whether there is room") from e
     if plan.lasting:
-        sync_file(path)
-        sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
     return Disk(snapshot.disk.device, str(path), reader.size_bytes, "raw")
 
 

@@ -19,11 +19,11 @@ from vmsnap.model import (
     Window,
 )
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
 from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_number
-from vmsnap_drivers.snapshots.qcow2.clone_reader import CloneReader
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
 from vmsnap_drivers.snapshots.qcow2.keeping import KeptNotes
@@ -241,7 +241,7 @@ class Qcow2Mechanism(SnapshotMechanism):
         path = clones.file_of(plan)
         if path is None:
             raise SnapshotError(f"disk {plan.device} is read-only and was not cloned: its snapshot is read")
-        return CloneReader(path, disk.size_bytes)
+        return FileReader(path, disk.size_bytes, "the clone")
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`. With or without its QEMU.
