@@ -180,6 +180,15 @@ class FileMechanism(SnapshotMechanism):
                     owned.append(OwnedResource(found["kind"], str(path), found["tag"], self.name))
         return owned
 
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """Remove the file; see the role."""
+        if owned not in self.list_owned():
+            return
+        try:
+            Path(owned.name).unlink(missing_ok=True)
+        except OSError as e:
+            raise SnapshotError(f"{owned.name} could not be removed: {e.strerror}") from e
+
     def _notes(self) -> Path:
         return self.context.state_dir / self.name
 

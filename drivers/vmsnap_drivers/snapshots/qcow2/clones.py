@@ -120,6 +120,16 @@ def list_owned(notes: Path) -> list[OwnedResource]:
     return found
 
 
+def plan_of(owned: OwnedResource, notes: Path) -> ClonePlan | None:
+    """The noted plan of a clone that `list_owned` named; None where it is none, or its note cannot be read."""
+    if owned.kind != "clone":
+        return None
+    try:
+        return from_json((notes / Path(owned.name).name.removesuffix(".raw")).read_bytes(), ClonePlan)
+    except (OSError, ValueError):
+        return None
+
+
 def _note(plan: ClonePlan, path: Path, notes: Path) -> Path:
     return notes / path.name.removesuffix(".raw")
 

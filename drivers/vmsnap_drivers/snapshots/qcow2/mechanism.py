@@ -265,6 +265,28 @@ class Qcow2Mechanism(SnapshotMechanism):
         """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
         return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes), *self._kept.list_owned()]
 
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """See `SnapshotMechanism.remove_owned`: by the plan in the record or the note that tells of it. A record that
+        cannot be read is removed itself.
+
+        :raises SnapshotError: something is left, or it is a record of changes, which may serve the next backup
+        """
+        if owned.kind == "dirty bitmap":
+            raise SnapshotError(
+                f"{owned.name} records what changes on a disk, for the next backup",
+                cure="register its VM, then: vmsnap vm remove NAME",
+            )
+        if owned not in self.list_owned():
+            return
+        clone = clones.plan_of(owned, self._clone_notes)
+        plan = record.plan_of(owned, self._folder)
+        if clone is not None:
+            self.delete_clone(clone)
+        elif plan is not None:
+            self.delete(plan)
+        else:
+            Path(owned.name).unlink(missing_ok=True)
+
     def doctor(self) -> Sequence[Finding]:
         """See `SnapshotMechanism.doctor`."""
         program = self._image.find()
