@@ -17,8 +17,8 @@ def strays(session: Session, names: tuple[str, ...]) -> None:
     """List what carries our tag on this host and what its database does not know, or remove what you name.
 
     There is something only where the database was lost, damaged or put back to an older state, or where another state
-    folder is in use: what crashes leave stands in the journal, and vmsnap recover removes it. Look twice: a VM that runs
-    may be listed, and what is listed may be another state folder's.
+    folder is in use: what crashes leave stands in the journal, and vmsnap recover removes it. Look twice: a VM that
+    runs may be listed, and what is listed may be another state folder's.
     """
     with session.controller() as controller:
         removed = controller.remove_strays(names) if names else []
