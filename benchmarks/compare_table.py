@@ -111,7 +111,8 @@ def read_result(path: Path) -> Result:
 @dataclass(frozen=True)
 class _Target:
     text: str
-    least: float
+    least: float | None
+    """None: nobody set one."""
     ratios: Callable[[Result], list[float]]
     """One for each round."""
 
@@ -120,8 +121,9 @@ class _Target:
         if not ratios:
             return None
         middle = median(ratios)
-        met = "met" if middle >= self.least else "**not met**"
-        return [self.text, f"{self.least:.3g}", f"{middle:.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}", met]
+        met = "" if self.least is None else "met" if middle >= self.least else "**not met**"
+        least = "" if self.least is None else f"{self.least:.3g}"
+        return [self.text, least, f"{middle:.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}", met]
 
 
 def table(result: Result) -> str:
@@ -233,7 +235,7 @@ _TARGETS = (
         "unchanged, all read from the page cache: speed", 3.0, _faster(Step.UNCHANGED_CACHED, Step.UNCHANGED_CACHED)
     ),
     _Target("unchanged, told so: speed", 20.0, _faster(Step.UNCHANGED_TOLD, Step.UNCHANGED)),
-    _Target("1 % changed, told where: speed", 20.0, _faster(Step.CHANGED_TOLD, Step.CHANGED)),
+    _Target("1 % changed, told where: speed", None, _faster(Step.CHANGED_TOLD, Step.CHANGED)),
     _Target("restore: speed", 1.5, _faster(Step.RESTORE, Step.RESTORE)),
     _Target("first backup: encrypted over plain speed", 0.8, _encrypted(Step.FIRST)),
     _Target("restore: encrypted over plain speed", 0.8, _encrypted(Step.RESTORE)),

@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 TESTS = (
     "tests/test_backup_failures.py",
     "tests/test_duplicate_failures.py",
+    "tests/test_recovery_failures.py",
     "tests/test_file_failures.py",
     "tests/test_power_loss.py",
     "tests/test_kill_soak_qemu.py",

@@ -15,6 +15,7 @@ from tests.lab.qemus import cache_folder
 from tests.servers.moto import moto
 from tests.servers.s3 import S3Server
 from tests.servers.swift import swift
+from tests.world import World
 from vmsnap.host import HostFolders
 
 ALLOWED_SKIPS: dict[str, str] = {}
@@ -31,6 +32,14 @@ def folders(tmp_path: Path) -> Iterator[HostFolders]:
     found = HostFolders.find(tmp_path / "state")
     yield found
     shutil.rmtree(found.memory_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A simulated VM ``vm001`` under load, and an empty repository."""
+    made = World()
+    yield made
+    made.close()
 
 
 Counted = Callable[[str], None]

@@ -32,13 +32,6 @@ from vmsnap_drivers.hypervisors.simulated.control import ask
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
     if os.geteuid() != 0:

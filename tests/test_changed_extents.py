@@ -17,7 +17,7 @@ from vmsnap.errors import SnapshotError
 from vmsnap.model import DiskSnapshot, Extent, SnapshotPlan
 from vmsnap.repository import ChunkSizes
 from vmsnap.roles import SnapshotMechanism
-from vmsnap_drivers.snapshots.file import FileReader
+from vmsnap.roles.filereader import FileReader
 
 CHUNK = ChunkSizes().disk
 

@@ -25,13 +25,6 @@ from vmsnap_drivers.snapshots.file import FileMechanism
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def deaf_world() -> Iterator[World]:
     made = World(deaf=True)
     yield made

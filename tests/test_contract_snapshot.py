@@ -24,8 +24,9 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
+from vmsnap.roles.filereader import FileReader
 from vmsnap.testing.snapshot import SnapshotContract
-from vmsnap_drivers.snapshots.file import FileMechanism, FileReader
+from vmsnap_drivers.snapshots.file import FileMechanism
 
 BAD: list[Any] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,6 @@ from vmsnap.vmtable import VmRow
 from vmsnap_drivers.hypervisors.simulated import lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import ask
 from vmsnap_drivers.hypervisors.simulated.layout import read_ram
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
 
 
 def keep(world: World, **more: Any) -> BackupResult:

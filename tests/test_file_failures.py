@@ -26,13 +26,6 @@ NEVER = 1 << 40
 FULL_CHECK_EACH = 20
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
 class Process:
     """The process in which calls fail."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from vmsnap.database import SCHEMA_VERSION, Database
 from vmsnap.errors import RepositoryError
 from vmsnap.knownrepositories import KnownRepositories
 from vmsnap.places import create_repository
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
 
 
 def test_an_unencrypted_repository_in_the_place_of_an_encrypted_one_is_refused(world: World) -> None:

@@ -18,8 +18,8 @@ from vmsnap.directio import direct_buffer
 from vmsnap.pagecache import QuietReader, QuietWriter, forget, write_all
 from vmsnap.rawtarget import RawTarget
 from vmsnap.repository import Repository, SparseFileReader
+from vmsnap.roles.filereader import FileReader
 from vmsnap.testing.rigs import same
-from vmsnap_drivers.snapshots.file import FileReader
 from vmsnap_storage_backends.local import LocalStorage
 
 MIB = 1 << 20

@@ -317,6 +317,29 @@ def test_devices_come_and_go_with_a_tpm_on_every_kind_of_ram(build: QemuBuild, h
         shared.unlink(missing_ok=True)
 
 
+def test_ram_in_files_of_huge_pages(build: QemuBuild, host: Host, place: Path) -> None:
+    """``-mem-path``: QEMU makes the memory backend itself."""
+    mounted = place / "huge"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "none", str(mounted)], check=True)
+    try:
+        machine = LabMachine(
+            place / "vm001",
+            build,
+            memory_mib=256,
+            round_memory=True,
+            settings={"touch_mib": 60},
+            extra_arguments=("-mem-path", str(mounted)),
+        )
+        with huge_pages(160), running(machine):
+            manifest = host.back_up(machine)
+            with host.restored(manifest) as restored:
+                restored.wait_for_checks(2)
+            assert machine.faults() == []
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
 @pytest.mark.parametrize("form", ["blockdev", "drive"])
 def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: Path, form: str) -> None:
     variables = place / "variables.fd"

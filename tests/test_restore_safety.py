@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ from vmsnap.errors import AlreadyExists, Busy
 from vmsnap.model import to_json
 from vmsnap.protocol import RESTORE
 from vmsnap_drivers.hypervisors.simulated.control import ask
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
 
 
 def back_up(world: World) -> str:

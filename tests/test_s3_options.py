@@ -23,13 +23,6 @@ EXPIRED = http_answer(400, "Bad Request", "ExpiredToken")
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def credentials(swift_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The credentials file of AWS's tools, the only place where there are any."""
     for name, value in swift_server.environment().items():

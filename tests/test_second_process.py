@@ -57,7 +57,7 @@ def test_it_writes_a_share_and_ends(repository: Repository, answers: list[bool],
     reader_of(repository).restore_to_file(tmp_path / "disk")
     assert (tmp_path / "disk").read_bytes() == CONTENT
     assert answers.count(True) >= 3
-    assert children() == before
+    assert children() <= before
 
 
 def test_the_restore_goes_on_without_it_when_it_is_killed(
@@ -77,7 +77,7 @@ def test_the_restore_goes_on_without_it_when_it_is_killed(
     reader_of(repository).restore_to_file(tmp_path / "disk")
     assert (tmp_path / "disk").read_bytes() == CONTENT
     assert len(set(killed)) == 1
-    assert children() == before
+    assert children() <= before
 
 
 def test_what_is_damaged_is_named_as_without_it(repository: Repository, answers: list[bool], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_is_damaged_is_named_as_without_it(repository: Repository, answers:
         reader.restore_to_file(tmp_path / "disk")
     assert not (tmp_path / "disk").exists()
     assert True in answers
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_place_in_the_target_that_cannot_be_written_fails_the_restore(

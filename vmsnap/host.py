@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmsnap.durable import make_folder
 from vmsnap.errors import UsageError, VmsnapError
 from vmsnap.roles.options import DriverContext
 
@@ -104,7 +105,7 @@ def process_start(pid: int) -> int | None:
 
 def _private_folder(folder: Path) -> None:
     try:
-        _make_durably(folder)
+        make_folder(folder)
         found = folder.stat()
     except OSError as e:
         raise UsageError(
@@ -117,17 +118,3 @@ def _private_folder(folder: Path) -> None:
             folder.chmod(0o700)
         except OSError as e:
             raise VmsnapError(f"the folder {folder} is open to others and cannot be closed: {e.strerror}") from e
-
-
-def _make_durably(folder: Path) -> None:
-    """Make the folder and the parents that are missing; after a power cut they are there."""
-    if folder.is_dir():
-        return
-    if not folder.parent.exists():
-        _make_durably(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

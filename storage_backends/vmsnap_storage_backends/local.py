@@ -15,6 +15,7 @@ from threading import Lock
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
+from vmsnap.durable import sync
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, StorageFull, UsageError
 from vmsnap.model import Finding
 from vmsnap.pagecache import QuietReader, QuietWriter, forget
@@ -122,7 +123,7 @@ class LocalStorage(StorageBackend):
         path = self._path(key)
         try:
             path.unlink()
-            _fsync_folder(path.parent)
+            sync(path.parent)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         except OSError as e:
@@ -179,7 +180,7 @@ class LocalStorage(StorageBackend):
             except FileExistsError:
                 if not folder.is_dir():
                     raise StorageError(f"{folder} is not a folder", cure="choose another path") from None
-            _fsync_folder(folder.parent)
+            sync(folder.parent)
         self._durable_folders.add(folder)
 
     def _put(self, target: Path, data: bytes | bytearray | memoryview, if_absent: bool) -> None:
@@ -205,7 +206,7 @@ class LocalStorage(StorageBackend):
             with suppress(FileNotFoundError):
                 temporary.unlink()
             os.close(fd)
-        _fsync_folder(target.parent)
+        sync(target.parent)
 
     def _sweep_once(self) -> None:
         with self._lock:
@@ -285,14 +286,6 @@ def _read_range(fd: int, key: str, offset: int, length: int | None) -> bytes:
     if len(content) != end - offset:
         raise StorageError(f"{key} became shorter while it was read")
     return content
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _age(entry: os.DirEntry[str]) -> float:

@@ -34,6 +34,7 @@ COMMANDS = {
     "drivers": LazyCommand("vmsnap.cli.drivers:drivers", "List the installed drivers, show their options.", CARE),
     "log": LazyCommand("vmsnap.cli.log:log", "Show what was done, a line an instruction.", CARE),
     "recover": LazyCommand("vmsnap.cli.recover:recover", "Finish or undo what a crash left.", CARE),
+    "strays": LazyCommand("vmsnap.cli.strays:strays", "Find what nobody answers for after a loss of state.", CARE),
 }
 """The commands of every console script that works with VMs."""
 

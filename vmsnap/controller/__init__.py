@@ -30,7 +30,7 @@ from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
 from vmsnap.knownrepositories import KnownRepositories
 from vmsnap.locks import vm_lock
-from vmsnap.model import Finding, check_name
+from vmsnap.model import Finding, OwnedResource, check_name
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 if TYPE_CHECKING:
@@ -452,6 +452,24 @@ class Controller:
             self._holding().discard_ended(ended.append)
             return replace(recovered, removed=(*recovered.removed, *ended))
 
+    def strays(self) -> list[OwnedResource]:
+        """What carries our tag on this host and what its database does not know: it was lost, or put back. Changes
+        nothing."""
+        from vmsnap.controller.strays import Strays
+
+        return Strays(self.drivers, self._database).find()
+
+    def remove_strays(self, names: Sequence[str]) -> list[OwnedResource]:
+        """Remove strays, named as `strays` names them; returns those that are gone.
+
+        :raises NotFound: one of them is none; nothing was removed
+        :raises VmsnapError: one could not be removed; those before it are gone
+        """
+        from vmsnap.controller.strays import Strays
+
+        with self.interruption.handled(), self.interruption.deferred():
+            return Strays(self.drivers, self._database).remove(names)
+
     # -- asking
 
     def doctor(self, vm: str | None = None) -> list[tuple[str, Finding]]:
@@ -459,7 +477,7 @@ class Controller:
         from vmsnap.controller.examination import examine_host, examine_vm
 
         if vm is None:
-            return examine_host(self.folders, self.drivers, self.journal)
+            return examine_host(self.folders, self.drivers, self.journal, self.strays())
         return examine_vm(self.table.get(vm), self.drivers)
 
 

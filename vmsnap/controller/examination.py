@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 from vmsnap import registry
 from vmsnap.controller.capture import choose_mechanisms
@@ -10,14 +11,19 @@ from vmsnap.controller.drivers import Drivers
 from vmsnap.errors import VmsnapError
 from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
-from vmsnap.model import Finding
+from vmsnap.model import Finding, OwnedResource
 from vmsnap.roles import CaptureRequest, Hypervisor
 from vmsnap.vmtable import VmRow
 
 
-def examine_host(folders: HostFolders, drivers: Drivers, journal: Journal) -> list[tuple[str, Finding]]:
+def examine_host(
+    folders: HostFolders, drivers: Drivers, journal: Journal, strays: Sequence[OwnedResource]
+) -> list[tuple[str, Finding]]:
     """The state folder, what crashes left, and what each installed driver says of this host."""
     found = [("vmsnap", finding) for finding in _state(folders, journal)]
+    if strays:
+        what = f"{len(strays)} things carry our tag, and the database of this host does not know them"
+        found.append(("vmsnap", Finding("strays", "note", what, "see: vmsnap strays")))
     for known in registry.installed():
         if known.driver is None:
             found.append((known.name, Finding("driver", "missing", known.problem)))

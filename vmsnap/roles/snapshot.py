@@ -208,6 +208,14 @@ class SnapshotMechanism(ABC):
     def list_owned(self) -> Sequence[OwnedResource]:
         """List everything on this host that carries our tag and came from this mechanism."""
 
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """Remove something that `list_owned` has named and whose plan nobody has any more, with all that was made for
+        that plan; the user said so. Idempotent; blocks.
+
+        :raises SnapshotError: it cannot be removed (so); the message says what to do
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot remove {owned.name}", cure="remove it by hand")
+
     @abstractmethod
     def doctor(self) -> Sequence[Finding]:
         """Look whether this mechanism works on this host, and name the cure where not. Changes nothing."""

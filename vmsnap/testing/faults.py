@@ -354,6 +354,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self._call(self.driver.list_owned)
 
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """See the role."""
+        self._call(self.driver.remove_owned, owned)
+
     def doctor(self) -> Sequence[Finding]:
         """See the role."""
         return self._call(self.driver.doctor)

@@ -15,16 +15,15 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import (
     ClonePlan,
     Disk,
     DiskSnapshot,
-    Extent,
     Finding,
     Moment,
     OwnedResource,
@@ -32,8 +31,8 @@ from vmsnap.model import (
     Window,
     check_name,
 )
-from vmsnap.pagecache import QuietReader
-from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import DriverContext, Option, SnapshotMechanism
+from vmsnap.roles.filereader import FileReader, next_data
 
 REFLINK, COPY = "reflink", "copy"
 _FICLONE = 0x40049409
@@ -42,60 +41,6 @@ _BLOCK_BYTES = 64 << 20
 _TAG = re.compile(r"vmsnap-[A-Za-z0-9._-]+")
 # "~" stands in no tag and no name, so that the parts cannot be mistaken for each other
 _OURS = re.compile(r"(?P<tag>vmsnap-[A-Za-z0-9._-]+)~\d+~(?:[A-Za-z0-9._-]+~)?(?P<kind>snapshot|clone)")
-
-
-class FileReader(DiskReader):
-    """Reads a snapshot's file; its holes are the zero extents. Leaves the host's page cache as it was."""
-
-    parallel_reads: ClassVar[bool] = True
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        """Open it.
-
-        :raises SnapshotError: it is gone, or not what was taken
-        """
-        self.size_bytes = size_bytes
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise SnapshotError(f"the snapshot {path} is lost: {e.strerror}") from e
-        self._quiet = QuietReader(self._descriptor)
-        if os.fstat(self._descriptor).st_size != size_bytes:
-            self.close()
-            raise SnapshotError(f"the snapshot {path} is lost: it has another size than its disk")
-
-    def extents(self) -> Iterator[Extent]:
-        """Data where the file has blocks, zeros where it has holes."""
-        at = 0
-        while at < self.size_bytes:
-            begin, end = next_data(self._descriptor, at, self.size_bytes)
-            if begin > at:
-                yield Extent(at, begin - at, zero=True)
-            if end > begin:
-                yield Extent(begin, end - begin)
-            at = end
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from the file; see the role."""
-        if offset < 0 or offset + len(buffer) > self.size_bytes:
-            raise SnapshotError(f"{self._path}: {offset}+{len(buffer)} leaves the disk of {self.size_bytes} bytes")
-        done = 0
-        while done < len(buffer):
-            try:
-                count = self._quiet.read_into(buffer[done:], offset + done)
-            except OSError as e:
-                raise SnapshotError(f"{self._path} cannot be read: {e.strerror}") from e
-            if count == 0:
-                raise SnapshotError(f"{self._path} ends early")
-            done += count
-
-    def close(self) -> None:
-        """Close the file; idempotent."""
-        if self._descriptor >= 0:
-            self._quiet.close()
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 class FileMechanism(SnapshotMechanism):
@@ -207,7 +152,7 @@ class FileMechanism(SnapshotMechanism):
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> FileReader:
         """Open the clone's file; see the role."""
-        return FileReader(_file_of_clone(plan), disk.size_bytes)
+        return FileReader(_file_of_clone(plan), disk.size_bytes, "the clone")
 
     def delete(self, plan: SnapshotPlan) -> None:
         """Remove the plan's files; see the role."""
@@ -235,6 +180,15 @@ class FileMechanism(SnapshotMechanism):
                     owned.append(OwnedResource(found["kind"], str(path), found["tag"], self.name))
         return owned
 
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """Remove the file; see the role."""
+        if owned not in self.list_owned():
+            return
+        try:
+            Path(owned.name).unlink(missing_ok=True)
+        except OSError as e:
+            raise SnapshotError(f"{owned.name} could not be removed: {e.strerror}") from e
+
     def _notes(self) -> Path:
         return self.context.state_dir / self.name
 
@@ -258,17 +212,6 @@ class FileMechanism(SnapshotMechanism):
         if not os.access(self._folder, os.W_OK | os.X_OK):
             return [Finding("folder", "missing", f"{self._folder} cannot be written", f"mkdir -p {self._folder}")]
         return [Finding("folder", "ok", str(self._folder))]
-
-
-def next_data(descriptor: int, at: int, size_bytes: int) -> tuple[int, int]:
-    """Begin and end of the next range with blocks from `at` on; both the end of the file where there is none."""
-    try:
-        begin = os.lseek(descriptor, at, os.SEEK_DATA)
-        return begin, min(os.lseek(descriptor, begin, os.SEEK_HOLE), size_bytes)
-    except OSError as e:
-        if e.errno != errno.ENXIO:
-            raise SnapshotError(f"cannot ask for the blocks of the file: {e.strerror}") from e
-        return size_bytes, size_bytes
 
 
 def can_reflink(source: Path, folder: Path) -> bool:

@@ -20,7 +20,7 @@ from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, OwnedResource, check_name, from_json, to_json
 from vmsnap.pagecache import write_all
 from vmsnap.roles import DiskReader
-from vmsnap_drivers.snapshots.qcow2.image import sync_file, sync_folder
+from vmsnap_drivers.snapshots.qcow2.image import sync
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM
 
 _CHUNK_BYTES: Final = 4 << 20
@@ -83,8 +83,8 @@ def make(plan: ClonePlan, snapshot: DiskSnapshot, reader: DiskReader, notes: Pat
     except OSError as e:
         raise SnapshotError(f"the clone {path} cannot be made: {e.strerror}", cure="see whether there is room") from e
     if plan.lasting:
-        sync_file(path)
-        sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
     return Disk(snapshot.disk.device, str(path), reader.size_bytes, "raw")
 
 
@@ -118,6 +118,16 @@ def list_owned(notes: Path) -> list[OwnedResource]:
         if path is not None:
             found.append(OwnedResource("clone", str(path), plan.snapshot.tag, MECHANISM))
     return found
+
+
+def plan_of(owned: OwnedResource, notes: Path) -> ClonePlan | None:
+    """The noted plan of a clone that `list_owned` named; None where it is none, or its note cannot be read."""
+    if owned.kind != "clone":
+        return None
+    try:
+        return from_json((notes / Path(owned.name).name.removesuffix(".raw")).read_bytes(), ClonePlan)
+    except (OSError, ValueError):
+        return None
 
 
 def _note(plan: ClonePlan, path: Path, notes: Path) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any, Final
 
+from vmsnap import durable
 from vmsnap.errors import DriverUnavailable, SnapshotError
 
 _QUICK_SECONDS: Final = 30.0
@@ -55,8 +56,8 @@ class QemuImg:
         if backing is not None:
             arguments += ["-u", "-b", backing[0], "-F", backing[1]]
         self._run([*arguments, f"{path}", str(size_bytes)], _QUICK_SECONDS)
-        sync_file(path)
-        sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
 
     def check_unused(self, path: Path) -> None:
         """Open `path` alone, with QEMU's locks.
@@ -128,28 +129,12 @@ class QemuImg:
         return done
 
 
-def sync_file(path: Path) -> None:
-    """Bring the content of `path` to the disk.
+def sync(path: Path) -> None:
+    """Bring the content of a file, or the names in a folder, to the disk.
 
     :raises SnapshotError: it could not be written
     """
-    _sync(path, os.O_RDONLY)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in `folder` to the disk.
-
-    :raises SnapshotError: they could not be written
-    """
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        durable.sync(path)
     except OSError as e:
         raise SnapshotError(f"{path} could not be written to its disk: {e.strerror}") from e

@@ -19,11 +19,11 @@ from vmsnap.model import (
     Window,
 )
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
 from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_number
-from vmsnap_drivers.snapshots.qcow2.clone_reader import CloneReader
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
 from vmsnap_drivers.snapshots.qcow2.keeping import KeptNotes
@@ -241,7 +241,7 @@ class Qcow2Mechanism(SnapshotMechanism):
         path = clones.file_of(plan)
         if path is None:
             raise SnapshotError(f"disk {plan.device} is read-only and was not cloned: its snapshot is read")
-        return CloneReader(path, disk.size_bytes)
+        return FileReader(path, disk.size_bytes, "the clone")
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`. With or without its QEMU.
@@ -264,6 +264,28 @@ class Qcow2Mechanism(SnapshotMechanism):
     def list_owned(self) -> Sequence[OwnedResource]:
         """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
         return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes), *self._kept.list_owned()]
+
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """See `SnapshotMechanism.remove_owned`: by the plan in the record or the note that tells of it. A record that
+        cannot be read is removed itself.
+
+        :raises SnapshotError: something is left, or it is a record of changes, which may serve the next backup
+        """
+        if owned.kind == "dirty bitmap":
+            raise SnapshotError(
+                f"{owned.name} records what changes on a disk, for the next backup",
+                cure="register its VM, then: vmsnap vm remove NAME",
+            )
+        if owned not in self.list_owned():
+            return
+        clone = clones.plan_of(owned, self._clone_notes)
+        plan = record.plan_of(owned, self._folder)
+        if clone is not None:
+            self.delete_clone(clone)
+        elif plan is not None:
+            self.delete(plan)
+        else:
+            Path(owned.name).unlink(missing_ok=True)
 
     def doctor(self) -> Sequence[Finding]:
         """See `SnapshotMechanism.doctor`."""

@@ -27,7 +27,7 @@ from typing import Final
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph, Deadline
-from vmsnap_drivers.snapshots.qcow2.image import sync_folder
+from vmsnap_drivers.snapshots.qcow2.image import sync
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 _COMMIT_SECONDS: Final = 600.0
@@ -154,7 +154,7 @@ def _rename(pairs: Iterable[tuple[str, str]]) -> None:
             Path(old).rename(new)
             folders.add(Path(new).parent)
     for folder in folders:
-        sync_folder(folder)
+        sync(folder)
 
 
 def _touch(path: str) -> None:

@@ -43,3 +43,11 @@ def list_owned(folder: Path) -> Sequence[OwnedResource]:
                 files += [("overlay", name) for name in overlays]
         found += [OwnedResource(kind, name, plan.tag, MECHANISM) for kind, name in files if Path(name).exists()]
     return found
+
+
+def plan_of(owned: OwnedResource, folder: Path) -> SnapshotPlan | None:
+    """The recorded plan in which something that `list_owned` named was made; None where it cannot be read."""
+    try:
+        return from_json((folder / f"{owned.tag}.json").read_bytes(), SnapshotPlan)
+    except (OSError, ValueError):
+        return None

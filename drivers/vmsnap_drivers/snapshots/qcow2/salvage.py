@@ -16,7 +16,7 @@ from typing import Final
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.qcow2 import overlay
-from vmsnap_drivers.snapshots.qcow2.image import QemuImg, sync_file, sync_folder
+from vmsnap_drivers.snapshots.qcow2.image import QemuImg, sync
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 _COMMIT_SLACK_NS: Final = 5_000_000_000
@@ -49,9 +49,9 @@ def salvage_overlay(image: QemuImg, disk: Disk, names: DiskNames) -> None:
     else:
         _check_unchanged(base, found, disk, _COMMIT_SLACK_NS if found == Path(names.committing_file) else 0)
         image.commit(found)
-        sync_file(base)
+        sync(base)
     overlay.remove_files(names)
-    sync_folder(found.parent)
+    sync(found.parent)
 
 
 def _find(names: DiskNames) -> Path | None:

@@ -1,0 +1,93 @@
+"""Finds what carries our tag and what nobody answers for: the host's database was lost or damaged, or put back to an
+older state. It may be somebody's all the same, so nothing of it is removed that the user has not named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+from vmsnap import registry
+from vmsnap.controller.drivers import Drivers
+from vmsnap.database import Database
+from vmsnap.errors import NotFound, UsageError
+from vmsnap.model import OwnedResource, to_json
+from vmsnap.roles import Hypervisor
+
+
+class Strays:
+    """What the installed drivers find on this host, without what the host's database knows."""
+
+    def __init__(self, drivers: Drivers, database: Database) -> None:
+        self._drivers = drivers
+        self._database = database
+
+    def find(self) -> list[OwnedResource]:
+        """All of them, by driver, kind and name. Blocks while drivers look; changes nothing."""
+        # What is made stands in the database before, and what is removed until after: so, looked at once more, what
+        # comes and goes meanwhile is no stray.
+        first = self._unknown()
+        again = set(self._unknown()) if first else set()
+        return sorted((each for each in first if each in again), key=lambda each: (each.driver, each.kind, each.name))
+
+    def remove(self, names: Sequence[str]) -> list[OwnedResource]:
+        """Remove the strays of these names, and what belongs to the same snapshot; returns those that are gone.
+
+        :raises NotFound: one of them is no stray; nothing was removed
+        :raises VmsnapError: a driver could not remove one; those before it are gone
+        """
+        before = self.find()
+        chosen = [each for each in before if each.name in names]
+        if missing := set(names) - {each.name for each in chosen}:
+            raise NotFound(f"there is no stray named {min(missing)!r}", cure="see: vmsnap strays")
+        for each in chosen:
+            self._remove(each)
+        left = set(self.find())
+        return [each for each in before if each not in left]
+
+    def _unknown(self) -> list[OwnedResource]:
+        owned = list(self._owned())
+        known = self._known()
+        return [each for each in owned if not _is_named(each, known)]
+
+    def _owned(self) -> Iterator[OwnedResource]:
+        for driver in registry.installed():
+            if driver.driver is None:
+                continue  # `vmsnap drivers` says why
+            if driver.kind == "hypervisor":
+                with closing(self._hypervisor(driver.name, "strays")) as hypervisor:
+                    yield from hypervisor.list_owned()
+            elif driver.kind == "snapshot mechanism":
+                with closing(self._drivers.mechanism(driver.name)) as mechanism:
+                    yield from mechanism.list_owned()
+
+    def _known(self) -> str:
+        """All that the database says of what is on this host, as one text."""
+        texts = [row["data"] for row in self._database.rows("SELECT data FROM resource WHERE gone = 0")]
+        texts += [row["data"] for row in self._database.rows("SELECT data FROM held")]
+        texts += [to_json(row["vm"]) for row in self._database.rows("SELECT vm FROM vm")]
+        texts += [to_json(row["address"]) for row in self._database.rows("SELECT address FROM disk")]
+        return "\n".join(texts)
+
+    def _hypervisor(self, name: str, vm: str) -> Hypervisor:
+        driver = registry.hypervisor(name)
+        return driver(vm, self._drivers.context, {option.name: option.default or "" for option in driver.options})
+
+    def _remove(self, stray: OwnedResource) -> None:
+        if stray.driver not in registry.names(registry.HYPERVISORS):
+            with closing(self._drivers.mechanism(stray.driver)) as mechanism:
+                mechanism.remove_owned(stray)
+            return
+        with closing(self._hypervisor(stray.driver, stray.name)) as hypervisor:
+            if stray.kind == "duplicate":
+                hypervisor.discard_duplicate(stray.name)
+            elif stray.kind == "vm":
+                hypervisor.destroy()
+            else:
+                raise UsageError(f"the {stray.kind} {stray.name} of {stray.driver} cannot be removed by vmsnap")
+
+
+def _is_named(owned: OwnedResource, known: str) -> bool:
+    """Whether the database knows it: by its name, its tag, or, what lies in a disk, by that."""
+    words = {owned.name, owned.tag, owned.name.partition(" of ")[2]} - {""}
+    return any(to_json(word) in known for word in words)

@@ -1,0 +1,32 @@
+"""Making names and contents outlive a power cut (fsync(2): of a folder, for the names in it)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder, for its owner alone, and the parents that are missing; after a power cut they are there.
+    Idempotent; blocks.
+
+    :raises OSError: it cannot be made, or is something else
+    """
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk. Blocks.
+
+    :raises OSError: it is not there, or could not be written
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
