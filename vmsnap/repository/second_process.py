@@ -144,7 +144,8 @@ def main() -> None:
 
 
 def _serve(channel: Connection[bool, list[Piece]], blobs: BlobReader, file: QuietWriter) -> None:
-    with suppress(EOFError, ConnectionError):
+    # Whatever happens here, the parent hears that its question is not answered.
+    with channel, suppress(EOFError, ConnectionError):
         while True:
             pieces = channel.recv()
             try:
