@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ LoadIds: TypeAlias = Callable[[ImageRecord, Node], bytes]
 
 _BATCH_BYTES = 4 << 20
 _HOLES_BYTES = 1 << 30
+_FILE_BUFFER_BYTES = 128 << 10
 _CACHE_BYTES = 16 << 20
 
 
@@ -91,6 +93,12 @@ class ImageReader(DiskReader):
     def close(self) -> None:
         """Close the cache of what was read, if there is one; idempotent."""
         self._blobs.close()
+
+    def as_file(self) -> io.BufferedReader:
+        """The image as a buffered, seekable file object; closing it closes this reader."""
+        from vmsnap.repository.imagefile import ImageFile
+
+        return io.BufferedReader(ImageFile(self), _FILE_BUFFER_BYTES)
 
     def restore_to_file(self, path: str | Path, progress: Progress | None = None, *, mode: int = 0o600) -> None:
         """Write the image to a new sparse file, durable on return; all or nothing. Blocks.
