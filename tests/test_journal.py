@@ -176,3 +176,24 @@ def test_a_process_is_named_by_pid_and_start_and_a_boot_by_its_id() -> None:
     gone.wait()
     assert process_start(gone.pid) is None
     assert len(boot_id()) == 36
+
+
+def test_what_need_not_be_durable_is_seen_at_once_and_changes_nothing_for_the_next(tmp_path: Path) -> None:
+    database, other = Database(tmp_path / "vmsnap.db"), Database(tmp_path / "vmsnap.db")
+
+    def is_full() -> bool:
+        return bool(database.rows("PRAGMA synchronous")[0][0] == 2)
+
+    row = ("file:///r", "id", "none")
+    with database.transaction(durable=False) as db:
+        db.execute("INSERT INTO repository VALUES (?, ?, ?)", row)
+        assert not is_full()
+    assert is_full() and len(other.rows("SELECT * FROM repository")) == 1
+    with pytest.raises(VmsnapError, match="cannot be written"), database.transaction(durable=False) as db:
+        db.execute("INSERT INTO repository VALUES (?, ?, ?)", row)
+    with pytest.raises(KeyError), database.transaction(durable=False) as db:
+        db.execute("DELETE FROM repository")
+        raise KeyError
+    assert is_full() and len(other.rows("SELECT * FROM repository")) == 1
+    database.close()
+    other.close()

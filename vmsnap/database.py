@@ -85,8 +85,8 @@ CREATE TABLE held (
 class Database:
     """One connection to the host's database. Not shared between threads.
 
-    Every write is a transaction of its own, durable on return (``synchronous=FULL``), and waits up to 10 s for
-    another writer.
+    Every write is a transaction of its own, durable on return (``synchronous=FULL``) unless the caller can do without
+    that, and waits up to 10 s for another writer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class Database:
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None)
             self._connection.row_factory = sqlite3.Row
             self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
+            self._sync("FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._make_schema()
         except (sqlite3.Error, OSError) as e:
@@ -127,23 +127,41 @@ class Database:
                 )
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """All statements inside, or none; durable when it ends.
 
+        :param durable: if not, a power cut can take it until the next one that is; a kill cannot. It does not wait for
+            the disk, which can be busy for half a second with what else is written there
         :raises VmsnapError: the database is locked for too long, or the disk is full
         """
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            if durable:
+                with self._whole() as connection:
+                    yield connection
+                return
+            self._sync("NORMAL")
             try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                with self._whole() as connection:
+                    yield connection
+            finally:
+                self._sync("FULL")
         except sqlite3.Error as e:
+            raise VmsnapError(f"the state database {self.path} cannot be written: {e}") from e
+
+    @contextmanager
+    def _whole(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            raise VmsnapError(f"the state database {self.path} cannot be written: {e}") from e
+            raise
+
+    def _sync(self, how: str) -> None:
+        """How far a commit in WAL mode goes (sqlite.org/pragma.html): ``FULL`` to the disk, ``NORMAL`` not so far."""
+        self._connection.execute(f"PRAGMA synchronous = {how}")
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         """All rows of a query.

@@ -204,7 +204,8 @@ class Operation:
                 )
 
     def _write_ends(self, ends: Iterable[tuple[str, int, str, int, str]]) -> None:
-        with self._database.transaction() as db:
+        # An end that a power cut has taken is as one that was not reached: recovery looks at what is there.
+        with self._database.transaction(durable=False) as db:
             db.executemany(
                 "UPDATE entry SET status = ?, ended_ns = ?, message = ?, begun_ns = ?"
                 " WHERE instruction = ? AND status = 'begun' AND operation = ?",
