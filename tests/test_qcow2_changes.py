@@ -82,11 +82,18 @@ def bitmaps(machine: Machine, disk: Disk) -> dict[str, bool]:
     return {found["name"]: found["persistent"] for found in node.get("dirty-bitmaps", ()) if "name" in found}
 
 
+def end(machine: Machine) -> None:
+    """Let QEMU end in order, so that it stores its bitmaps."""
+    machine.oracle.hmp("quit")
+    machine.process.wait(30)
+    machine.stop()
+
+
 def restart(machine: Machine, *, orderly: bool) -> None:
     if orderly:
-        machine.oracle.hmp("quit")
-        machine.process.wait(30)
-    machine.stop()
+        end(machine)
+    else:
+        machine.stop()
     machine.start()
 
 
@@ -174,9 +181,7 @@ def test_what_qemu_s_own_tools_do_to_an_image_while_its_vm_is_off_is_recorded_or
     first.keep()
     first.delete()
     image = first.disks[1].address
-    machine.oracle.hmp("quit")
-    machine.process.wait(30)
-    machine.stop()
+    end(machine)
     content = bytearray(first.contents[1])
     content[MIB : 2 * MIB] = bytes(MIB)
     content[2 * MIB : 2 * MIB + 5000] = b"other" * 1000
@@ -209,9 +214,7 @@ def test_an_image_that_was_written_past_qemu_is_not_trusted(
     machine.resume(Window.NO_BLOCK_JOBS)
     machine.scribble(first.disks)
     driver.close()
-    machine.oracle.hmp("quit")
-    machine.process.wait(30)
-    machine.stop()
+    end(machine)
     mechanism(context).delete(plan)
     machine.start()
     second = Instant(driver, machine, Window.FREE)

@@ -154,7 +154,7 @@ class Database:
         try:
             yield self._connection
             self._connection.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # the caller's too: nothing of its transaction stays
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise

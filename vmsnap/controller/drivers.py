@@ -29,6 +29,15 @@ class Drivers:
         driver = registry.hypervisor(name)
         return driver(vm, self.context, check_options(name, driver.options, options))
 
+    def hypervisor_of_host(self, name: str, purpose: str) -> Hypervisor:
+        """A hypervisor driver for what concerns no registered VM, with the defaults of its options; `purpose` stands
+        where the VM's name would.
+
+        :raises DriverUnavailable: there is no such driver
+        """
+        driver = registry.hypervisor(name)
+        return driver(purpose, self.context, {option.name: option.default or "" for option in driver.options})
+
     def mechanism(self, name: str) -> SnapshotMechanism:
         """A snapshot mechanism; raises as `hypervisor` does."""
         driver = registry.snapshot_mechanism(name)

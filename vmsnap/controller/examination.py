@@ -30,8 +30,7 @@ def examine_host(
             continue
         try:
             if known.kind == "hypervisor":
-                options = {option.name: option.default or "" for option in known.driver.options}
-                found += [(known.name, f) for f in known.driver("doctor", drivers.context, options).doctor()]
+                found += [(known.name, f) for f in drivers.hypervisor_of_host(known.name, "doctor").doctor()]
             elif known.kind == "snapshot mechanism":
                 found += [(known.name, f) for f in drivers.mechanism(known.name).doctor()]
             else:

@@ -12,7 +12,6 @@ from vmsnap.controller.drivers import Drivers
 from vmsnap.database import Database
 from vmsnap.errors import NotFound, UsageError
 from vmsnap.model import OwnedResource, to_json
-from vmsnap.roles import Hypervisor
 
 
 class Strays:
@@ -55,7 +54,7 @@ class Strays:
             if driver.driver is None:
                 continue  # `vmsnap drivers` says why
             if driver.kind == "hypervisor":
-                with closing(self._hypervisor(driver.name, "strays")) as hypervisor:
+                with closing(self._drivers.hypervisor_of_host(driver.name, "strays")) as hypervisor:
                     yield from hypervisor.list_owned()
             elif driver.kind == "snapshot mechanism":
                 with closing(self._drivers.mechanism(driver.name)) as mechanism:
@@ -69,16 +68,12 @@ class Strays:
         texts += [to_json(row["address"]) for row in self._database.rows("SELECT address FROM disk")]
         return "\n".join(texts)
 
-    def _hypervisor(self, name: str, vm: str) -> Hypervisor:
-        driver = registry.hypervisor(name)
-        return driver(vm, self._drivers.context, {option.name: option.default or "" for option in driver.options})
-
     def _remove(self, stray: OwnedResource) -> None:
         if stray.driver not in registry.names(registry.HYPERVISORS):
             with closing(self._drivers.mechanism(stray.driver)) as mechanism:
                 mechanism.remove_owned(stray)
             return
-        with closing(self._hypervisor(stray.driver, stray.name)) as hypervisor:
+        with closing(self._drivers.hypervisor_of_host(stray.driver, stray.name)) as hypervisor:
             if stray.kind == "duplicate":
                 hypervisor.discard_duplicate(stray.name)
             elif stray.kind == "vm":
