@@ -72,3 +72,18 @@ def test_a_server_that_does_not_answer_is_not_taken_for_stopped(
         assert path.exists()
     server.stop(graph, path)
     assert not path.exists()
+
+
+def test_a_socket_that_qemu_was_given_and_never_served_is_taken_back(graph: BlockGraph, tmp_path: Path) -> None:
+    """vmsnap was killed in between."""
+    path = tmp_path / "nbd"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        graph.monitor.send_descriptor(path.stem, listening.fileno())
+    graph.monitor.close()
+    with Monitor.borrow(tmp_path / "qmp") as anew:
+        server.stop(BlockGraph(anew), path)
+        assert not path.exists()
+        server.start(BlockGraph(anew), path)
+        server.stop(BlockGraph(anew), path)

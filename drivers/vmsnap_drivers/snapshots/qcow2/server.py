@@ -38,6 +38,7 @@ def start(graph: BlockGraph, path: Path) -> None:
             graph.monitor.send_descriptor(name, listening.fileno())
             graph.monitor.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": name}}})
         except MonitorError as e:
+            _take_back(graph, name)
             path.unlink(missing_ok=True)
             if "already running" in e.description:
                 raise Busy(
@@ -56,9 +57,24 @@ def stop(graph: BlockGraph, path: Path) -> None:
 
     :raises SnapshotError: QEMU refused, or does not answer there
     """
+    if path.exists():
+        _take_back(graph, path.stem)
     if _is_listening(path):
         graph.call("nbd-server-stop")
     path.unlink(missing_ok=True)
+
+
+def _take_back(graph: BlockGraph, name: str) -> None:
+    """Let QEMU close a socket that it was given and does not serve: vmsnap died in between, or QEMU refused. Whoever
+    connected to it would wait for ever. One that it serves has no name any more (``monitor_get_fd``).
+
+    :raises SnapshotError: QEMU does not answer
+    """
+    try:
+        graph.call("closefd", {"fdname": name})
+    except SnapshotError as e:
+        if not isinstance(e.__cause__, MonitorError):  # its only refusal is that there is none of that name
+            raise
 
 
 def _listen(path: Path) -> socket.socket:
