@@ -10,11 +10,17 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmsnap.roles.storage import ObjectInfo
 
 # As many packs as an uploader stores at once, and as many ranges as a restore reads at once.
-_PUTS = 3
+_PUTS = 4
 _GETS = 4
 _RANGE_BYTES = 8 << 20
+# As the others write their files. Larger writes get memory that the machine has not used yet, and wait for it.
+_WRITE_BYTES = 256 << 10
 
 
 def main() -> None:
@@ -47,21 +53,16 @@ def _get(url: str, folder: Path) -> None:
     from vmsnap.places import storage_for
 
     storage = storage_for(url)
-    ranges = []
-    for found in storage.list("packs/"):
-        target = folder / found.key.rpartition("/")[2]
-        target.touch()
-        ranges += [(found.key, target, at, found.size_bytes) for at in range(0, found.size_bytes, _RANGE_BYTES)]
 
-    def move(part: tuple[str, Path, int, int]) -> None:
-        key, target, at, size = part
-        content = storage.get(key, at, min(_RANGE_BYTES, size - at))
-        with target.open("r+b") as file:
-            file.seek(at)
-            file.write(content)
+    def move(found: ObjectInfo) -> None:
+        with (folder / found.key.rpartition("/")[2]).open("wb") as file:
+            for at in range(0, found.size_bytes, _RANGE_BYTES):
+                content = memoryview(storage.get(found.key, at, min(_RANGE_BYTES, found.size_bytes - at)))
+                for start in range(0, len(content), _WRITE_BYTES):
+                    file.write(content[start : start + _WRITE_BYTES])
 
     with ThreadPoolExecutor(_GETS) as threads:
-        list(threads.map(move, ranges))
+        list(threads.map(move, storage.list("packs/")))
     storage.close()
 
 

@@ -82,7 +82,7 @@ def test_killed_at_random_moments_the_guest_runs_and_nothing_is_left(
             made += 1
         machine.wait_for_count(machine.latest_count() + 5, timeout_seconds=MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS)
     assert controller.recover().kept == ()
-    # One that is killed between its commit and the keeping of its dirty bitmaps costs the next a whole reading, said so.
+    # One that is killed between its commit and the keeping of its dirty bitmaps costs the next a whole reading.
     warnings = controller.backup("vm001", repository).warnings
     assert [said for said in warnings if "was read whole" not in said] == []
     assert controller.backup("vm001", repository).warnings == ()

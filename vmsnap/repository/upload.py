@@ -18,7 +18,7 @@ from vmsnap.roles.storage import StorageBackend
 
 _UPLOADS = 2
 # Where an answer takes a while, more of them are on their way.
-_REMOTE_UPLOADS = 3
+_REMOTE_UPLOADS = 4
 # Chunks and tree nodes go into packs of their own: whoever walks a tree then finds its nodes side by side.
 PACK_BYTES_OF = {BlobKind.DATA: PACK_BYTES, BlobKind.TREE: PACK_BYTES // 4}
 
@@ -62,7 +62,7 @@ class _Kind:
 
 
 class PackUploader:
-    """Takes blobs, builds one pack of each kind at a time, and stores two others meanwhile, three in remote storage;
+    """Takes blobs, builds one pack of each kind at a time, and stores two others meanwhile, four in remote storage;
     all its memory is the buffers of two packs more than that of each kind. A failed upload fails every later call.
     """
 

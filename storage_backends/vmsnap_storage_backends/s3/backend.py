@@ -46,7 +46,7 @@ class S3Storage(StorageBackend):
         self.settings = parse_settings(options or {})
         self.retention_seconds = self.settings.lock_seconds
         self.connection = Connection(self.settings)
-        self.uploader = upload.Uploader(self.call, self.place, self._pool)
+        self.uploader = upload.Uploader(self.call, self.place, self._pool, with_md5=bool(self.settings.lock_mode))
         self.retention = Retention(self.call, self.place, self.settings)
         self._lock = threading.Lock()
         self._probing = threading.Lock()

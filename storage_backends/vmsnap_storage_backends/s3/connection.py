@@ -81,8 +81,10 @@ class Connection:
             max_pool_connections=_CONNECTIONS,
             # vmsnap tries again itself, in one place for all backends.
             retries={"total_max_attempts": 1, "mode": "standard"},
-            s3={"addressing_style": settings.addressing},
-            # Every service verifies Content-MD5, which we send; the newer check sums not every service knows.
+            # Whoever checks signatures of version 4 checks the SHA-256 of the payload that they cover, over https too
+            # where boto3 would leave it out; the newer check sums not every service knows.
+            signature_version="s3v4",
+            s3={"addressing_style": settings.addressing, "payload_signing_enabled": True},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             tcp_keepalive=True,
