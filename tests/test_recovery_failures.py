@@ -1,5 +1,5 @@
 """What setting right is like when that goes wrong too: recovery is killed at each of its own calls, again and again;
-and every call of a backup hangs once, under a real guardian.
+and every call of a backup hangs once, or takes long, under a real guardian.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from vmsnap.testing.faults import Effect, Fault, FaultPlan, single_faults
 
 MAX_PAUSE_SECONDS = 1.0
 HANGS = (Effect.HANG, Effect.HANG_AFTER)
+SLOW = (Effect.SLOW, Effect.SLOW_AFTER)
+SLOW_SECONDS = 2 * MAX_PAUSE_SECONDS
 
 
 def backed_up(controller: Controller, repository: Repository) -> object:
@@ -49,12 +51,16 @@ class Announced(FaultPlan):
     """Says on a pipe that a fault comes true."""
 
     def __init__(self, fault: Fault, pipe: int) -> None:
-        super().__init__(fault)
+        super().__init__(fault, slow_seconds=SLOW_SECONDS)
         self._pipe = pipe
 
     def strike(self, fault: Fault, default: type[VmsnapError]) -> VmsnapError:
         os.write(self._pipe, b"x")
         return super().strike(fault, default)
+
+    def dawdle(self, fault: Fault) -> None:
+        os.write(self._pipe, b"x")
+        super().dawdle(fault)
 
 
 def world_of(*, guarded: bool) -> World:
@@ -142,29 +148,62 @@ def test_recovery_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
     counted(f"{kills} kills of recovery, after {2 * len(faults)} kills of what it sets right; nothing was left or lost")
 
 
+def backup_with(world: World, fault: Fault) -> int:
+    """Begin a backup in a process of its own, and see that the guest goes on when `fault` has come true; the process.
+
+    It ends with 0 where the backup was made, else with 1.
+    """
+    told, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            plan = Announced(fault, say)
+            with world.controller(plan) as controller:
+                controller.backup("vm001", world.repository(plan), max_pause_seconds=MAX_PAUSE_SECONDS)
+            status = 0
+        except VmsnapError as error:
+            status = 1 if "\n" not in str(error) else 2
+        finally:
+            os._exit(status)
+    os.close(say)
+    assert os.read(told, 1) == b"x", fault
+    os.close(told)
+    assert world.counts_on(MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS), fault
+    return child
+
+
+def faults_of_a_backup(world: World, effects: tuple[Effect, ...]) -> list[Fault]:
+    counts = calls_of(world, LIVE)
+    # Calls of the storage come when the guest runs again, and are alike.
+    return list(single_faults({call: 1 if call in STORAGE else n for call, n in counts.items()}, effects))
+
+
 @pytest.mark.timeout(900)
 def test_whatever_call_of_a_backup_hangs_the_guest_goes_on(guarded: World, counted: Counted) -> None:
-    counts = calls_of(guarded, LIVE)
-    # Calls of the storage come when the guest runs again, and are alike.
-    counts = {call: 1 if call in STORAGE else number for call, number in counts.items()}
-    faults = list(single_faults(counts, HANGS))
+    faults = faults_of_a_backup(guarded, HANGS)
     for fault in faults:
-        told, say = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                plan = Announced(fault, say)
-                with guarded.controller(plan) as controller:
-                    repository = guarded.repository(plan)
-                    controller.backup("vm001", repository, max_pause_seconds=MAX_PAUSE_SECONDS)
-            finally:
-                os._exit(1)
-        os.close(say)
-        assert os.read(told, 1) == b"x", fault
-        os.close(told)
-        assert guarded.counts_on(MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS), fault
+        child = backup_with(guarded, fault)
         os.kill(child, signal.SIGKILL)  # nobody has waited for it, so that it is there, if only as a zombie
         os.waitpid(child, 0)
         recover_with(guarded)
         clear(guarded, LIVE)
     counted(f"{len(faults)} calls that hang, the guest went on each time, nothing was left or lost")
+
+
+@pytest.mark.timeout(900)
+def test_whatever_call_of_a_backup_takes_long_it_costs_the_backup_at_most(guarded: World, counted: Counted) -> None:
+    """Longer than the longest pause, that is. It costs the backup where the guardian is on watch, else nothing."""
+    faults = faults_of_a_backup(guarded, SLOW)
+    lost = []
+    for fault in faults:
+        ended = os.waitstatus_to_exitcode(os.waitpid(backup_with(guarded, fault), 0)[1])
+        assert ended in (0, 1, -signal.SIGKILL), fault  # the guardian kills who keeps the guest waiting
+        if ended:
+            lost.append((fault.method, fault.effect))
+        recover_with(guarded)
+        clear(guarded, LIVE)
+    on_watch = {(method, effect) for method in ("pause", "snapshot", "duplicate", "resume") for effect in SLOW}
+    assert on_watch <= set(lost)
+    assert len(lost) < len(faults) // 2  # a busy machine may cost another one
+    counted(f"{len(faults)} calls that take long, {len(lost)} backups failed by it, nothing was left or lost")

@@ -55,6 +55,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 HANG_SECONDS = 60.0
+SLOW_SECONDS = 2.0
 
 
 class Effect(enum.Enum):
@@ -68,13 +69,18 @@ class Effect(enum.Enum):
     """Does not return until the plan is released or its time is over, then raises; the driver was not called."""
     HANG_AFTER = "hang-after"
     """The same, after the driver was called."""
+    SLOW = "slow"
+    """Waits the plan's `slow_seconds`, then calls the driver; all is right but the time."""
+    SLOW_AFTER = "slow-after"
+    """The same, waiting after the driver was called."""
     KILL = "kill"
     """Kills this process; the driver was not called."""
     KILL_AFTER = "kill-after"
     """Kills this process after the driver was called."""
 
 
-_DONE_FIRST = frozenset({Effect.AFTER, Effect.HANG_AFTER, Effect.KILL_AFTER})
+_DONE_FIRST = frozenset({Effect.AFTER, Effect.HANG_AFTER, Effect.SLOW_AFTER, Effect.KILL_AFTER})
+_SLOW = frozenset({Effect.SLOW, Effect.SLOW_AFTER})
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,11 @@ class Fault:
 class FaultPlan:
     """Which calls fail, and what was called so far. Several threads may use it."""
 
-    def __init__(self, *faults: Fault, hang_seconds: float = HANG_SECONDS) -> None:
+    def __init__(self, *faults: Fault, hang_seconds: float = HANG_SECONDS, slow_seconds: float = SLOW_SECONDS) -> None:
         """Plan these faults."""
         self._faults = {(fault.method, fault.number): fault for fault in faults}
         self._hang_seconds = hang_seconds
+        self._slow_seconds = slow_seconds
         self._released = threading.Event()
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -104,7 +111,7 @@ class FaultPlan:
         """The faults that came true, in order."""
 
     def release(self) -> None:
-        """Let calls that hang go on (they raise), now and later."""
+        """Let calls that hang go on (they raise), and slow ones, now and later."""
         self._released.set()
 
     def count(self, method: str) -> Fault | None:
@@ -134,11 +141,25 @@ class FaultPlan:
         """
         fault = self.count(method)
         if fault is not None and fault.effect not in _DONE_FIRST:
-            raise self.strike(fault, default)
+            self.apply(fault, default)
         result = target(*args, **kwargs)
-        if fault is not None:
-            raise self.strike(fault, default)
+        if fault is not None and fault.effect in _DONE_FIRST:
+            self.apply(fault, default)
         return result
+
+    def apply(self, fault: Fault, default: type[VmsnapError]) -> None:
+        """Let a fault come true, now.
+
+        :raises VmsnapError: see `call`; a slow call raises nothing
+        """
+        if fault.effect in _SLOW:
+            self.dawdle(fault)
+        else:
+            raise self.strike(fault, default)
+
+    def dawdle(self, fault: Fault) -> None:
+        """Wait as the slow `fault` does."""
+        self._released.wait(self._slow_seconds)
 
 
 def single_faults(counts: Mapping[str, int], effects: Iterable[Effect]) -> Iterator[Fault]:
@@ -435,7 +456,7 @@ def _iterate(
 ) -> Iterator[T]:
     fault = plan.count(method)
     if fault is not None and fault.effect not in _DONE_FIRST:
-        raise plan.strike(fault, default)
+        plan.apply(fault, default)
     yield from target()
-    if fault is not None:
-        raise plan.strike(fault, default)
+    if fault is not None and fault.effect in _DONE_FIRST:
+        plan.apply(fault, default)
