@@ -1,4 +1,4 @@
-"""Every order of instructions and every failure of every call of a live backup and a restore, on real simulated VMs.
+"""Every order of instructions and every failure of every call of a live backup, on real simulated VMs.
 
 A run that goes well is counted first; then each of its calls to a driver fails once, before it was done and after.
 """
@@ -6,7 +6,6 @@ A run that goes well is counted first; then each of its calls to a driver fails 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +17,6 @@ from vmsnap.controller import Controller
 from vmsnap.controller.backup import BackupOrder, LiveBackup
 from vmsnap.controller.progress import silent
 from vmsnap.errors import VmsnapError
-from vmsnap.model import VmState
 from vmsnap.protocol import BACKUP_LIVE, Instruction
 from vmsnap.repository import Repository
 from vmsnap.testing.faults import Effect, Fault, FaultPlan, single_faults
@@ -154,45 +152,3 @@ def test_a_vm_that_was_stopped_stays_stopped_and_has_no_pause(world: World) -> N
             controller.vm("vm001")
     world.see_that_all_is_well()
     clear(world)
-
-
-def test_whatever_single_call_of_a_restore_fails_nothing_of_it_is_left(world: World, counted: Counted) -> None:
-    with world.controller() as controller:
-        backup = controller.backup("vm001", world.repository()).backup
-
-    def restore(faults: FaultPlan) -> bool:
-        try:
-            with world.controller(faults) as controller:
-                controller.restore(world.repository(faults), backup, "vm002", run=True)
-            succeeded = True
-        except VmsnapError as error:
-            assert "\n" not in str(error)
-            succeeded = False
-        with world.controller() as controller:
-            if controller.journal.unfinished():
-                assert controller.recover().kept == ()
-        return succeeded
-
-    def take_away() -> None:
-        with world.controller() as controller:
-            row = controller.table.get("vm002")
-            driver = controller.drivers.hypervisor("simulated", "vm002", row.options)
-            assert driver.state() is VmState.EXECUTING
-            assert not ask(Path(row.options["socket"]), "check")["fault"]
-            driver.destroy()
-            controller.remove_vm("vm002")
-            for disk in row.disks:
-                Path(disk.address).unlink()
-            Path(row.disks[0].address).parent.rmdir()
-
-    good = FaultPlan()
-    assert restore(good)
-    take_away()
-    faults = list(single_faults(good.counts, [Effect.BEFORE, Effect.AFTER]))
-    for fault in faults:
-        if restore(FaultPlan(fault)):
-            take_away()
-        assert not (world.folders.state_dir / "vms" / "vm002").exists(), fault
-        world.see_that_all_is_well(backups=1)
-    clear(world)
-    counted(f"{len(faults)} single failures, nothing was left or lost")

@@ -1,6 +1,6 @@
-"""Every call of a consistent backup, a held duplicate, a consolidation, a verification by booting and a failover fails
-once: before it was done, after it was done, and by kill -9 at either moment. Afterwards the VM runs, nothing is left
-that nobody owns, the table is true, and what was stored before is whole.
+"""Every call of a consistent backup, a held duplicate, a consolidation, a verification by booting, a restore and a
+failover fails once: before it was done, after it was done, and by kill -9 at either moment. Afterwards the VM runs,
+nothing is left that nobody owns, the table is true, and what was stored before is whole.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def booted(controller: Controller, repository: Repository) -> object:
     return controller.verify_boot(repository, _live(controller), life_seconds=5)
 
 
+def restored(controller: Controller, repository: Repository) -> object:
+    return controller.restore(repository, _live(controller), "vm002", run=True)
+
+
 def _live(controller: Controller) -> str:
     return (controller.folders.state_dir / "live").read_text()
 
@@ -78,6 +82,7 @@ CASES = [
     Case("consistent", consistent_and_kept, discard_all),
     Case("consolidate", consolidated, remove_clean),
     Case("verify", booted, lambda _: None),
+    Case("restore", restored, lambda world: world.take_away("vm002")),
 ]
 
 

@@ -17,6 +17,7 @@ from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import VmGone
 from vmsnap.guardian import Guard, NoGuard, start_for
 from vmsnap.host import HostFolders
+from vmsnap.model import VmState
 from vmsnap.places import create_repository, storage_for
 from vmsnap.repository import Repository
 from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
@@ -95,6 +96,21 @@ class World:
             for number in range(mebibytes):
                 image.seek(slots.offset(number) + PAGE)
                 image.write(os.urandom(min(MIB, (slots.stride_blocks - 1) * PAGE)))
+
+    def take_away(self, vm: str) -> None:
+        """See that a restored VM is whole, then remove it with its disks; nothing where there is none of that name."""
+        with self.controller() as controller:
+            if vm not in [row.vm for row in controller.vms()]:
+                return
+            row = controller.table.get(vm)
+            driver = controller.drivers.hypervisor("simulated", vm, row.options)
+            assert driver.state() is VmState.EXECUTING
+            assert not ask(Path(row.options["socket"]), "check")["fault"]
+            driver.destroy()
+            controller.remove_vm(vm)
+        for disk in row.disks:
+            Path(disk.address).unlink()
+        Path(row.disks[0].address).parent.rmdir()
 
     def controller(self, faults: FaultPlan | None = None) -> Controller:
         """A controller of this world, with faults."""
