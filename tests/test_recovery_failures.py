@@ -12,13 +12,25 @@ from functools import partial
 import pytest
 
 from tests.conftest import Counted
-from tests.test_duplicate_failures import CASES, KILLS, STORAGE, Case, run_and_be_killed, run_with
+from tests.test_duplicate_failures import (
+    CASES,
+    KILLS,
+    STORAGE,
+    Case,
+    fail_over,
+    failed_world,
+    run_and_be_killed,
+    run_with,
+    see_that_one_machine_is_there,
+)
 from tests.workers import SLOW_MACHINE_SECONDS
 from tests.world import World
 from vmsnap.controller import Controller
 from vmsnap.errors import VmsnapError
 from vmsnap.repository import Repository
 from vmsnap.testing.faults import Effect, Fault, FaultPlan, single_faults
+
+__all__ = ["failed_world"]
 
 MAX_PAUSE_SECONDS = 1.0
 HANGS = (Effect.HANG, Effect.HANG_AFTER)
@@ -126,6 +138,15 @@ def calls_of(world: World, case: Case) -> dict[str, int]:
     return dict(plan.counts)
 
 
+def kill_recovery_until_it_gets_through(world: World, effect: Effect) -> int:
+    """Kill it at its first call, the next one at its second; returns how many were killed."""
+    number = 1
+    while status := in_a_process(partial(recover_with, world, AnyCall(number, effect))):
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (effect, number)
+        number += 1
+    return number - 1
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [LIVE, *CASES], ids=lambda case: case.name)
 def test_recovery_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
@@ -138,14 +159,31 @@ def test_recovery_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
     for fault in faults:
         for effect in KILLS:
             run_and_be_killed(world, case.verb, fault)
-            number = 1
-            while status := in_a_process(partial(recover_with, world, AnyCall(number, effect))):
-                assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (fault, effect, number)
-                number += 1
-                kills += 1
+            kills += kill_recovery_until_it_gets_through(world, effect)
             clear(world, case)
     assert kills > len(faults)
     counted(f"{kills} kills of recovery, after {2 * len(faults)} kills of what it sets right; nothing was left or lost")
+
+
+@pytest.mark.timeout(900)
+def test_recovery_of_a_failover_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
+    failed_world: Callable[[], World], counted: Counted
+) -> None:
+    plan = FaultPlan()
+    assert run_with(failed_world(), fail_over, plan)
+    counts = {call: number for call, number in plan.counts.items() if call not in STORAGE}
+    faults = list(single_faults(counts, [Effect.KILL]))  # a kill after a call is one before the next
+    kills = 0
+    for fault in faults:
+        world = failed_world()
+        run_and_be_killed(world, fail_over, fault)
+        kills += kill_recovery_until_it_gets_through(world, Effect.KILL_AFTER)
+        see_that_one_machine_is_there(world, fault)
+        world.close()
+    assert kills > len(faults) // 2
+    counted(
+        f"{kills} kills of recovery, after {len(faults)} kills of what it sets right; one machine was there each time"
+    )
 
 
 def backup_with(world: World, fault: Fault) -> int:
