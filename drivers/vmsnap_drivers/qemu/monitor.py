@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vmsnap_drivers.qemu.qmp_connection import Connection, Event, MonitorError
+from vmsnap_drivers.qemu.monitor_connection import Event, MonitorConnection, MonitorError
+from vmsnap_drivers.qemu.qmp_connection import QmpConnection
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "Event", "Monitor", "MonitorError"]
 
@@ -24,7 +25,7 @@ class Monitor:
     none waits longer than its time-out.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: MonitorConnection) -> None:
         self._connection = connection
         self._given_back = False
 
@@ -38,7 +39,7 @@ class Monitor:
         :raises Busy: it serves another client
         :raises UsageError: it is no QMP socket, or not open to this user
         """
-        return cls(Connection.get(str(path)))
+        return cls(QmpConnection.get(str(path)))
 
     def close(self) -> None:
         """Give the connection back; the last borrower's `close` disconnects. Idempotent."""
@@ -56,6 +57,11 @@ class Monitor:
     def path(self) -> str:
         """The socket."""
         return self._connection.path
+
+    @property
+    def address(self) -> str:
+        """What another process borrows it by."""
+        return self._connection.address
 
     @property
     def version(self) -> tuple[int, int, int]:

@@ -7,31 +7,24 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import UsageError
-from vmsnap.model import MemoryRegion, Nic, VmDescription, VmState
+from vmsnap.model import MemoryRegion, Nic, VmDescription
 from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.blocks import BlockReader
-from vmsnap_drivers.hypervisors.qemu.definition import FORMAT, Definition, absolute, without_secrets
+from vmsnap_drivers.hypervisors.qemu.definition import FORMAT, Definition, without_secrets
 from vmsnap_drivers.hypervisors.qemu.devices import DeviceReader
-from vmsnap_drivers.hypervisors.qemu.networks import is_connected, networks
-from vmsnap_drivers.hypervisors.qemu.refusals import refusals
 from vmsnap_drivers.qemu import commandline
 from vmsnap_drivers.qemu.commandline import Argument
 from vmsnap_drivers.qemu.configuration_file import parse_configuration
+from vmsnap_drivers.qemu.image_names import absolute
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+from vmsnap_drivers.qemu.networks import is_connected, networks
 from vmsnap_drivers.qemu.options import Options
 from vmsnap_drivers.qemu.peer import Peer, file_system_of, look_at, started_at
+from vmsnap_drivers.qemu.refusals import refusals
+from vmsnap_drivers.qemu.status import vm_state
 
-_ENDED: Final = frozenset(["shutdown"])
 _CLOCK_SECONDS: Final = 2.0
 """How exactly it is known when a process started: the start of the host is told in whole seconds."""
-
-
-def vm_state(monitor: Monitor) -> VmState:
-    """What the VM does now."""
-    status = monitor.execute("query-status")
-    if status["running"]:
-        return VmState.EXECUTING
-    return VmState.ENDED if status["status"] in _ENDED else VmState.STOPPED
 
 
 def describe(vm: str, monitor: Monitor) -> VmDescription:

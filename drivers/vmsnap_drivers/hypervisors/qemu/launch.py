@@ -23,10 +23,11 @@ from vmsnap.model import from_json, to_json
 from vmsnap.roles import LoadRequest
 from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk, Definition
-from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.capture.record import write_whole
 from vmsnap_drivers.qemu.device_state import slirp_instances
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import boot_id, listener, start_time
+from vmsnap_drivers.qemu.process import ProcessRecord
 from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
@@ -69,6 +70,11 @@ def read_mark(folder: Path) -> LoadedMark | None:
         return None
     except ValueError as e:
         raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+
+
+def record_of(mark: LoadedMark) -> ProcessRecord:
+    """What is known of the process of a VM that was loaded."""
+    return ProcessRecord(mark.vm, mark.boot or boot_id(), mark.pid, mark.pid_started, mark.socket, mark.disks)
 
 
 def find_unmarked(vm: str, folder: Path, socket_path: str) -> LoadedMark | None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import Busy, HypervisorError, VmGone
-from vmsnap_drivers.hypervisors.qemu.process import Process, ProcessRecord, held
 from vmsnap_drivers.qemu.peer import boot_id, listener, look_at, start_time
+from vmsnap_drivers.qemu.process import Process, ProcessRecord, held
 
 _KILL_SECONDS: Final = 30.0
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux

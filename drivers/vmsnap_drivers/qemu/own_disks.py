@@ -8,26 +8,23 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk
-from vmsnap_drivers.hypervisors.qemu import process
-from vmsnap_drivers.hypervisors.qemu.blocks import image_name
-from vmsnap_drivers.hypervisors.qemu.definition import absolute
-from vmsnap_drivers.hypervisors.qemu.launch import LoadedMark, read_mark
-from vmsnap_drivers.hypervisors.qemu.process import ProcessRecord
+from vmsnap_drivers.qemu.image_names import absolute, image_name
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import look_at, start_time
+from vmsnap_drivers.qemu.process import ProcessRecord
 
 _NOT_DISKS: Final = frozenset(["null-co", "null-aio"])
 
 
-def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, state_dir: Path) -> None:
+def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, known: Sequence[ProcessRecord]) -> None:
     """Ask QEMU for every block node that can be written, whether a device uses it or not, and compare its file with
-    `disks` (what lies in the VM's own `folder` is its own, too), and with the disks of all other VMs that are known.
+    `disks` (what lies in the VM's own `folder` is its own, too), and with the disks of all other VMs that are `known`.
     Files are compared by what they are, not by their names.
 
     :raises HypervisorError: one is no disk of this VM, or another's
     """
     peer = look_at(monitor.peer_pid)
-    others = _disks_of_others(state_dir, monitor.peer_pid)
+    others = _disks_of_others(known, monitor.peer_pid)
     own = {_identity(disk.address) for disk in disks}
     for node in monitor.execute("query-named-block-nodes", {"flat": True}):
         if node.get("ro") or node.get("drv") in _NOT_DISKS:
@@ -49,10 +46,7 @@ def _identity(address: str) -> str | tuple[int, int]:
     return (-1, found.st_rdev) if found.st_rdev else (found.st_dev, found.st_ino)
 
 
-def _disks_of_others(state_dir: Path, pid: int) -> dict[str | tuple[int, int], str]:
-    records = [process.read(state_dir, path.stem) for path in (state_dir / "qemu" / "processes").glob("*.json")]
-    marks = [read_mark(folder) for folder in (state_dir / "qemu" / "run").glob("*")]
-    known: list[ProcessRecord | LoadedMark] = [entry for entry in (*records, *marks) if entry is not None]
+def _disks_of_others(known: Sequence[ProcessRecord], pid: int) -> dict[str | tuple[int, int], str]:
     return {
         _identity(disk): entry.vm
         for entry in known
