@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from vmsnap_drivers.qemu.libvirt.address import is_libvirt_address
+from vmsnap_drivers.qemu.libvirt.connection import LibvirtConnection
 from vmsnap_drivers.qemu.monitor_connection import Event, MonitorConnection, MonitorError
 from vmsnap_drivers.qemu.qmp_connection import QmpConnection
 
@@ -32,13 +34,17 @@ class Monitor:
     @classmethod
     def borrow(cls, path: str | Path) -> Monitor:
         """Take hold of this process's connection to the QMP socket `path`, and open it where there is none. Blocks
-        for 3 s at most.
+        for 3 s at most. Or, where `path` is the address of a libvirt domain (``libvirt:URI#UUID``), of that to libvirt;
+        blocks for 20 s at most.
 
-        :raises UnknownVm: there is no such socket
-        :raises VmGone: nobody listens on it any more
+        :raises UnknownVm: there is no such socket, or domain
+        :raises VmGone: nobody listens on it any more, or the domain does not run
         :raises Busy: it serves another client
         :raises UsageError: it is no QMP socket, or not open to this user
+        :raises HypervisorError: libvirt does not answer
         """
+        if is_libvirt_address(str(path)):
+            return cls(LibvirtConnection.get(str(path)))
         return cls(QmpConnection.get(str(path)))
 
     def close(self) -> None:
