@@ -20,3 +20,12 @@ def image_name(node: dict[str, Any]) -> str:
     filename = str(node["image"].get("filename") or node.get("file", ""))
     found = re.search(r'"filename": "((?:[^"\\]|\\.)*)"', filename) if filename.startswith("json:") else None
     return found[1] if found else filename
+
+
+def identity_of(address: str) -> str | tuple[int, int]:
+    """What tells a disk from all others: device and inode of a file, the number of a block device, else its name."""
+    try:
+        found = Path(address).stat()
+    except (OSError, ValueError):
+        return address
+    return (-1, found.st_rdev) if found.st_rdev else (found.st_dev, found.st_ino)

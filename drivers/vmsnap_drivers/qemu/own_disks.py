@@ -8,7 +8,7 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk
-from vmsnap_drivers.qemu.image_names import absolute, image_name
+from vmsnap_drivers.qemu.image_names import absolute, identity_of, image_name
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import look_at, start_time
 from vmsnap_drivers.qemu.process import ProcessRecord
@@ -25,30 +25,21 @@ def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, known:
     """
     peer = look_at(monitor.peer_pid)
     others = _disks_of_others(known, monitor.peer_pid)
-    own = {_identity(disk.address) for disk in disks}
+    own = {identity_of(disk.address) for disk in disks}
     for node in monitor.execute("query-named-block-nodes", {"flat": True}):
         if node.get("ro") or node.get("drv") in _NOT_DISKS:
             continue
         address = absolute(image_name(node), peer.cwd)
-        identity = _identity(address)
+        identity = identity_of(address)
         if identity not in own and Path(address).parent != folder:
             raise HypervisorError(f"VM {vm!r} writes to {address}, which is none of its own disks")
         if identity in others:
             raise HypervisorError(f"VM {vm!r} writes to {address}, which is a disk of VM {others[identity]!r}")
 
 
-def _identity(address: str) -> str | tuple[int, int]:
-    """What tells a disk from all others: device and inode of a file, the number of a block device, else its name."""
-    try:
-        found = Path(address).stat()
-    except (OSError, ValueError):
-        return address
-    return (-1, found.st_rdev) if found.st_rdev else (found.st_dev, found.st_ino)
-
-
 def _disks_of_others(known: Sequence[ProcessRecord], pid: int) -> dict[str | tuple[int, int], str]:
     return {
-        _identity(disk): entry.vm
+        identity_of(disk): entry.vm
         for entry in known
         if entry.pid != pid and start_time(entry.pid) == entry.pid_started
         for disk in entry.disks

@@ -113,7 +113,7 @@ def translated(error: libvirt.libvirtError, what: str) -> Exception:
         return UsageError(text, cure="run vmsnap as a user whom libvirt admits: root, or a member of its group")
     if code == lib.VIR_ERR_NO_DOMAIN:
         return UnknownVm(text, cure="see: virsh list --all")
-    if code == lib.VIR_ERR_OPERATION_INVALID and "not running" in message:
+    if code == lib.VIR_ERR_OPERATION_INVALID and ("not running" in message or "no longer running" in message):
         return VmGone(text)
     if code == lib.VIR_ERR_OPERATION_TIMEOUT:
         return Busy(text, cure="let the other job on the domain end, or abort it: virsh domjobabort")

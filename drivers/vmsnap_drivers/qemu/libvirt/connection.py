@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
-from vmsnap.errors import HypervisorError, VmGone
+from vmsnap.errors import HypervisorError, UnknownVm, VmGone
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress
 from vmsnap_drivers.qemu.libvirt.calls import Unreachable
 from vmsnap_drivers.qemu.libvirt.link import Link
@@ -108,6 +108,9 @@ class LibvirtConnection:
         link = self._link()
         try:
             answer = link.command(command, arguments, descriptors, timeout_seconds)
+        except UnknownVm as e:
+            # It was transient, and there when the link was opened.
+            raise VmGone(f"the domain behind {self.path} {link.ended or 'ended'}") from e
         except Unreachable:
             raise
         except HypervisorError as e:
@@ -189,9 +192,7 @@ class LibvirtConnection:
         link = self._link()
         try:
             link.await_events()
-        except Unreachable:
-            raise
-        except HypervisorError as e:
+        except UnknownVm as e:
             raise VmGone(f"the domain behind {self.path} {link.ended or 'ended'}") from e
 
     def _check_known(self, mark: int) -> None:
