@@ -17,6 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.development
 	@if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then sh tests/lab/install.sh; \
 	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
+	@if pkg-config --exists libvirt; then $(MAKE) --no-print-directory $(VENV)/.libvirt; fi
 	$(MAKE) --no-print-directory check
 	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile
 
@@ -56,6 +57,11 @@ $(VENV)/.installed: $(VENV)/bin/pip setup.cfg pyproject.toml
 $(VENV)/.development: $(VENV)/bin/pip setup.cfg pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[development]'
 	@touch $@ $(VENV)/.installed
+
+# The binding of this host's libvirt must not be newer than its library.
+$(VENV)/.libvirt: $(VENV)/.development
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[libvirt]' "libvirt-python <= $$(pkg-config --modversion libvirt)"
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.development
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'

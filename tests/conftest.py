@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -72,6 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_sshd = os.geteuid() == 0 and (cache_folder() / "sshd" / "complete").exists()
     lacking = {"qemu": "both QEMUs"} if len(available_qemus()) < 2 else {}
     lacking |= {} if has_sshd else {"sshd": "an SSH server"}
+    has_libvirt = os.geteuid() == 0 and Path("/usr/sbin/libvirtd").exists() and importlib.util.find_spec("libvirt")
+    lacking |= {} if has_libvirt else {"libvirt": "libvirt's daemon and Python binding"}
     for item in items:
         for marker, what in lacking.items():
             if item.get_closest_marker(marker):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmsnap.errors import VmGone
-from vmsnap_drivers.hypervisors.qemu import learned
+from vmsnap_drivers.qemu.capture import learned
 from vmsnap_drivers.qemu.huge_pages import Survey, collapse, survey
 from vmsnap_drivers.qemu.peer import mapped_memory
 
@@ -86,5 +86,5 @@ def test_pauses_that_were_longer_than_predicted_are_expected_next_time(tmp_path:
     assert learned.factors(tmp_path, "vm001") == {"cow": 4.0}, "no measurement makes a way impossible"
     learned.remember(tmp_path, "vm001", "precopy", 0.010, 0.010)
     assert learned.factors(tmp_path, "vm001") == {"cow": 2.0, "precopy": 1.0}, "and it is tried again one day"
-    (tmp_path / "qemu" / "pauses" / "vm001.json").write_text("{")
+    (tmp_path / "pauses" / "vm001.json").write_text("{")
     assert learned.factors(tmp_path, "vm001") == {}

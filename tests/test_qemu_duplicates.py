@@ -21,7 +21,8 @@ from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.model import VmState
 from vmsnap.roles import LoadRequest
 from vmsnap.testing.rigs import digest
-from vmsnap_drivers.hypervisors.qemu import QemuHypervisor, life
+from vmsnap_drivers.hypervisors.qemu import QemuHypervisor
+from vmsnap_drivers.qemu import life
 
 pytestmark = pytest.mark.qemu
 __all__ = ["bench", "folder", "machines"]

@@ -17,7 +17,8 @@ from tests.test_qcow2_mechanism_machine import Machine, await_true, machine
 from vmsnap.errors import Busy, HypervisorError
 from vmsnap.model import to_json
 from vmsnap.roles import DriverContext
-from vmsnap_drivers.hypervisors.qemu import QemuHypervisor, process
+from vmsnap_drivers.hypervisors.qemu import QemuHypervisor
+from vmsnap_drivers.qemu import process
 from vmsnap_drivers.qemu.peer import listener
 
 pytestmark = pytest.mark.qemu
@@ -28,7 +29,7 @@ __all__ = ["machine"]
 def driver(machine: Machine, tmp_path: Path) -> Iterator[QemuHypervisor]:
     """For the machine, whose process was noted, as a capture does."""
     made = QemuHypervisor("vm001", DriverContext(tmp_path, tmp_path), {"qmp": str(machine.monitor_path)})
-    process.note(tmp_path, "vm001", machine.process.pid, str(machine.monitor_path), machine.disks())
+    process.note(tmp_path / "qemu", "vm001", machine.process.pid, str(machine.monitor_path), machine.disks())
     yield made
     made.close()
 
@@ -112,7 +113,7 @@ def test_another_process_of_the_same_number_is_neither_waited_for_nor_killed(
 ) -> None:
     machine.stop()
     state_dir = driver.context.state_dir
-    known = process.read(state_dir, "vm001")
+    known = process.read(state_dir / "qemu", "vm001")
     assert known is not None
     with subprocess.Popen(["sleep", "600"]) as other:
         record = state_dir / "qemu" / "processes" / "vm001.json"

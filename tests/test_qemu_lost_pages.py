@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmsnap_drivers.hypervisors.qemu.lost_pages import blocks_that_lose
+from vmsnap_drivers.qemu.capture.lost_pages import blocks_that_lose
 
 # As QEMU 10.0 prints it; one piece of huge pages, one whose size is no multiple of 256 KiB.
 BLOCKS = """\

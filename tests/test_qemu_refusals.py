@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap_drivers.hypervisors.qemu.refusals import of_argument
 from vmsnap_drivers.qemu.commandline import parse
+from vmsnap_drivers.qemu.refusals import of_argument
 
 
 def refused(text: str, cwd: str = "/") -> list[str]:

@@ -244,6 +244,9 @@ class LabMachine:
         :raise LabError: when it does not end in time, or ends without flushing.
         """
         self.oracle.execute("system_powerdown")
+        return self._flushed_at_its_end(timeout_seconds)
+
+    def _flushed_at_its_end(self, timeout_seconds: float) -> int:
         self._wait("the end of QEMU", self.ended, timeout_seconds)
         last = serial.flushed(self.serial_text())
         if last is None:

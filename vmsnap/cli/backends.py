@@ -78,6 +78,22 @@ vmsnap_qemu = HypervisorCommandLine(
 )
 """The entry point ``vmsnap-qemu``."""
 
+vmsnap_libvirt = HypervisorCommandLine(
+    "vmsnap-libvirt",
+    {
+        "list-vms": LazyCommand("vmsnap.cli.backends:list_vms", "List the domains of a libvirt.", MACHINES),
+        **_WITH_VMS,
+    },
+    hypervisor="libvirt",
+    params=[version_option(__version__)],
+    help="vmsnap for domains of libvirt.",
+    epilog="""\
+        vmsnap-libvirt list-vms
+        vmsnap-libvirt vm add web1
+        vmsnap-libvirt backup web1 -r /srv/backups""",
+)
+"""The entry point ``vmsnap-libvirt``."""
+
 vmsnap_sim = HypervisorCommandLine(
     "vmsnap-sim",
     {

@@ -10,7 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vmsnap_drivers.qemu.qmp_connection import Connection, Event, MonitorError
+from vmsnap_drivers.qemu.libvirt.address import is_libvirt_address
+from vmsnap_drivers.qemu.libvirt.connection import LibvirtConnection
+from vmsnap_drivers.qemu.monitor_connection import Event, MonitorConnection, MonitorError
+from vmsnap_drivers.qemu.qmp_connection import QmpConnection
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "Event", "Monitor", "MonitorError"]
 
@@ -24,21 +27,25 @@ class Monitor:
     none waits longer than its time-out.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: MonitorConnection) -> None:
         self._connection = connection
         self._given_back = False
 
     @classmethod
     def borrow(cls, path: str | Path) -> Monitor:
         """Take hold of this process's connection to the QMP socket `path`, and open it where there is none. Blocks
-        for 3 s at most.
+        for 3 s at most. Or, where `path` is the address of a libvirt domain (``libvirt:URI#UUID``), of that to libvirt;
+        blocks for 20 s at most.
 
-        :raises UnknownVm: there is no such socket
-        :raises VmGone: nobody listens on it any more
+        :raises UnknownVm: there is no such socket, or domain
+        :raises VmGone: nobody listens on it any more, or the domain does not run
         :raises Busy: it serves another client
         :raises UsageError: it is no QMP socket, or not open to this user
+        :raises HypervisorError: libvirt does not answer
         """
-        return cls(Connection.get(str(path)))
+        if is_libvirt_address(str(path)):
+            return cls(LibvirtConnection.get(str(path)))
+        return cls(QmpConnection.get(str(path)))
 
     def close(self) -> None:
         """Give the connection back; the last borrower's `close` disconnects. Idempotent."""
@@ -56,6 +63,11 @@ class Monitor:
     def path(self) -> str:
         """The socket."""
         return self._connection.path
+
+    @property
+    def address(self) -> str:
+        """What another process borrows it by."""
+        return self._connection.address
 
     @property
     def version(self) -> tuple[int, int, int]:

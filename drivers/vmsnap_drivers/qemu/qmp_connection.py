@@ -12,61 +12,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from vmsnap.errors import HypervisorError, VmGone
-from vmsnap.model import Moment
+from vmsnap_drivers.qemu.monitor_connection import Event, MonitorError, wall_ahead_ns
 from vmsnap_drivers.qemu.qmp_socket import GREETING_TIMEOUT_SECONDS, QmpSocket
 
 _EVENTS_KEPT: Final = 10_000
-_CLOCK_READINGS: Final = 20
-_CLOSE_ENOUGH_NS: Final = 20_000
 
 
-class MonitorError(HypervisorError):
-    """QEMU answered a command with an error; the command had no effect unless QEMU says otherwise.
-
-    :ivar error_class: QMP's class of error, such as ``GenericError`` or ``CommandNotFound``
-    :ivar command: the command
-    """
-
-    def __init__(self, command: str, error_class: str, description: str) -> None:
-        super().__init__(f"QEMU refused {command}: {description}")
-        self.command = command
-        self.error_class = error_class
-        self.description = description
-
-
-@dataclass(frozen=True)
-class Event:
-    """An event of QEMU's, such as STOP.
-
-    `wall_ns` is the time that QEMU itself wrote into it, to the microsecond; `monotonic_ns` is the same moment on
-    this host's monotonic clock. `number` counts the events of a connection.
-    """
-
-    name: str
-    data: Mapping[str, Any]
-    wall_ns: int
-    monotonic_ns: int
-    number: int
-
-    def moment(self, name: str) -> Moment:
-        """This event as a piece of evidence called `name`."""
-        return Moment(name, self.wall_ns, self.monotonic_ns, f"qemu:{self.name}")
-
-
-class Connection:
+class QmpConnection:
     """What the borrowers share. Of the threads that wait, one reads the socket (the `_reader`), the others are woken
     when something came for them or when there is no reader any more.
     """
 
-    _open: ClassVar[dict[tuple[int, str], Connection]] = {}
+    _open: ClassVar[dict[tuple[int, str], QmpConnection]] = {}
     _open_lock = threading.Lock()
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.address = str(Path(path).absolute())
         self._socket = QmpSocket(path)
         self.peer_pid = self._socket.peer_pid
         numbers = self._socket.greeting["QMP"]["version"]["qemu"]
@@ -82,7 +48,7 @@ class Connection:
         self._gone: VmGone | None = None
 
     @classmethod
-    def get(cls, path: str) -> Connection:
+    def get(cls, path: str) -> QmpConnection:
         """The connection to a socket, opened where this process has none that lives; one borrower more.
 
         Raises what `Monitor.borrow` raises.
@@ -230,24 +196,10 @@ class Connection:
         if "event" in message:
             stamp = message.get("timestamp", {})
             wall_ns = int(stamp.get("seconds", 0)) * 10**9 + int(stamp.get("microseconds", 0)) * 1000
-            monotonic_ns = wall_ns - _wall_ahead_ns()
+            monotonic_ns = wall_ns - wall_ahead_ns()
             self._last_event += 1
             self._events.append(
                 Event(message["event"], message.get("data", {}), wall_ns, monotonic_ns, self._last_event)
             )
         elif message.get("id") in self._answers:
             self._answers[message["id"]] = message
-
-
-def _wall_ahead_ns() -> int:
-    """How far the wall clock is ahead of the monotonic one. A process can lose the processor between two readings: of
-    some the closest ones count.
-    """
-    closest = ahead = 0
-    for number in range(_CLOCK_READINGS):
-        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
-        if not number or after - before < closest:
-            closest, ahead = after - before, wall - (before + after) // 2
-        if closest <= _CLOSE_ENOUGH_NS:
-            break
-    return ahead

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from vmsnap.model import RamImage
 from vmsnap_drivers.qemu.ram_image import image_path, next_data, opened_image
 from vmsnap_drivers.qemu.ram_records import PAGE_AGAIN, ZERO_AGAIN
 from vmsnap_drivers.qemu.stream_format import (
@@ -80,6 +83,24 @@ def write_stream(fd: int, captured: CapturedMemory, images: Path, mapped: frozen
     out.write(end_of_section)
     _write_file(out, captured.device_state)
     return out.written_bytes
+
+
+def gather_images(
+    folder: Path, images: Sequence[RamImage], blocks: Sequence[str], mapped: Collection[str] = ()
+) -> Path:
+    """Make a folder in `folder` in which the images of the blocks that are not mapped have the names that
+    `write_stream` looks for; `blocks` are all of them, in the stream's order. It is the caller's to remove.
+    """
+    place = folder / "images"
+    place.mkdir(mode=0o700)
+    for image in images:
+        if image.region not in mapped and image.region in blocks:
+            target = image_path(place, blocks.index(image.region), image.region)
+            try:
+                target.hardlink_to(image.path)
+            except OSError:
+                shutil.copyfile(image.path, target)
+    return place
 
 
 def _named(block: RamBlock) -> bytes:

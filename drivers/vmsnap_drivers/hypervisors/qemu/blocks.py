@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from vmsnap.model import Disk
-from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk, absolute
+from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk
 from vmsnap_drivers.qemu.disk_arguments import children, image_of, new_drive, new_node, with_image, without_image
 from vmsnap_drivers.qemu.drive_names import drive_keys, drive_names, keys_of_name
+from vmsnap_drivers.qemu.image_names import absolute, image_name
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.options import Options
 
@@ -89,7 +89,7 @@ class BlockReader:
         if not read_only and self._is_temporary(argument):
             self._found.problems.append(f"disk {device!r} is temporary, as it was started with QEMU's snapshot")
         handle = {
-            "qmp": str(Path(self._monitor.path).absolute()),
+            "qmp": self._monitor.address,
             "node": inserted["node-name"],
             "qdev": path,
             "file": address,
@@ -149,13 +149,6 @@ def device_path(path: str) -> str:
     if not path.startswith("/"):
         return f"/machine/peripheral/{path}"
     return "/".join(path.split("/")[:4])
-
-
-def image_name(node: dict[str, Any]) -> str:
-    """The name of the image of a block node. QEMU writes it as JSON where options do not fit into a name."""
-    filename = str(node["image"].get("filename") or node.get("file", ""))
-    found = re.search(r'"filename": "((?:[^"\\]|\\.)*)"', filename) if filename.startswith("json:") else None
-    return found[1] if found else filename
 
 
 def _device_name(entry: dict[str, Any], inserted: dict[str, Any], taken: set[str]) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -108,10 +106,3 @@ def without_secrets(arguments: Sequence[Argument]) -> tuple[list[Argument], list
             changed = Argument(argument.name, "")
         cleaned.append(changed)
     return cleaned, found
-
-
-def absolute(path: str, cwd: str) -> str:
-    """An image's name as an absolute path; URLs and the like stay as they are."""
-    if "://" in path or path.startswith(("json:", "/")) or not path:
-        return path
-    return os.path.normpath(Path(cwd) / path)

@@ -7,31 +7,25 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import UsageError
-from vmsnap.model import MemoryRegion, Nic, VmDescription, VmState
+from vmsnap.model import Nic, VmDescription
 from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.blocks import BlockReader
-from vmsnap_drivers.hypervisors.qemu.definition import FORMAT, Definition, absolute, without_secrets
+from vmsnap_drivers.hypervisors.qemu.definition import FORMAT, Definition, without_secrets
 from vmsnap_drivers.hypervisors.qemu.devices import DeviceReader
-from vmsnap_drivers.hypervisors.qemu.networks import is_connected, networks
-from vmsnap_drivers.hypervisors.qemu.refusals import refusals
 from vmsnap_drivers.qemu import commandline
 from vmsnap_drivers.qemu.commandline import Argument
 from vmsnap_drivers.qemu.configuration_file import parse_configuration
+from vmsnap_drivers.qemu.image_names import absolute
+from vmsnap_drivers.qemu.memory_regions import memory_regions
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+from vmsnap_drivers.qemu.networks import is_connected, networks
 from vmsnap_drivers.qemu.options import Options
-from vmsnap_drivers.qemu.peer import Peer, file_system_of, look_at, started_at
+from vmsnap_drivers.qemu.peer import Peer, look_at, started_at
+from vmsnap_drivers.qemu.refusals import refusals
+from vmsnap_drivers.qemu.status import vm_state
 
-_ENDED: Final = frozenset(["shutdown"])
 _CLOCK_SECONDS: Final = 2.0
 """How exactly it is known when a process started: the start of the host is told in whole seconds."""
-
-
-def vm_state(monitor: Monitor) -> VmState:
-    """What the VM does now."""
-    status = monitor.execute("query-status")
-    if status["running"]:
-        return VmState.EXECUTING
-    return VmState.ENDED if status["status"] in _ENDED else VmState.STOPPED
 
 
 def describe(vm: str, monitor: Monitor) -> VmDescription:
@@ -75,7 +69,7 @@ def describe(vm: str, monitor: Monitor) -> VmDescription:
         state=vm_state(monitor),
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
         vcpus=len(monitor.execute("query-cpus-fast")),
-        memory=tuple(_memory(monitor, arguments, peer.cwd)),
+        memory=tuple(memory_regions(monitor, arguments, peer.cwd)),
         disks=tuple(blocks.disks),
         nics=tuple(
             Nic(network.nic, network.mac, network.kind or "none", is_connected(network))
@@ -117,19 +111,3 @@ def _default_ram(monitor: Monitor, arguments: list[Argument]) -> str:
     name = str(backend or "").rpartition("/")[2]
     named = {a.properties.get("id") for a in arguments if a.name == "object"}
     return "" if name in named else name
-
-
-def _memory(monitor: Monitor, arguments: list[Argument], cwd: str) -> list[MemoryRegion]:
-    objects = {a.properties.get("id"): a.properties for a in arguments if a.name == "object"}
-    regions: list[MemoryRegion] = []
-    for entry in monitor.execute("query-memdev"):
-        name = entry.get("id", "memory")
-        properties = objects.get(name)
-        backing = "anonymous"
-        if properties is not None and properties.get("qom-type") == "memory-backend-memfd":
-            backing = "memfd"
-        elif properties is not None and properties.get("mem-path"):
-            path = absolute(properties.get("mem-path"), cwd)
-            backing = f"{file_system_of(Path(path))}:{path}"
-        regions.append(MemoryRegion(name, entry["size"], 4096, backing))
-    return regions

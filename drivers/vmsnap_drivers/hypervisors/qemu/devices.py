@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vmsnap_drivers.hypervisors.qemu.networks import Network, networks
 from vmsnap_drivers.qemu.commandline import Argument, Properties
 from vmsnap_drivers.qemu.drive_names import drive_keys
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+from vmsnap_drivers.qemu.networks import Network, networks
 from vmsnap_drivers.qemu.options import Options
 
 _NAMED: Final = "/machine/peripheral"

@@ -23,14 +23,14 @@ from vmsnap.model import from_json, to_json
 from vmsnap.roles import LoadRequest
 from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk, Definition
-from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.capture.record import write_whole
 from vmsnap_drivers.qemu.device_state import slirp_instances
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import boot_id, listener, start_time
-from vmsnap_drivers.qemu.ram_image import image_path
+from vmsnap_drivers.qemu.process import ProcessRecord
 from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
-from vmsnap_drivers.qemu.synthesis import write_stream
+from vmsnap_drivers.qemu.synthesis import gather_images, write_stream
 
 MARK_NAME: Final = "loaded.json"
 LOG_NAME: Final = "qemu.log"
@@ -69,6 +69,11 @@ def read_mark(folder: Path) -> LoadedMark | None:
         return None
     except ValueError as e:
         raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+
+
+def record_of(mark: LoadedMark) -> ProcessRecord:
+    """What is known of the process of a VM that was loaded."""
+    return ProcessRecord(mark.vm, mark.boot or boot_id(), mark.pid, mark.pid_started, mark.socket, mark.disks)
 
 
 def find_unmarked(vm: str, folder: Path, socket_path: str) -> LoadedMark | None:
@@ -130,7 +135,14 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
                 tuple(disk.address for disk in request.disks if not disk.read_only),
             )
             write_whole(folder / MARK_NAME, to_json(mark))
-            _bring_in(process, folder, qmp_socket, captured, _stream_images(folder, request, new), new)
+            _bring_in(
+                process,
+                folder,
+                qmp_socket,
+                captured,
+                gather_images(folder, request.images, list(new.block_sizes), new.images),
+                new,
+            )
         except BaseException:
             _end(process)
             _end(emulator)
@@ -226,21 +238,6 @@ def _remove_stale(qmp_socket: Path) -> None:
     if pid is not None:
         raise AlreadyExists(f"process {pid} listens on {qmp_socket}", cure="fence the VM first")
     qmp_socket.unlink()
-
-
-def _stream_images(folder: Path, request: LoadRequest, new: NewVm) -> Path:
-    """A folder in which the images of the blocks that are not mapped have the names that `write_stream` looks for."""
-    place = folder / "images"
-    place.mkdir(mode=0o700)
-    blocks = list(new.block_sizes)
-    for image in request.images:
-        if image.region not in new.images and image.region in blocks:
-            target = image_path(place, blocks.index(image.region), image.region)
-            try:
-                target.hardlink_to(image.path)
-            except OSError:
-                shutil.copyfile(image.path, target)
-    return place
 
 
 def _environment(definition: Definition) -> dict[str, str]:

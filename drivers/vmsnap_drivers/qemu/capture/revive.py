@@ -7,7 +7,7 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, VmGone
 from vmsnap.model import Moment
-from vmsnap_drivers.hypervisors.qemu.migration import MIGRATION_RUNS, cancel_migration, migration_status
+from vmsnap_drivers.qemu.capture.migration import MIGRATION_RUNS, cancel_migration, migration_status
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
 
 _ENDED: Final = frozenset(["shutdown", "internal-error", "guest-panicked"])

@@ -8,8 +8,8 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Nic
-from vmsnap_drivers.hypervisors.qemu.networks import Network, networks
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.networks import Network, networks
 
 _INTERFACES: Final = Path("/sys/class/net")
 _UP: Final = 0x1

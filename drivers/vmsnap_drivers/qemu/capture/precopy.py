@@ -13,11 +13,11 @@ from typing import Final
 
 from vmsnap.errors import CannotCapture, DoesNotConverge, HypervisorError, PauseExceeded
 from vmsnap.model import Moment, VmState
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
-from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.migration import cancel_migration, start_migration
-from vmsnap_drivers.hypervisors.qemu.session import Capture
-from vmsnap_drivers.hypervisors.qemu.settings import UNLIMITED_BYTES_PER_SECOND, apply
+from vmsnap_drivers.qemu.capture.drain import STREAM_URI
+from vmsnap_drivers.qemu.capture.migration import cancel_migration, start_migration
+from vmsnap_drivers.qemu.capture.session import Capture
+from vmsnap_drivers.qemu.capture.settings import UNLIMITED_BYTES_PER_SECOND, apply
+from vmsnap_drivers.qemu.status import vm_state
 
 CAPABILITIES: Final = ("pause-before-switchover", "events")
 DOWNTIME_STEPS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -11,11 +11,11 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, PauseExceeded, VmGone
 from vmsnap.model import CapturePlan, Json, Moment, VmState
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
-from vmsnap_drivers.hypervisors.qemu.drain import Drain
-from vmsnap_drivers.hypervisors.qemu.migration import FAILURES, is_status
-from vmsnap_drivers.hypervisors.qemu.settings import Settings
+from vmsnap_drivers.qemu.capture.drain import Drain
+from vmsnap_drivers.qemu.capture.migration import FAILURES, is_status
+from vmsnap_drivers.qemu.capture.settings import Settings
 from vmsnap_drivers.qemu.monitor import Event, Monitor, MonitorError
+from vmsnap_drivers.qemu.status import vm_state
 
 STALL_TIMEOUT_SECONDS: Final = 60.0
 _RESUME_SECONDS: Final = 5.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vmsnap_drivers.hypervisors.qemu.definition import absolute
-from vmsnap_drivers.hypervisors.qemu.migration import MIGRATION_RUNS, migration_status
+from vmsnap_drivers.qemu.capture.migration import MIGRATION_RUNS, migration_status
 from vmsnap_drivers.qemu.commandline import Argument
+from vmsnap_drivers.qemu.image_names import absolute
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import file_system_of, is_memory_file_system
 

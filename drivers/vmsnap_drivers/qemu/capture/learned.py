@@ -1,7 +1,7 @@
 """What the last pauses of a VM say of the next: how much longer or shorter they were than predicted.
 
 A host's processors, its load and the VM's devices are in no model. So each way of capture has a factor for each VM,
-kept in a file of vmsnap's state folder; one that is lost or damaged is 1.
+kept in a file of the driver's state folder, `folder`; one that is lost or damaged is 1.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.model import check_name, from_json, to_json
-from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.capture.record import write_whole
 
 _LEAST: Final = 0.25
 _MOST: Final = 4.0
 
 
-def factors(state_dir: Path, vm: str) -> Mapping[str, float]:
+def factors(folder: Path, vm: str) -> Mapping[str, float]:
     """By what the prediction for each way of capture is to be multiplied; 1 for ways that are not in it."""
     try:
-        return from_json(_place(state_dir, vm).read_text(), dict[str, float])
+        return from_json(_place(folder, vm).read_text(), dict[str, float])
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def remember(state_dir: Path, vm: str, capture: str, predicted_seconds: float, measured_seconds: float) -> None:
+def remember(folder: Path, vm: str, capture: str, predicted_seconds: float, measured_seconds: float) -> None:
     """Take a measurement in: the factor goes half the way, on the scale of ratios, as one pause may have been
     disturbed. The factors of the other ways go half the way back to 1, so that a way that was slow once is tried again.
 
     `predicted_seconds` is with the factor.
     """
-    known = {way: factor**0.5 for way, factor in factors(state_dir, vm).items() if way != capture}
-    factor = factors(state_dir, vm).get(capture, 1.0) * (measured_seconds / predicted_seconds) ** 0.5
+    known = {way: factor**0.5 for way, factor in factors(folder, vm).items() if way != capture}
+    factor = factors(folder, vm).get(capture, 1.0) * (measured_seconds / predicted_seconds) ** 0.5
     known[capture] = min(_MOST, max(_LEAST, factor))
-    place = _place(state_dir, vm)
+    place = _place(folder, vm)
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_whole(place, to_json(known))
 
 
-def _place(state_dir: Path, vm: str) -> Path:
-    return state_dir / "qemu" / "pauses" / f"{check_name(vm, 'VM name')}.json"
+def _place(folder: Path, vm: str) -> Path:
+    return folder / "pauses" / f"{check_name(vm, 'VM name')}.json"

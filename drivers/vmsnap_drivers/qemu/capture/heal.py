@@ -16,18 +16,18 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import VmState
-from vmsnap_drivers.hypervisors.qemu.cow import CAPABILITIES, LEAVES_STOPPED_FROM
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
-from vmsnap_drivers.hypervisors.qemu.drain import DESCRIPTOR_NAME, STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.migration import (
+from vmsnap_drivers.qemu.capture.cow import CAPABILITIES, LEAVES_STOPPED_FROM
+from vmsnap_drivers.qemu.capture.drain import DESCRIPTOR_NAME, STREAM_URI
+from vmsnap_drivers.qemu.capture.migration import (
     ENDS,
     cancel_migration,
     is_status,
     migration_status,
     start_migration,
 )
-from vmsnap_drivers.hypervisors.qemu.settings import Settings, apply
+from vmsnap_drivers.qemu.capture.settings import Settings, apply
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.status import vm_state
 from vmsnap_drivers.qemu.unprotect import kept_unprotected, unprotect
 
 _TIMEOUT_SECONDS: Final = 300.0

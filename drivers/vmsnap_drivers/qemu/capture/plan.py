@@ -12,9 +12,9 @@ from typing import Final
 from vmsnap.errors import CannotCapture, StorageFull
 from vmsnap.model import CapturePlan, VmDescription, VmState, Window
 from vmsnap.roles import CaptureRequest, DriverContext
-from vmsnap_drivers.hypervisors.qemu import precopy
-from vmsnap_drivers.hypervisors.qemu.cow import LEAVES_STOPPED_FROM, can_hold, may_trace, prepare_seconds
-from vmsnap_drivers.hypervisors.qemu.lost_pages import why_pages_would_be_lost
+from vmsnap_drivers.qemu.capture import precopy
+from vmsnap_drivers.qemu.capture.cow import LEAVES_STOPPED_FROM, can_hold, may_trace, prepare_seconds
+from vmsnap_drivers.qemu.capture.lost_pages import why_pages_would_be_lost
 from vmsnap_drivers.qemu.huge_pages import survey
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes

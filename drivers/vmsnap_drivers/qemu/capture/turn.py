@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import Busy
-from vmsnap_drivers.hypervisors.qemu import record
+from vmsnap_drivers.qemu.capture import record
 from vmsnap_drivers.qemu.unprotect import kept_unprotected, unprotect
 
 _PATIENCE_SECONDS: Final = 60.0

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import VmsnapError
-from vmsnap.model import Finding, VmState
+from vmsnap.model import Finding, VmDescription, VmState
 from vmsnap.roles import DriverContext
-from vmsnap_drivers.hypervisors.qemu.describe import describe
-from vmsnap_drivers.hypervisors.qemu.plan import ways
+from vmsnap_drivers.qemu.capture.plan import ways
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes, file_system_of, is_memory_file_system
 
@@ -38,11 +37,17 @@ def look_at_host(context: DriverContext) -> Iterator[Finding]:
     yield _memory_folder(context)
 
 
-def look_at_vm(vm: str, socket_path: str, wanted: str, factors: Mapping[str, float]) -> Sequence[Finding]:
+def look_at_vm(
+    vm: str,
+    connect: Callable[[], Monitor],
+    describe: Callable[[Monitor], VmDescription],
+    wanted: str,
+    factors: Mapping[str, float],
+) -> Sequence[Finding]:
     """Whether this VM answers and can be captured, and what pause to expect."""
     try:
-        with Monitor.borrow(socket_path) as monitor:
-            description = describe(vm, monitor)
+        with connect() as monitor:
+            description = describe(monitor)
             if description.refusals:
                 return [Finding(f"VM {vm}", "missing", reason) for reason in description.refusals]
             version = f"QEMU {description.hypervisor_version}"

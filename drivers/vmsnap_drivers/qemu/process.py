@@ -12,8 +12,7 @@ from pathlib import Path
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, check_name, from_json, to_json
-from vmsnap_drivers.hypervisors.qemu.launch import LoadedMark
-from vmsnap_drivers.hypervisors.qemu.record import write_whole
+from vmsnap_drivers.qemu.capture.record import write_whole
 from vmsnap_drivers.qemu.peer import boot_id, start_time
 
 
@@ -32,20 +31,16 @@ class ProcessRecord:
     socket: str
     disks: tuple[str, ...]
 
-    @classmethod
-    def of_mark(cls, mark: LoadedMark) -> ProcessRecord:
-        """Of a VM that was loaded, by the mark in its run folder."""
-        return cls(mark.vm, mark.boot or boot_id(), mark.pid, mark.pid_started, mark.socket, mark.disks)
 
-
-def note(state_dir: Path, vm: str, pid: int, socket: str, disks: Sequence[Disk]) -> None:
-    """Write down that the process `pid` is the VM, in place of what was written before.
+def note(folder: Path, vm: str, pid: int, socket: str, disks: Sequence[Disk]) -> None:
+    """Write down that the process `pid` is the VM, in place of what was written before; `folder` is what the driver has
+    for its state.
 
     :raises HypervisorError: it cannot be written
     """
     written = tuple(disk.address for disk in disks if not disk.read_only and disk.address.startswith("/"))
-    record = ProcessRecord(vm, boot_id(), pid, start_time(pid) or 0, str(Path(socket).absolute()), written)
-    path = _place(state_dir, vm)
+    record = ProcessRecord(vm, boot_id(), pid, start_time(pid) or 0, socket, written)
+    path = _place(folder, vm)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(path, to_json(record))
@@ -53,12 +48,12 @@ def note(state_dir: Path, vm: str, pid: int, socket: str, disks: Sequence[Disk])
         raise HypervisorError(f"{path} cannot be written: {e.strerror}") from e
 
 
-def read(state_dir: Path, vm: str) -> ProcessRecord | None:
+def read(folder: Path, vm: str) -> ProcessRecord | None:
     """What was written down of the VM; None where nothing was.
 
     :raises HypervisorError: it is damaged
     """
-    path = _place(state_dir, vm)
+    path = _place(folder, vm)
     try:
         return from_json(path.read_text(), ProcessRecord)
     except FileNotFoundError:
@@ -67,8 +62,17 @@ def read(state_dir: Path, vm: str) -> ProcessRecord | None:
         raise HypervisorError(f"the record of a VM's process, {path}, is damaged") from e
 
 
-def _place(state_dir: Path, vm: str) -> Path:
-    return state_dir / "qemu" / "processes" / f"{check_name(vm, 'VM name')}.json"
+def read_all(state_dir: Path) -> list[ProcessRecord]:
+    """What was written down of the VMs of all drivers.
+
+    :raises HypervisorError: something is damaged
+    """
+    found = [read(path.parent.parent, path.stem) for path in sorted(state_dir.glob("*/processes/*.json"))]
+    return [record for record in found if record is not None]
+
+
+def _place(folder: Path, vm: str) -> Path:
+    return folder / "processes" / f"{check_name(vm, 'VM name')}.json"
 
 
 class Process:

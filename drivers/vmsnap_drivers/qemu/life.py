@@ -19,10 +19,10 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, VmGone
 from vmsnap.model import VmState
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
 from vmsnap_drivers.qemu.commandline import parse
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import look_at
+from vmsnap_drivers.qemu.status import vm_state
 from vmsnap_drivers.qemu.unix_socket import connect_unix
 
 _FAULTS: Final = frozenset(["GUEST_PANICKED", "GUEST_CRASHLOADED", "SHUTDOWN", "RESET", "STOP", "MEMORY_FAILURE"])

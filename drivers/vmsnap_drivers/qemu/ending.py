@@ -6,9 +6,9 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, VmGone
 from vmsnap.model import VmState
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
-from vmsnap_drivers.hypervisors.qemu.process import held
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.process import held
+from vmsnap_drivers.qemu.status import vm_state
 
 _CLOSING_SECONDS: Final = 60.0
 _LOOK_EACH_SECONDS: Final = 0.02

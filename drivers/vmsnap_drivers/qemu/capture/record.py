@@ -9,11 +9,10 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Json, check_name, from_json, to_json
-from vmsnap_drivers.hypervisors.qemu.settings import Settings
+from vmsnap_drivers.qemu.capture.settings import Settings
 from vmsnap_drivers.qemu.peer import boot_id, start_time
 
-DUPLICATE_MARK: Final = "qemu-duplicate.json"
-"""A file of this name makes a folder a duplicate of this driver."""
+_DUPLICATE_MARK: Final = "-duplicate.json"
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class CaptureRecord:
         return start_time(self.worker_pid) == self.worker_started
 
 
-def place(state_dir: Path, vm: str) -> Path:
-    """Where the record of a VM's capture is."""
-    return state_dir / "qemu" / "captures" / f"{check_name(vm, 'VM name')}.json"
+def place(folder: Path, vm: str) -> Path:
+    """Where the record of a VM's capture is; `folder` is what the driver has for its state."""
+    return folder / "captures" / f"{check_name(vm, 'VM name')}.json"
 
 
 def write(path: Path, record: CaptureRecord) -> None:
@@ -78,14 +77,19 @@ def read(path: Path) -> CaptureRecord | None:
     return record if record.boot == boot_id() else None
 
 
-def make_duplicate_folder(folder: Path, vm: str, details: Json) -> None:
-    """Make the folder of a duplicate, 0700, and mark it as ours.
+def duplicate_mark(driver: str) -> str:
+    """A file of this name makes a folder a duplicate of the driver of that name."""
+    return f"{driver}{_DUPLICATE_MARK}"
+
+
+def make_duplicate_folder(driver: str, folder: Path, vm: str, details: Json) -> None:
+    """Make the folder of a duplicate, 0700, and mark it as the driver's.
 
     :raises FileExistsError: there is one
     """
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.mkdir(mode=0o700)
-    write_whole(folder / DUPLICATE_MARK, to_json({"vm": vm, "details": details}))
+    write_whole(folder / duplicate_mark(driver), to_json({"vm": vm, "details": details}))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -24,13 +24,13 @@ from typing import Final
 
 from vmsnap.errors import HypervisorError, PauseExceeded
 from vmsnap.model import Json, Moment, VmState
-from vmsnap_drivers.hypervisors.qemu.describe import vm_state
-from vmsnap_drivers.hypervisors.qemu.drain import STREAM_URI
-from vmsnap_drivers.hypervisors.qemu.migration import FAILURES, is_status, start_migration
-from vmsnap_drivers.hypervisors.qemu.session import Capture, Session
-from vmsnap_drivers.hypervisors.qemu.settings import apply
+from vmsnap_drivers.qemu.capture.drain import STREAM_URI
+from vmsnap_drivers.qemu.capture.migration import FAILURES, is_status, start_migration
+from vmsnap_drivers.qemu.capture.session import Capture, Session
+from vmsnap_drivers.qemu.capture.settings import apply
 from vmsnap_drivers.qemu.huge_pages import collapse, survey
 from vmsnap_drivers.qemu.peer import thread_waiting_on
+from vmsnap_drivers.qemu.status import vm_state
 
 HOLDS_BELOW: Final = (8, 0, 0)
 """QEMU before this version can be held; seen with 7.2."""

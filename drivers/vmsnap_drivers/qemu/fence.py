@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import Busy, HypervisorError, VmGone
-from vmsnap_drivers.hypervisors.qemu.process import Process, ProcessRecord, held
 from vmsnap_drivers.qemu.peer import boot_id, listener, look_at, start_time
+from vmsnap_drivers.qemu.process import Process, ProcessRecord, held
 
 _KILL_SECONDS: Final = 30.0
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
@@ -34,7 +34,7 @@ def fence(vm: str, socket: Path, known: Sequence[ProcessRecord], *, kill: bool) 
     """
     # What was written down of another VM, that had the name before, tells nothing of this one.
     records = {record.pid: record for record in known if record.socket == str(socket.absolute())}
-    proofs = [_show_ended(vm, record, kill=kill) for record in records.values()]
+    proofs = [show_ended(vm, record, kill=kill) for record in records.values()]
     listening = listener(socket)
     if listening is not None:
         proofs.append(_end_listener(vm, socket, listening, kill=kill))
@@ -76,7 +76,11 @@ def is_written(path: Path) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _show_ended(vm: str, known: ProcessRecord, *, kill: bool) -> str:
+def show_ended(vm: str, known: ProcessRecord, *, kill: bool) -> str:
+    """Show that a process that was written down has ended, and say how; with `kill` end it.
+
+    :raises Busy: it lives, and `kill` is not set
+    """
     if known.boot != boot_id():
         return "the host was started again since it ran"
     with held(known.pid) as process:

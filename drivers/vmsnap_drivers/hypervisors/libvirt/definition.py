@@ -1,0 +1,60 @@
+"""What is kept of a domain so that it can be made to exist again: plain data, without secrets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import msgspec
+
+from vmsnap.errors import HypervisorError
+from vmsnap.model import Json
+
+FORMAT: Final = 1
+NVRAM: Final = "pflash1"
+"""The device name of the disk that holds the firmware's variables."""
+
+
+@dataclass(frozen=True)
+class DefinedDisk:
+    """A disk of the domain: `device` is its target in the XML (``vda``), or `NVRAM`."""
+
+    device: str
+    address: str
+    format: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A domain.
+
+    :ivar xml: the running domain, as libvirt would give it to another host (``VIR_DOMAIN_XML_MIGRATABLE``)
+    :ivar cpu: its ``<cpu>`` as it really is, which libvirt keeps beside that in images of its own
+    :ivar inactive_xml: what it is when it is started again; empty where it is transient
+    """
+
+    format: int
+    xml: str
+    cpu: str
+    inactive_xml: str
+    version: tuple[int, int, int]
+    disks: tuple[DefinedDisk, ...]
+
+    def to_json(self) -> Json:
+        """Plain JSON for `VmDescription.definition`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Json) -> Definition:
+        """The reverse of `to_json`.
+
+        :raises HypervisorError: it is none of ours
+        """
+        try:
+            definition = msgspec.convert(content, cls, strict=False)
+        except msgspec.ValidationError as e:
+            raise HypervisorError(f"the definition of the VM is damaged: {e}") from e
+        if definition.format != FORMAT:
+            raise HypervisorError(f"the definition of the VM has format {definition.format}, written by a newer vmsnap")
+        return definition

@@ -1,0 +1,126 @@
+"""libvirt's domains: found by name or UUID, asked for their XML and state. Each call ends in time."""
+
+from __future__ import annotations
+
+import uuid
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from vmsnap.errors import UnknownVm, VmsnapError
+from vmsnap_drivers.qemu.libvirt.calls import CALL_SECONDS, binding, within
+from vmsnap_drivers.qemu.libvirt.link import OPEN_SECONDS, open_connection
+
+T = TypeVar("T")
+
+
+class Domains:
+    """The domains of one libvirt, over a connection of its own. Made by `reached`."""
+
+    def __init__(self, connection: Any, uri: str) -> None:
+        self._connection = connection
+        self.uri = uri
+
+    def find(self, name: str) -> Domain:
+        """The domain of that name, or of that UUID.
+
+        :raises UnknownVm: there is none
+        """
+        lookups: list[Callable[[], Any]] = [lambda: self._connection.lookupByName(name)]
+        try:
+            identity = str(uuid.UUID(name))
+            lookups.append(lambda: self._connection.lookupByUUIDString(identity))
+        except ValueError:
+            pass
+        for lookup in lookups[:-1]:
+            try:
+                return Domain(within(CALL_SECONDS, f"domain {name!r} at {self.uri}", lookup), name, self.uri)
+            except UnknownVm:
+                continue
+        return Domain(within(CALL_SECONDS, f"domain {name!r} at {self.uri}", lookups[-1]), name, self.uri)
+
+    def all(self) -> list[Domain]:
+        """All that are defined or run."""
+        found = within(CALL_SECONDS, f"domains at {self.uri}", lambda: self._connection.listAllDomains(0))
+        return [Domain(domain, str(domain.name()), self.uri) for domain in found]
+
+    def call(self, what: str, call: Callable[[Any], T], seconds: float = CALL_SECONDS) -> T:
+        """Make a call on the connection.
+
+        :raises VmsnapError: as `calls.within`
+        """
+        return within(seconds, what, lambda: call(self._connection))
+
+
+class Domain:
+    """One domain."""
+
+    def __init__(self, handle: Any, name: str, uri: str) -> None:
+        self.handle = handle
+        self.name = name
+        self._what = f"domain {name!r} at {uri}"
+
+    @property
+    def uuid(self) -> str:
+        """Its UUID."""
+        return str(self.handle.UUIDString())
+
+    def call(self, what: str, call: Callable[[Any], T], seconds: float = CALL_SECONDS) -> T:
+        """Make a call on it.
+
+        :raises VmsnapError: as `calls.within`
+        """
+        return within(seconds, f"{self._what}: {what}", lambda: call(self.handle))
+
+    def is_active(self) -> bool:
+        """Whether it runs, its guest stopped or not."""
+        return bool(self.call("whether it runs", lambda domain: domain.isActive()))
+
+    def is_persistent(self) -> bool:
+        """Whether libvirt knows it when it does not run."""
+        return bool(self.call("whether it is persistent", lambda domain: domain.isPersistent()))
+
+    def was_migrated(self) -> bool:
+        """Whether it does not run here because it was migrated away."""
+        lib = binding()
+        state, reason = self.call("its state", lambda domain: domain.state(0))
+        return bool(state == lib.VIR_DOMAIN_SHUTOFF and reason == lib.VIR_DOMAIN_SHUTOFF_MIGRATED)
+
+    def xml(self, flags: int = 0) -> str:
+        """Its XML; secrets are not in it."""
+        return str(self.call("its XML", lambda domain: domain.XMLDesc(flags)))
+
+    def tree(self) -> ET.Element:
+        """The XML of the running domain, parsed."""
+        return ET.fromstring(self.xml())
+
+    def job(self) -> str:
+        """The job that is going on, by somebody; empty where there is none."""
+        kind = self.call("its job", lambda domain: domain.jobInfo())[0]
+        return "" if kind == binding().VIR_DOMAIN_JOB_NONE else "a job of libvirt's (virsh domjobinfo)"
+
+
+@contextmanager
+def reached(uri: str) -> Iterator[Domains]:
+    """A connection, closed afterwards.
+
+    :raises VmsnapError: what `link.open_connection` raises
+    """
+    connection = open_connection(uri)
+    try:
+        yield Domains(connection, uri)
+    finally:
+        with suppress(VmsnapError):  # libvirtd hangs or is gone: there is nothing to close
+            within(OPEN_SECONDS, f"closing {uri}", connection.close)
+
+
+def disks_of(tree: ET.Element) -> Iterator[ET.Element]:
+    """The disks, CD-ROM drives and floppies of a domain, in its order."""
+    yield from tree.iterfind("devices/disk")
+
+
+def address_of(disk: ET.Element) -> str:
+    """The file or device of a disk; empty for others."""
+    source = disk.find("source")
+    return "" if source is None else source.get("file") or source.get("dev") or ""

@@ -1,0 +1,1 @@
+"""Capturing a running QEMU through its monitor, whoever started it."""

@@ -1,0 +1,198 @@
+"""libvirtd and virtlogd of this test alone, in a mount namespace in which their folders are the test's own.
+
+A system libvirtd knows its folders from when it was built (/etc/libvirt, /run/libvirt, …). So it has a namespace of its
+own (unshare(1)) in which folders of the test are mounted there: several can run at once, the machine's own is left
+alone, and the socket is reached by its path outside (``qemu:///system?socket=…``).
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import libvirt
+
+from .qemus import cache_folder
+
+USER = "libvirt-qemu"
+"""Whom Debian's libvirt lets QEMU run as."""
+_FOLDERS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "run": "/run/libvirt", "cache": "/var/cache/libvirt",
+            "log": "/var/log/libvirt"}  # fmt: skip
+_USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
+_START_SECONDS = 60.0
+_LOOK_EACH_SECONDS = 0.02
+_REAPER = Path(__file__).with_name("reaper.py")
+_QEMU_CONF = f"""\
+user = "{USER}"
+group = "{USER}"
+security_driver = "none"
+cgroup_controllers = [ ]
+namespaces = [ ]
+"""
+_LIBVIRTD_CONF = """\
+auth_unix_rw = "none"
+auth_unix_ro = "none"
+log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
+"""
+
+
+class Libvirtd:
+    """Use with ``with``: afterwards its domains, daemons and namespace are gone. Needs root."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is started; `folder` must be open to all users, and have a short name."""
+        self.folder = folder
+        self.socket = folder / "run" / "libvirt-sock"
+        self.uri = f"qemu:///system?socket={self.socket}"
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._reapers: list[subprocess.Popen[bytes]] = []
+        self._pids: list[int] = []
+
+    def __enter__(self) -> "Libvirtd":
+        for name in _FOLDERS:
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "etc" / "qemu.conf").write_text(_QEMU_CONF)
+        (self.folder / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
+        try:
+            self._hold_namespace()
+            self._run("/usr/sbin/virtlogd", "--pid-file", "/run/libvirt/virtlogd.pid")
+            self._await_file(self.folder / "run" / "virtlogd-sock")
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """libvirtd's process."""
+        return self._pids[-1]
+
+    def start(self) -> None:
+        """Start libvirtd and wait until it answers."""
+        self._run(
+            "/usr/sbin/libvirtd", "--config", "/etc/libvirt/libvirtd.conf", "--pid-file", "/run/libvirt/libvirtd.pid"
+        )
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                libvirt.open(self.uri).close()
+            except libvirt.libvirtError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_EACH_SECONDS)
+            else:
+                return
+
+    def kill(self) -> None:
+        """End libvirtd by kill -9. The domains run on."""
+        pid = self._pids.pop()
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + _START_SECONDS
+        while Path(f"/proc/{pid}").exists():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"libvirtd, process {pid}, does not end")
+            time.sleep(_LOOK_EACH_SECONDS)
+
+    def restart(self) -> None:
+        """Kill it, and start it again."""
+        self.kill()
+        self.start()
+
+    def virsh(self, *words: str) -> str:
+        """What virsh says.
+
+        :raise subprocess.CalledProcessError: it fails.
+        """
+        argv = ["virsh", "-q", "-c", self.uri, *words]
+        return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=120).stdout
+
+    def qemus(self) -> set[int]:
+        """The processes of its domains."""
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                inside = (process / "ns" / "mnt").readlink() == self._namespace()
+                if inside and (process / "exe").readlink().name.startswith("qemu-system"):
+                    found.add(int(process.name))
+            except OSError:
+                continue
+        return found
+
+    def end(self) -> None:
+        """End all; idempotent."""
+        if self._holder is not None:
+            for pid in self.qemus():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            while self._pids:
+                self.kill()
+            for reaper in self._reapers:
+                reaper.wait(_START_SECONDS)
+            self._holder.kill()
+            self._holder.wait()
+        self._holder = None
+
+    def _hold_namespace(self) -> None:
+        for outside in _FOLDERS.values():
+            Path(outside).mkdir(parents=True, exist_ok=True)
+        ready = self.folder / "ready"
+        mounts = [f"mount --bind {self.folder}/{name} {place}" for name, place in _FOLDERS.items()]
+        script = " && ".join([*mounts, f"touch {ready}", "exec sleep infinity"])
+        self._holder = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script])
+        self._await_file(ready)
+
+    def _run(self, *argv: str) -> None:
+        if self._holder is None:
+            raise AssertionError("there is no namespace")
+        words = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", sys.executable, str(_REAPER), *argv]
+        with (self.folder / "daemons.log").open("ab") as log:
+            reaper = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+        self._reapers.append(reaper)
+        if reaper.stdout is None:
+            raise AssertionError("the reaper has no output")
+        self._pids.append(int(reaper.stdout.readline()))
+
+    def _namespace(self) -> Path:
+        if self._holder is None:
+            raise AssertionError("there is no namespace")
+        return Path(f"/proc/{self._holder.pid}/ns/mnt").readlink()
+
+    def _await_file(self, path: Path) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                log = self.folder / "daemons.log"
+                raise AssertionError(f"no {path}: {log.read_text() if log.exists() else ''}")
+            time.sleep(_LOOK_EACH_SECONDS)
+
+
+@contextlib.contextmanager
+def userfaultfd_for_all() -> Iterator[None]:
+    """Within, QEMUs of other users may use userfaultfd, which copy on write needs; several may ask for it at once."""
+    with (cache_folder() / "userfaultfd.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        before = _USERFAULTFD.read_text().strip()
+        note = cache_folder() / "userfaultfd.before"
+        if before != "1":
+            note.write_text(before)
+        _USERFAULTFD.write_text("1")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BlockingIOError):  # another one needs it still, and is the last one then
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _USERFAULTFD.write_text(note.read_text() if note.exists() else before)
