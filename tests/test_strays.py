@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.lab import LabMachine
 from tests.test_duplicate_failures import run_and_be_killed
-from tests.test_live_backup_qemu import controller, machine, place, repository
+from tests.test_live_backup_qemu import block_graph, controller, files_beside, machine, place, repository
 from tests.test_qcow2_mechanism_machine import TAGS, context, mechanism
 from tests.test_qcow2_mechanism_machine import Machine as BlockMachine
 from tests.test_qcow2_mechanism_machine import machine as block_machine
+from tests.workers import worker_that_waits_at
 from tests.world import World
 from vmsnap.controller import Controller
-from vmsnap.errors import NotFound, SnapshotError
+from vmsnap.errors import NotFound, SnapshotError, VmsnapError
 from vmsnap.model import OwnedResource, Window
 from vmsnap.repository import Repository
 from vmsnap.roles import DriverContext
 from vmsnap.testing.faults import Effect, Fault
+from vmsnap_drivers.snapshots.qcow2.names import PlanNames
 
 __all__ = ["block_machine", "context", "controller", "machine", "place", "repository"]
 
@@ -108,6 +111,59 @@ def test_the_blocks_of_a_snapshot_are_taken_out_of_a_running_qemu(
     with pytest.raises(SnapshotError, match="records what changes"):
         other.remove_owned(OwnedResource("dirty bitmap", "vmsnap-since-x of /disk", "vmsnap-since-x", "qcow2"))
     other.close()
+
+
+@pytest.mark.qemu
+def test_blocks_in_a_running_qemu_are_found_when_all_of_the_state_folder_is_lost(
+    machine: LabMachine, controller: Controller, repository: Repository, place: Path
+) -> None:
+    controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+    graph, files = block_graph(machine), files_beside(machine)
+    state = controller.folders.state_dir
+    worker = worker_that_waits_at(state, str(place / "repository"), "read_into", number=3)
+    worker.kill()
+    worker.wait()
+    assert block_graph(machine) != graph
+    shutil.rmtree(state)
+    state.mkdir(mode=0o700)
+    with Controller(controller.folders) as anew:
+        assert {each.kind for each in anew.strays()} == {"duplicate"}
+        anew.remove_strays([each.name for each in anew.strays()])
+        assert anew.strays() == []
+        anew.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+        (stray,) = (each for each in anew.strays() if each.kind == "block nodes")
+        assert stray.tag.startswith("vmsnap-") and Path(stray.name).is_relative_to(place)
+        with pytest.raises(VmsnapError, match="stands a block job or filter"):
+            anew.backup("vm001", repository)
+        assert anew.remove_strays([stray.name]) == [stray]
+        assert (block_graph(machine), files_beside(machine)) == (graph, files)
+        backup = anew.backup("vm001", repository).backup
+    assert not repository.verify(backup).findings
+    machine.wait_for_count(machine.latest_count() + 10)
+    machine.wait_for_check(machine.latest_check() + 1)
+    assert machine.faults() == []
+
+
+@pytest.mark.qemu
+def test_a_plan_that_somebody_else_could_have_written_is_not_carried_out(
+    block_machine: BlockMachine, context: DriverContext, tmp_path: Path
+) -> None:
+    driver = mechanism(context)
+    plan = driver.plan("vm001", block_machine.disks()[:2], next(TAGS), Window.FREE)
+    driver.prepare(plan)
+    (copy, *_) = (Path(path) for path in PlanNames.of(plan).records[1:])
+    Path(PlanNames.of(plan).record).unlink()
+    copy.chmod(0o666)
+    (stray,) = driver.list_owned_on(plan.disks)
+    assert stray.name != str(copy)
+    with pytest.raises(SnapshotError, match="no record tells"):
+        driver.remove_owned(stray)
+    driver.remove_owned(OwnedResource("block nodes", str(copy), plan.tag, "qcow2"))
+    assert driver.list_owned_on(plan.disks) == [stray]
+    copy.chmod(0o600)
+    driver.delete(plan)
+    assert driver.list_owned_on(plan.disks) == [] and not copy.exists()
+    driver.close()
 
 
 @pytest.mark.qemu

@@ -208,9 +208,17 @@ class SnapshotMechanism(ABC):
     def list_owned(self) -> Sequence[OwnedResource]:
         """List everything on this host that carries our tag and came from this mechanism."""
 
+    def list_owned_on(self, disks: Sequence[Disk]) -> Sequence[OwnedResource]:
+        """List what carries our tag on these disks of a VM that executes, and what `list_owned` cannot find, because it
+        stands nowhere on this host: the record of it was lost. Blocks; changes nothing.
+
+        :raises SnapshotError: it cannot be looked at now
+        """
+        return ()
+
     def remove_owned(self, owned: OwnedResource) -> None:
-        """Remove something that `list_owned` has named and whose plan nobody has any more, with all that was made for
-        that plan; the user said so. Idempotent; blocks.
+        """Remove something that `list_owned` or `list_owned_on` has named and whose plan nobody has any more, with all
+        that was made for that plan; the user said so. Idempotent; blocks.
 
         :raises SnapshotError: it cannot be removed (so); the message says what to do
         """

@@ -375,6 +375,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self._call(self.driver.list_owned)
 
+    def list_owned_on(self, disks: Sequence[Disk]) -> Sequence[OwnedResource]:
+        """See the role."""
+        return self._call(self.driver.list_owned_on, disks)
+
     def remove_owned(self, owned: OwnedResource) -> None:
         """See the role."""
         self._call(self.driver.remove_owned, owned)

@@ -32,9 +32,10 @@ def check_disk(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
     node = graph.node(wanted)
     if node is None:
         raise SnapshotError(f"disk {disk.device} has no block node {wanted} any more")
-    if node["drv"] != disk.format:
+    if node["drv"] != disk.format or disk.format not in ("raw", "qcow2"):
         raise SnapshotError(
-            f"on disk {disk.device} stands a block job or filter ({node['drv']})", cure="let it end or cancel it"
+            f"on disk {disk.device} stands a block job or filter ({node['drv']})",
+            cure="let it end or cancel it; if it is vmsnap's: vmsnap recover, vmsnap strays",
         )
     size = node["image"]["virtual-size"]
     if size != disk.size_bytes:

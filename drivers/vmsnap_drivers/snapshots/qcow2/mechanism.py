@@ -21,7 +21,7 @@ from vmsnap.model import (
 from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, overlay, record, server
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, orphans, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
 from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_number
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
@@ -70,9 +70,9 @@ class Qcow2Mechanism(SnapshotMechanism):
         self._monitor: Monitor | None = None
 
     def handles(self, disk: Disk) -> bool:
-        """Say whether the disk is one of a QEMU, and raw or qcow2."""
+        """Say whether the disk is one of a QEMU, and raw or qcow2; or has a filter on it, which `plan` refuses."""
         known = all(disk.handle.get(key) for key in ("qmp", "node", "qdev", "file"))
-        return known and disk.format in ("raw", "qcow2") and disk.size_bytes > 0
+        return known and disk.format in ("raw", "qcow2", "copy-before-write") and disk.size_bytes > 0
 
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See `SnapshotMechanism.plan`. Asks QEMU, changes nothing, and keeps no connection.
@@ -114,7 +114,7 @@ class Qcow2Mechanism(SnapshotMechanism):
         """
         names = PlanNames.of(plan)
         graph = self._graph(names)
-        record.write(plan, Path(names.record))
+        record.write(plan, names)
         server.start(graph, Path(names.socket))
         for disk, own in zip(plan.disks, names.disks, strict=True):
             if disk.read_only:
@@ -265,12 +265,38 @@ class Qcow2Mechanism(SnapshotMechanism):
         """See `SnapshotMechanism.list_owned`: the files that the records in vmsnap's state folder name."""
         return [*record.list_owned(self._folder), *clones.list_owned(self._clone_notes), *self._kept.list_owned()]
 
+    def list_owned_on(self, disks: Sequence[Disk]) -> Sequence[OwnedResource]:
+        """See `SnapshotMechanism.list_owned_on`: nodes in their QEMU.
+
+        :raises SnapshotError: it refused, or its monitor is in use by another program
+        """
+        found: list[OwnedResource] = []
+        for address in sorted({disk.handle["qmp"] for disk in disks if self.handles(disk)}):
+            try:
+                with Monitor.borrow(address) as monitor:
+                    found += orphans.find(BlockGraph(monitor), self._folder)
+            except (VmGone, UnknownVm):
+                continue
+            except (Busy, UsageError) as e:
+                raise SnapshotError(e.message, cure=e.cure) from e
+        return found
+
     def remove_owned(self, owned: OwnedResource) -> None:
         """See `SnapshotMechanism.remove_owned`: by the plan in the record or the note that tells of it. A record that
         cannot be read is removed itself.
 
         :raises SnapshotError: something is left, or it is a record of changes, which may serve the next backup
         """
+        if owned.kind == orphans.KIND:
+            left = record.read_copy(Path(owned.name))
+            if left is not None:
+                self.delete(left)
+            elif not owned.name.startswith("/"):
+                raise SnapshotError(
+                    f"of {owned.name} nothing is left but nodes in a running QEMU, which no record tells how to remove",
+                    cure="they go with that QEMU: shut the VM down when that suits it",
+                )
+            return
         if owned.kind == "dirty bitmap":
             raise SnapshotError(
                 f"{owned.name} records what changes on a disk, for the next backup",

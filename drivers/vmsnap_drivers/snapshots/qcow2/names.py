@@ -17,6 +17,7 @@ from vmsnap.model import Disk, Json, SnapshotPlan, check_name, from_json, to_jso
 
 MECHANISM: Final = "qcow2"
 TAG_PREFIX: Final = "vmsnap-"
+COPY_SUFFIX: Final = ".plan.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class PlanNames:
     disks: tuple[DiskNames, ...]
     socket: str
     record: str
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Where the plan is written down: in the state folder, and beside its files, should that be lost."""
+        tag, state = Path(self.record).stem, Path(self.record).parent
+        folders = dict.fromkeys(Path(disk.target_file).parent for disk in self.disks)
+        return (self.record, *(str(folder / f"{tag}{COPY_SUFFIX}") for folder in folders if folder != state))
 
     def to_data(self) -> Json:
         """As the `data` of a `SnapshotPlan`."""

@@ -1,21 +1,39 @@
-"""The record of each plan in vmsnap's state folder: by it, files beside disks are found without asking any VM."""
+"""The record of each plan in vmsnap's state folder: by it, files beside disks are found without asking any VM.
+
+A copy lies beside the files. When the state folder is lost, that is found by way of the nodes in a running QEMU.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmsnap.errors import ProtocolError, SnapshotError
 from vmsnap.model import OwnedResource, SnapshotPlan, from_json, to_json
-from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames
+from vmsnap_drivers.snapshots.qcow2.names import COPY_SUFFIX, MECHANISM, PlanNames
 
 
-def write(plan: SnapshotPlan, path: Path) -> None:
-    """Write the record, 0600.
+def write(plan: SnapshotPlan, names: PlanNames) -> None:
+    """Write the record and its copies, 0600.
 
-    :raises SnapshotError: there is one already, or it cannot be written
+    :raises SnapshotError: there is one already, or one cannot be written
     """
+    for path in names.records:
+        _write(plan, Path(path))
+
+
+def remove(names: PlanNames) -> None:
+    """Remove copies and record; succeeds where there are none.
+
+    :raises OSError: one cannot be removed
+    """
+    for path in reversed(names.records):
+        Path(path).unlink(missing_ok=True)
+
+
+def _write(plan: SnapshotPlan, path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -35,7 +53,7 @@ def list_owned(folder: Path) -> Sequence[OwnedResource]:
             names = PlanNames.of(plan)
         except (OSError, ValueError, ProtocolError):
             continue  # it is listed itself, and says no more
-        files = [("socket", names.socket)]
+        files = [("socket", names.socket), *(("record", copy) for copy in names.records[1:])]
         for own in names.disks:
             files.append(("old blocks", own.target_file))
             if own.overlay_file:
@@ -50,4 +68,17 @@ def plan_of(owned: OwnedResource, folder: Path) -> SnapshotPlan | None:
     try:
         return from_json((folder / f"{owned.tag}.json").read_bytes(), SnapshotPlan)
     except (OSError, ValueError):
+        return None
+
+
+def read_copy(path: Path) -> SnapshotPlan | None:
+    """The plan in a copy of a record; None where there is none that this user wrote, and nobody else can have."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            plan = from_json(file.read(), SnapshotPlan)
+            return plan if path.name == f"{plan.tag}{COPY_SUFFIX}" and str(path) in PlanNames.of(plan).records else None
+    except (OSError, ValueError, ProtocolError):
         return None

@@ -64,6 +64,18 @@ def stop(graph: BlockGraph, path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def stop_unseen(graph: BlockGraph) -> None:
+    """Stop the server whose socket is gone, with its exports, if one runs. It must be ours.
+
+    :raises SnapshotError: QEMU does not answer
+    """
+    try:
+        graph.call("nbd-server-stop")
+    except SnapshotError as e:
+        if not isinstance(e.__cause__, MonitorError):  # its only refusal is that none runs
+            raise
+
+
 def _take_back(graph: BlockGraph, name: str) -> None:
     """Let QEMU close a socket that it was given and does not serve: vmsnap died in between, or QEMU refused. Whoever
     connected to it would wait for ever. One that it serves has no name any more (``monitor_get_fd``).

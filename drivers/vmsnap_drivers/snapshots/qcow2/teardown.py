@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmsnap.errors import SnapshotError, VmGone
 from vmsnap.model import Disk, SnapshotPlan
-from vmsnap_drivers.snapshots.qcow2 import bitmaps, changes, fleecing, overlay, server
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, changes, fleecing, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import QemuImg
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames, PlanNames
@@ -33,7 +33,7 @@ def remove_all(graph: BlockGraph | None, image: QemuImg, plan: SnapshotPlan, nam
     if failures:
         more = f"; and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise SnapshotError(f"of {plan.tag} something is left: {failures[0].message}{more}", cure=failures[0].cure)
-    Path(names.record).unlink(missing_ok=True)
+    record.remove(names)
 
 
 def _with_qemu(
@@ -55,12 +55,21 @@ def _without_qemu(image: QemuImg, disks: list[tuple[Disk, DiskNames]], names: Pl
 
 
 def _end_exports(graph: BlockGraph, names: PlanNames) -> None:
+    ours = {export for own in names.disks for export in (own.access, own.target)}
+    lost = not Path(names.record).exists() and not Path(names.socket).exists()
+    if lost and graph.exports() <= ours and _has_nodes(graph, names):
+        # The state folder is lost. A plan refuses a server that it finds, and starts its own before it adds nodes.
+        server.stop_unseen(graph)
     exports = graph.exports()
     for own in names.disks:
         for export in (own.access, own.target):
             if export in exports:
                 graph.remove_export(export)
     server.stop(graph, Path(names.socket))
+
+
+def _has_nodes(graph: BlockGraph, names: PlanNames) -> bool:
+    return not graph.node_names().isdisjoint(name for own in names.disks for name in (own.target, own.image))
 
 
 def _clean_disk(graph: BlockGraph, image: QemuImg, disk: Disk, own: DiskNames) -> None:
