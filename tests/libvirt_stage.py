@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab import find_qemu
+from tests.lab.bridge import Bridge
 from tests.lab.domain import LabDomain
 from tests.lab.libvirtd import Libvirtd, userfaultfd_for_all
 from vmsnap.controller import Controller
@@ -18,6 +20,7 @@ from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
 
+_numbers = itertools.count(100)
 _LISTS = (
     ("list", "--all", "--name"),
     ("domblklist", "vm001"),
@@ -36,6 +39,7 @@ _LISTS = (
 class Stage:
     place: Path
     libvirtd: Libvirtd
+    bridge: Bridge
     machine: LabDomain
     controller: Controller
     repository: Repository
@@ -70,17 +74,27 @@ class Stage:
 
 @contextmanager
 def staged(**settings: int) -> Iterator[Stage]:
-    """The guest, registered as ``vm001``, under load."""
+    """The guest, registered as ``vm001``, under load, its card on a bridge."""
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     # QEMU's user has to get to the disks.
     place.chmod(0o755)
     folders = HostFolders.find(place / "state")
-    with userfaultfd_for_all(), Libvirtd(place / "lv") as libvirtd:
-        machine = LabDomain(place / "vm001", find_qemu("7.2"), libvirtd, settings=settings)
-        with Controller(folders) as controller:
-            machine.start()
-            controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri})
-            machine.wait_for_check(1)
-            yield Stage(place, libvirtd, machine, controller, create_repository(str(place / "repository")))
+    with (
+        userfaultfd_for_all(),
+        Libvirtd(place / "lv") as libvirtd,
+        Controller(folders) as controller,
+        Bridge(next(_numbers)) as bridge,
+    ):
+        machine = LabDomain(
+            place / "vm001",
+            find_qemu("7.2"),
+            libvirtd,
+            settings={"packets": 1, **settings},
+            interface=f"<interface type='bridge'><source bridge='{bridge.name}'/>{{}}</interface>",
+        )
+        machine.start()
+        controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri})
+        machine.wait_for_check(1)
+        yield Stage(place, libvirtd, bridge, machine, controller, create_repository(str(place / "repository")))
     shutil.rmtree(folders.memory_dir, ignore_errors=True)
     shutil.rmtree(place)
