@@ -20,6 +20,8 @@ import libvirt
 
 from .qemus import cache_folder
 
+libvirt.registerErrorHandler(lambda *_: None, None)  # it prints each error besides raising it
+
 USER = "libvirt-qemu"
 """Whom Debian's libvirt lets QEMU run as."""
 _FOLDERS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "run": "/run/libvirt", "cache": "/var/cache/libvirt",

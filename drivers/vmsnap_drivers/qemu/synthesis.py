@@ -85,13 +85,11 @@ def write_stream(fd: int, captured: CapturedMemory, images: Path, mapped: frozen
     return out.written_bytes
 
 
-def gather_images(
-    folder: Path, images: Sequence[RamImage], blocks: Sequence[str], mapped: Collection[str] = ()
-) -> Path:
-    """Make a folder in `folder` in which the images of the blocks that are not mapped have the names that
-    `write_stream` looks for; `blocks` are all of them, in the stream's order. It is the caller's to remove.
+def gather_images(place: Path, images: Sequence[RamImage], blocks: Sequence[str], mapped: Collection[str] = ()) -> Path:
+    """Make the folder `place`, in which the images of the blocks that are not mapped have the names that
+    `write_stream` looks for; `blocks` are all of them, in the stream's order. It is the caller's to remove. On another
+    file system than theirs they are copied: guest RAM, which belongs on no disk.
     """
-    place = folder / "images"
     place.mkdir(mode=0o700)
     for image in images:
         if image.region not in mapped and image.region in blocks:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from vmsnap.errors import HypervisorError
+from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.model import Disk, Finding, Moment, Nic, OwnedResource, VmDescription, VmState
 from vmsnap.roles import DriverContext, LoadedVm, LoadRequest, Option
 from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run
 from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, logs_of
+from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_libvirt
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
 from vmsnap_drivers.qemu import doctor, life, own_disks, process
 from vmsnap_drivers.qemu.capture import duplicates, learned
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
 from vmsnap_drivers.qemu.capture.revive import make_run
 from vmsnap_drivers.qemu.capture.turn import kept_free
-from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress
+from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress, is_libvirt_address
 from vmsnap_drivers.qemu.libvirt.calls import Unreachable
-from vmsnap_drivers.qemu.libvirt.process import monitor_socket
+from vmsnap_drivers.qemu.libvirt.process import monitor_socket, process_of
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.peer import start_time
 from vmsnap_drivers.qemu.status import vm_state
 
 
@@ -59,9 +58,11 @@ class LibvirtHypervisor(MonitoredHypervisor):
             return sorted(domain.name for domain in domains.all())
 
     def doctor(self) -> Sequence[Finding]:
-        findings = list(doctor.look_at_host(self.context))
+        findings = [*doctor.look_at_host(self.context), *look_at_libvirt(self._uri)]
         known = learned.factors(self._state_folder, self.vm)
-        return findings + list(doctor.look_at_vm(self.vm, self._connect, self._described_by, self._wanted, known))
+        if self._is_there():
+            findings += doctor.look_at_vm(self.vm, self._connect, self._described_by, self._wanted, known)
+        return findings
 
     # -- capturing
 
@@ -124,6 +125,15 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     # -- within
 
+    def _is_there(self) -> bool:
+        """Whether libvirt has such a domain; what else is wrong is told where libvirt is looked at."""
+        try:
+            with reached(self._uri) as domains:
+                domains.find(self._domain)
+        except VmsnapError:
+            return False
+        return True
+
     def _connect(self) -> Monitor:
         with reached(self._uri) as domains:
             address = LibvirtAddress(self._uri, domains.find(self._domain).uuid)
@@ -135,17 +145,21 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     @contextmanager
     def _past_libvirt(self) -> Iterator[Monitor | None]:
-        """The monitor of the QEMU that was captured last, without libvirtd, which must have gone and may come again: so
-        for moments only. None where that QEMU has ended, or is not known.
+        """The monitor of the domain that was captured last, without libvirtd, which must have gone and may come again:
+        so for moments only. None where no QEMU of it is on this host.
 
         :raises Busy: libvirtd has the monitor, and does not answer us
+        :raises Unreachable: it was never captured, or its monitor is not found
         """
         known = process.read(self._state_folder, self.vm)
-        socket: Path | None = None
-        if known is not None and start_time(known.pid) == known.pid_started:
-            socket = monitor_socket(known.pid)
-        if socket is None:
+        if known is None or not is_libvirt_address(known.socket):
+            raise Unreachable(f"libvirt at {self._uri} cannot be reached, and VM {self.vm!r} was never captured")
+        pid = process_of(LibvirtAddress.parse(known.socket).uuid)
+        if pid is None:
             yield None
             return
+        socket = monitor_socket(pid)
+        if socket is None:
+            raise Unreachable(f"libvirt at {self._uri} cannot be reached, nor the monitor of process {pid}")
         with Monitor.borrow(socket) as monitor:
             yield monitor

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import Busy, CannotCapture, HypervisorError, UnknownVm, VmsnapError
+from vmsnap.errors import Busy, HypervisorError, UnknownVm, VmsnapError
 from vmsnap_drivers.hypervisors.libvirt.domain import Domain, address_of, disks_of, reached
 from vmsnap_drivers.qemu.fence import is_written, show_ended
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress, is_libvirt_address
 from vmsnap_drivers.qemu.libvirt.calls import Unreachable
-from vmsnap_drivers.qemu.libvirt.process import find_qemu
+from vmsnap_drivers.qemu.libvirt.process import process_of
 from vmsnap_drivers.qemu.process import ProcessRecord, held
 
 _KILL_SECONDS: Final = 30.0
@@ -73,11 +73,8 @@ def _by_libvirt(vm: str, domain: Domain, *, kill: bool) -> str:
 
 def _by_processes(vm: str, identity: str, *, kill: bool) -> str:
     """A QEMU of the domain's UUID on this host, whatever libvirt says."""
-    try:
-        pid = find_qemu(identity)
-    except CannotCapture as e:
-        if "several" in e.message:
-            raise
+    pid = process_of(identity)
+    if pid is None:
         return f"no QEMU of UUID {identity} is on this host"
     with held(pid) as process:
         if process is not None and not process.has_ended():

@@ -97,6 +97,7 @@ def destroy(folder: Path, mark: LoadedMark) -> None:
     :raises HypervisorError: libvirt refuses, or is not there
     """
     lib = binding()
+    _let_go(folder / _FIFO_NAME)
     with reached(mark.uri) as domains:
         domain = _find(domains, mark.uuid)
         if domain is not None and domain.is_active():
@@ -138,9 +139,16 @@ def _restore(
     domains: Domains, name: str, folder: Path, begin: bytes, captured: CapturedMemory, request: LoadRequest
 ) -> None:
     """Let libvirt read the image, and write it."""
-    images = gather_images(folder, request.images, [block.name for block in captured.blocks])
+    # Beside the images themselves, in memory.
+    place = request.images[0].path.parent / f".{folder.name}.images"
+    shutil.rmtree(place, ignore_errors=True)
     fifo = folder / _FIFO_NAME
-    os.mkfifo(fifo, 0o600)
+    try:
+        images = gather_images(place, request.images, [block.name for block in captured.blocks])
+        os.mkfifo(fifo, 0o600)
+    except OSError as e:
+        shutil.rmtree(place, ignore_errors=True)
+        raise HypervisorError(f"the RAM images cannot be had: {e.strerror}") from e
     flags = binding().VIR_DOMAIN_SAVE_PAUSED
     failures: list[VmsnapError] = []
     ended = threading.Event()
@@ -162,6 +170,7 @@ def _restore(
     try:
         written = _write(fifo, ended, begin, captured, images)
     finally:
+        _let_go(fifo)
         if not ended.wait(_LOAD_SECONDS):
             raise Unreachable(f"libvirt does not end restoring domain {name!r}")
         fifo.unlink()
@@ -170,6 +179,12 @@ def _restore(
         raise failures[0]
     if not written:
         raise HypervisorError("libvirt did not read the image")
+
+
+def _let_go(fifo: Path) -> None:
+    """Whoever waits for somebody to write shall not wait for ever."""
+    with contextlib.suppress(FileNotFoundError):
+        os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def _write(fifo: Path, ended: threading.Event, begin: bytes, captured: CapturedMemory, images: Path) -> bool:

@@ -140,7 +140,7 @@ def load(vm: str, folder: Path, qmp_socket: Path, request: LoadRequest) -> Loade
                 folder,
                 qmp_socket,
                 captured,
-                gather_images(folder, request.images, list(new.block_sizes), new.images),
+                gather_images(folder / "images", request.images, list(new.block_sizes), new.images),
                 new,
             )
         except BaseException:

@@ -18,7 +18,7 @@ from vmsnap_drivers.qemu.capture.drain import Drain
 from vmsnap_drivers.qemu.capture.heal import heal
 from vmsnap_drivers.qemu.capture.migration import cancel_migration
 from vmsnap_drivers.qemu.capture.precopy import PrecopyCapture
-from vmsnap_drivers.qemu.capture.revive import make_run
+from vmsnap_drivers.qemu.capture.revive import make_run, stop
 from vmsnap_drivers.qemu.capture.session import STALL_TIMEOUT_SECONDS, Capture, Session
 from vmsnap_drivers.qemu.capture.turn import kept_free, turn_to_heal, turn_to_lift
 from vmsnap_drivers.qemu.monitor import Monitor
@@ -80,7 +80,8 @@ class MonitoredHypervisor(Hypervisor):
             raise
 
     def pause(self) -> Moment:
-        return self._going_on().pause()
+        """See the role; also outside of a capture."""
+        return stop(self.monitor) if self._capture is None else self._capture.pause()
 
     def duplicate(self) -> Duplicate:
         capture = self._going_on()

@@ -174,7 +174,11 @@ def why_no_userfaultfd(pid: int) -> str:
     QEMU 7.2 uses the system call (CAP_SYS_PTRACE, or ``vm.unprivileged_userfaultfd=1``), 8.0 and later
     ``/dev/userfaultfd`` first.
     """
-    owner = Path("/proc", str(pid)).stat().st_uid
+    return why_no_userfaultfd_for(Path("/proc", str(pid)).stat().st_uid)
+
+
+def why_no_userfaultfd_for(owner: int) -> str:
+    """The same for QEMUs of a user."""
     if owner == 0:
         return ""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":

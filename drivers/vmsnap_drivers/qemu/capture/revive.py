@@ -1,4 +1,4 @@
-"""Makes a VM execute, in whatever state a capture left it, from any process."""
+"""Makes a VM execute, in whatever state a capture left it, from any process; and stops it."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def make_run(monitor: Monitor, timeout_seconds: float = 5.0) -> Moment:
             # QEMU 10.0 says "Migration is not finalized yet" for a moment after the end of a migration.
             refused = e.description
             time.sleep(_BETWEEN_TRIES_SECONDS)
+
+
+def stop(monitor: Monitor) -> Moment:
+    """Stop a VM, its disks drained and flushed; one that stands still stays so. Return the moment."""
+    mark = monitor.mark()
+    monitor.execute("stop")
+    stopped = [event for event in monitor.events_since(mark) if event.name == "STOP"]
+    return stopped[-1].moment("pause") if stopped else Moment.now("pause")

@@ -61,6 +61,17 @@ class _Worker(threading.Thread):
 _idle: list[_Worker] = []
 
 
+def _free_worker() -> _Worker:
+    while True:
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            worker = _Worker()
+            worker.start()
+        if worker.is_alive():  # after a fork it is not
+            return worker
+
+
 def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     """Make a call of libvirt's and return its result.
 
@@ -80,12 +91,7 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
         finally:
             done.set()
 
-    try:
-        worker = _idle.pop()
-    except IndexError:
-        worker = _Worker()
-        worker.start()
-    worker.give(job)
+    _free_worker().give(job)
     if not done.wait(seconds):
         raise Unreachable(f"libvirt did not answer within {seconds:g} s: {what}", cure="see whether libvirtd hangs")
     if failures:
@@ -120,13 +126,6 @@ def translated(error: libvirt.libvirtError, what: str) -> Exception:
     lost = code in (lib.VIR_ERR_RPC, lib.VIR_ERR_NO_CONNECT, lib.VIR_ERR_INTERNAL_ERROR, lib.VIR_ERR_SYSTEM_ERROR)
     if lost and error.get_error_domain() in (lib.VIR_FROM_RPC, lib.VIR_FROM_REMOTE):
         return Unreachable(text, cure="see whether libvirtd runs, and the URI (-o uri=…)")
-    if code in (
-        lib.VIR_ERR_NO_CONNECT,
-        lib.VIR_ERR_INVALID_ARG,
-        lib.VIR_ERR_NO_SUPPORT,
-        lib.VIR_ERR_CONFIG_UNSUPPORTED,
-    ):
-        return (
-            UsageError(text, cure="see -o uri=…, such as qemu:///system") if "URI" in message else HypervisorError(text)
-        )
+    if "URI" in message:
+        return UsageError(text, cure="see -o uri=…, such as qemu:///system")
     return HypervisorError(text)

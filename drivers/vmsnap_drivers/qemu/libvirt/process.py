@@ -13,9 +13,23 @@ _MONITOR_NAME: Final = "monitor.sock"
 
 
 def find_qemu(uuid: str) -> int:
-    """The process that runs the domain of that UUID, by its command line (``-uuid``, which libvirt always gives).
+    """The process that runs the domain of that UUID.
 
     :raises CannotCapture: there is none on this host, or more than one
+    """
+    found = process_of(uuid)
+    if found is None:
+        raise CannotCapture(
+            f"no QEMU of domain {uuid} is seen on this host", cure="run vmsnap on the host on which the domain runs"
+        )
+    return found
+
+
+def process_of(uuid: str) -> int | None:
+    """The process that runs the domain of that UUID, by its command line (``-uuid``, which libvirt always gives); None
+    where there is none on this host.
+
+    :raises CannotCapture: there is more than one
     """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -23,15 +37,11 @@ def find_qemu(uuid: str) -> int:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if (b"-uuid", uuid.encode()) in itertools.pairwise(words) and words[0].rpartition(b"/")[2] != b"":
+        if (b"-uuid", uuid.encode()) in itertools.pairwise(words):
             found.append(int(process.name))
-    if not found:
-        raise CannotCapture(
-            f"no QEMU of domain {uuid} is seen on this host", cure="run vmsnap on the host on which the domain runs"
-        )
     if len(found) > 1:
         raise CannotCapture(f"several QEMUs of domain {uuid} run on this host: {found}")
-    return found[0]
+    return found[0] if found else None
 
 
 def monitor_socket(pid: int) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
-from vmsnap.errors import Busy, SnapshotError, UnknownVm, UsageError, VmGone
+from vmsnap.errors import Busy, HypervisorError, SnapshotError, UnknownVm, UsageError, VmGone
 from vmsnap.model import (
     ClonePlan,
     Disk,
@@ -43,8 +43,8 @@ class Qcow2Mechanism(SnapshotMechanism):
     guest's device is connected to another node within the pause, all in one round trip; that nothing is written between
     the first and the last disk is seen to by refusing a guest that executes.
 
-    A disk is known by its handle: ``qmp`` (the monitor's socket), ``node`` (the node to which the device is connected),
-    ``qdev`` (the device's id or QOM path), ``file``. QEMU 7.1 or later.
+    A disk is known by its handle: ``qmp`` (the monitor's socket, or its address by way of libvirt), ``node`` (the node
+    to which the device is connected), ``qdev`` (the device's id or QOM path), ``file``. QEMU 7.1 or later.
     """
 
     name: ClassVar[str] = MECHANISM
@@ -216,7 +216,7 @@ class Qcow2Mechanism(SnapshotMechanism):
             except (VmGone, UnknownVm):
                 if kept.format == "qcow2":
                     self._image.remove_bitmaps(Path(kept.file), set(kept.names))
-            except (Busy, UsageError) as e:
+            except (Busy, UsageError, HypervisorError) as e:
                 raise SnapshotError(e.message, cure=e.cure) from e
             self._kept.strike(kept)
 
@@ -256,7 +256,7 @@ class Qcow2Mechanism(SnapshotMechanism):
         except (VmGone, UnknownVm):
             remove_all(None, self._image, plan, names)
             return
-        except (Busy, UsageError) as e:
+        except (Busy, UsageError, HypervisorError) as e:
             raise SnapshotError(e.message, cure=e.cure) from e
         with monitor:
             remove_all(BlockGraph(monitor), self._image, plan, names)

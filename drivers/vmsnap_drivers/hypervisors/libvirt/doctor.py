@@ -1,0 +1,58 @@
+"""Whether domains of a libvirt can be captured and brought back, and what of this host stands in the way."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from typing import Final
+
+from vmsnap.errors import VmsnapError
+from vmsnap.model import Finding
+from vmsnap_drivers.hypervisors.libvirt.domain import Domains, reached
+from vmsnap_drivers.hypervisors.libvirt.reach import qemu_user
+from vmsnap_drivers.qemu.capture.plan import why_no_userfaultfd_for
+
+_CONFINED: Final = {
+    "apparmor": "let QEMU open the files that vmsnap makes beside disks: a line such as '/srv/vms/** rwk,' in"
+    " /etc/apparmor.d/local/abstractions/libvirt-qemu",
+    "selinux": "let QEMU open the files that vmsnap makes beside disks: label their folder svirt_image_t, or give the"
+    " domain <seclabel type='none' model='selinux'/>",
+}
+_FILES_OVER_MONITOR: Final = 8_002_000
+"""libvirt's version from which descriptors go through the passthrough (``virDomainQemuMonitorCommandWithFiles``)."""
+
+
+def look_at_libvirt(uri: str) -> Iterator[Finding]:
+    """libvirt itself: reached, new enough, whom its QEMUs run as, what confines them. Never raises."""
+    try:
+        with reached(uri) as domains:
+            yield from _look(domains)
+    except VmsnapError as e:
+        yield Finding("libvirt", "missing", e.message, e.cure)
+
+
+def _look(domains: Domains) -> Iterator[Finding]:
+    version = domains.call("its version", lambda connection: int(connection.getLibVersion()))
+    text = f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000} at {domains.uri}"
+    if version < _FILES_OVER_MONITOR:
+        yield Finding("libvirt", "missing", f"{text} passes no descriptors to QEMU", "libvirt 8.2 or later is needed")
+    else:
+        yield Finding("libvirt", "ok", text)
+    yield Finding(
+        "libvirt's monitor passthrough",
+        "note",
+        "captures go through it; libvirt calls it unsupported and marks the domain as tainted (custom-monitor)",
+    )
+    capabilities = domains.call("its capabilities", lambda connection: str(connection.getCapabilities()))
+    user = qemu_user(capabilities)
+    if user is not None:
+        if why_not := why_no_userfaultfd_for(user):
+            yield Finding("userfaultfd for libvirt's QEMU", "note", why_not, "sysctl vm.unprivileged_userfaultfd=1")
+        else:
+            yield Finding("userfaultfd for libvirt's QEMU", "ok", f"user {user} may use it")
+    for model in ET.fromstring(capabilities).iterfind("host/secmodel"):
+        name = model.findtext("model", "")
+        if name in _CONFINED:
+            yield Finding(
+                f"{name} confines QEMU", "note", "QEMU may be refused files of the mechanism qcow2", _CONFINED[name]
+            )

@@ -1,0 +1,100 @@
+"""What the tests of the libvirt driver share: a libvirtd of their own, the lab's guest as its domain, a controller."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.lab import find_qemu
+from tests.lab.bridge import Bridge
+from tests.lab.domain import LabDomain
+from tests.lab.libvirtd import Libvirtd, userfaultfd_for_all
+from vmsnap.controller import Controller
+from vmsnap.host import HostFolders
+from vmsnap.places import create_repository
+from vmsnap.repository import Repository
+
+_numbers = itertools.count(100)
+_LISTS = (
+    ("list", "--all", "--name"),
+    ("domblklist", "vm001"),
+    ("domiflist", "vm001"),
+    ("snapshot-list", "vm001", "--name"),
+    ("checkpoint-list", "vm001", "--name"),
+    ("domjobinfo", "vm001"),
+    ("domstate", "vm001", "--reason"),
+    ("net-list", "--all"),
+    ("pool-list", "--all"),
+    ("nwfilter-binding-list",),
+)
+
+
+@dataclass
+class Stage:
+    place: Path
+    libvirtd: Libvirtd
+    bridge: Bridge
+    machine: LabDomain
+    controller: Controller
+    repository: Repository
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """Where libvirt is."""
+        return {"uri": self.libvirtd.uri}
+
+    def seen_by_virsh(self) -> dict[str, str]:
+        """What people see of the domain, and of all."""
+        return {" ".join(words): self.libvirtd.virsh(*words) for words in _LISTS}
+
+    def at_rest(self) -> tuple[Any, ...]:
+        """All that a backup, a restore or a duplicate could leave on this host."""
+        state, ask = self.controller.folders.state_dir, self.machine.oracle.execute
+        folders = (self.controller.folders.memory_dir, state / "duplicates", state / "libvirt" / "run", state / "vms")
+        folders = (*folders, state / "libvirt" / "captures", self.place / "lv" / "lib" / "qemu" / "save")
+        left = {str(path) for folder in folders for path in folder.rglob("*")}
+        nodes = {(node["node-name"], node["drv"], node["file"], node["ro"]) for node in ask("query-named-block-nodes")}
+        tops = sorted((entry["qdev"], entry["inserted"]["node-name"]) for entry in ask("query-block"))
+        settings = ask("query-migrate-parameters"), ask("query-migrate-capabilities")
+        files = {path.name for path in self.machine.folder.iterdir()}
+        processes = self.libvirtd.qemus()
+        jobs = ask("query-block-jobs"), ask("query-block-exports")
+        return self.seen_by_virsh(), left, nodes, tops, settings, files, processes, jobs
+
+    def serial_log(self, vm: str) -> Path:
+        """What a loaded VM says."""
+        return self.controller.folders.state_dir / "libvirt" / "run" / vm / "serial.log"
+
+
+@contextmanager
+def staged(**settings: int) -> Iterator[Stage]:
+    """The guest, registered as ``vm001``, under load, its card on a bridge."""
+    place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
+    # QEMU's user has to get to the disks.
+    place.chmod(0o755)
+    folders = HostFolders.find(place / "state")
+    with (
+        userfaultfd_for_all(),
+        Libvirtd(place / "lv") as libvirtd,
+        Controller(folders) as controller,
+        Bridge(next(_numbers)) as bridge,
+    ):
+        machine = LabDomain(
+            place / "vm001",
+            find_qemu("7.2"),
+            libvirtd,
+            settings={"packets": 1, **settings},
+            interface=f"<interface type='bridge'><source bridge='{bridge.name}'/>{{}}</interface>",
+        )
+        machine.start()
+        controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri})
+        machine.wait_for_check(1)
+        yield Stage(place, libvirtd, bridge, machine, controller, create_repository(str(place / "repository")))
+    shutil.rmtree(folders.memory_dir, ignore_errors=True)
+    shutil.rmtree(place)
