@@ -60,8 +60,8 @@ def processes(folder: Path) -> dict[str, tuple[int, Path]]:
 class Guests:
     """The VMs that all scenarios share; one that a scenario has ended or broken is started again."""
 
-    def __init__(self, folder: Path, kernel: Path) -> None:
-        self.folder, self._kernel = folder, kernel
+    def __init__(self, folder: Path, kernel: Path, images: Path | None = None) -> None:
+        self.folder, self._kernel, self._images = folder, kernel, images or folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def ram(self, vm: str) -> Path:
@@ -71,7 +71,7 @@ class Guests:
         return self.folder / f"{vm}.monitor"
 
     def image(self, vm: str, number: int) -> Path:
-        return self.folder / f"{vm}-{number}.img"
+        return self._images / f"{vm}-{number}.img"
 
     def running(self, vm: str) -> None:
         """See to it that the VM executes, without a fault, and with the settings of a new one."""

@@ -19,8 +19,6 @@ from vmsnap.errors import StorageError, TransientStorageError, UsageError
 from vmsnap.testing.storage import RawObjects, StorageContract
 from vmsnap_webdav import MARK, WebdavsStorage, WebdavStorage
 
-LIGHTTPD = os.environ.get("LIGHTTPD") or shutil.which("lighttpd", path=f"{os.environ['PATH']}:/usr/sbin")
-MODULES = os.environ.get("LIGHTTPD_MODULES", "/usr/lib/lighttpd")
 SLOW_WRITER = """
 import http.client, sys
 host, port, path = sys.argv[1:]
@@ -37,7 +35,8 @@ class Server:
     """A lighttpd of the test's own on loopback, with mod_webdav."""
 
     def __init__(self, folder: Path) -> None:
-        if LIGHTTPD is None:
+        lighttpd = os.environ.get("LIGHTTPD") or shutil.which("lighttpd", path=f"{os.environ['PATH']}:/usr/sbin")
+        if lighttpd is None:
             raise RuntimeError("lighttpd is needed: apt-get install lighttpd lighttpd-mod-webdav")
         self.root = folder / "root"
         self.root.mkdir()
@@ -51,7 +50,8 @@ class Server:
             'webdav.activate = "enable"\nwebdav.is-readonly = "disable"\n'
             f'server.errorlog = "{folder / "errors.log"}"\n'
         )
-        self._process = subprocess.Popen([LIGHTTPD, "-D", "-f", str(configuration), "-m", MODULES])
+        modules = os.environ.get("LIGHTTPD_MODULES", "/usr/lib/lighttpd")
+        self._process = subprocess.Popen([lighttpd, "-D", "-f", str(configuration), "-m", modules])
         deadline = time.monotonic() + 30
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < deadline, (folder / "errors.log").read_text()

@@ -317,9 +317,15 @@ class HmpHypervisor(Hypervisor):
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
         """Start QEMU anew on its own state and RAM with these disks, and ask afterwards; see the role."""
         record = self._record()
-        loading.check_disks(self.vm, Definition.of(record.definition).line, disks)
+        loading.check_disks(self.vm, Definition.of(record.definition).line, disks, record.disks)
         if self.state() is not VmState.STOPPED:
             raise HypervisorError(f"{self.vm} does not stand still: its disks cannot be switched")
+        has = {(disk.device, disk.address) for disk in self.describe().disks}
+        if has != {(disk.device, disk.address) for disk in disks}:
+            self._start_on(disks, record)
+        return self._disks_among(disks)
+
+    def _start_on(self, disks: Sequence[Disk], record: LoadedRecord) -> None:
         leave_out_ram(self._monitor, True, self._timeout_seconds)
         save_devices(self._monitor, self._place.device_state, self._timeout_seconds)
         kept = self._place.device_state.read_bytes()
@@ -330,6 +336,8 @@ class HmpHypervisor(Hypervisor):
             self._place.device_state.write_bytes(kept)
             loading.start(self._place, record, self._timeout_seconds)
             raise
+
+    def _disks_among(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
         have = self.describe().disks
         allowed = {(disk.device, disk.address) for disk in disks}
         wrong = [disk for disk in have if not disk.read_only and (disk.device, disk.address) not in allowed]

@@ -48,9 +48,10 @@ class Definition:
         return CommandLine.parse(self.arguments)
 
 
-def check_disks(vm: str, line: CommandLine, disks: Sequence[Disk]) -> None:
+def check_disks(vm: str, line: CommandLine, disks: Sequence[Disk], own: Sequence[Disk] = ()) -> None:
     """See that these are all its disks, that they can be opened, and that nobody writes to them.
 
+    :param own: those that it has already, and writes to itself
     :raises HypervisorError: one is wrong; nothing was touched
     """
     if sorted(disk.device for disk in disks) != sorted(line.drives()):
@@ -59,7 +60,8 @@ def check_disks(vm: str, line: CommandLine, disks: Sequence[Disk]) -> None:
         raise HypervisorError(f"{vm}: one image cannot be two disks")
     for disk in disks:
         try:
-            in_use = disk.device not in line.read_only() and is_written_by_somebody(Path(disk.address))
+            mine = any(Path(disk.address).samefile(had.address) for had in own)
+            in_use = not mine and disk.device not in line.read_only() and is_written_by_somebody(Path(disk.address))
         except OSError as e:
             raise HypervisorError(f"{disk.device} of {vm} at {disk.address}: {e.strerror}") from e
         if in_use:
