@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking |= {} if has_sshd else {"sshd": "an SSH server"}
     has_libvirt = os.geteuid() == 0 and Path("/usr/sbin/libvirtd").exists() and importlib.util.find_spec("libvirt")
     lacking |= {} if has_libvirt else {"libvirt": "libvirt's daemon and Python binding"}
+    has_lab = os.geteuid() == 0 and (cache_folder() / "lighttpd" / "complete").exists()
+    lacking |= {} if has_lab else {"lab": "a WebDAV server and btrfs"}
     for item in items:
         for marker, what in lacking.items():
             if item.get_closest_marker(marker):

@@ -372,6 +372,14 @@ class SwitchThatLies(SimulatedHypervisor):
         return tuple(disks)
 
 
+@caught_by("test_59_switching_to_the_disks_that_it_has_is_no_change")
+class SwitchThatFindsItsOwnDisksInUse(SimulatedHypervisor):
+    def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
+        if {disk.address for disk in disks} == {disk.address for disk in self.describe().disks}:
+            raise HypervisorError(f"{disks[0].address} is in use")
+        return super().switch_disks(disks)
+
+
 @caught_by("test_48_switching_to_a_disk_of_another_vm_is_refused")
 class SwitchThatHidesItsFailure(SimulatedHypervisor):
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:

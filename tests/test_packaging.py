@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import configparser
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.wheels import ROOT, CleanEnvironment, build
 
 
 def _configuration() -> configparser.ConfigParser:
@@ -46,24 +43,7 @@ def test_every_package_in_the_tree_is_listed_in_setup_cfg() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    for name in listing.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)],
-        check=True,
-        capture_output=True,
-    )
-    return next(folder.glob("*.whl"))
+    return build(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_all_three_import_packages_marked_as_typed(wheel: Path) -> None:
@@ -75,22 +55,10 @@ def test_the_wheel_holds_all_three_import_packages_marked_as_typed(wheel: Path) 
 
 @pytest.mark.slow
 def test_in_a_clean_environment_the_wheel_loads_every_entry_point(wheel: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = CleanEnvironment.make(tmp_path / "venv")
+    environment.install(str(wheel))
     for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local", "vmsnap-s3"):
-        shown = subprocess.run(
-            [str(environment / "bin" / script), "--help"], check=True, capture_output=True, cwd=tmp_path, env=clean
-        )
-        assert b"Usage" in shown.stdout
-    told = subprocess.run(
-        [str(environment / "bin" / "vmsnap"), "drivers", "--json"],
-        check=True,
-        capture_output=True,
-        cwd=tmp_path,
-        env=clean | {"VMSNAP_STATE_DIR": str(tmp_path / "state")},
-    )
+        assert "Usage" in environment.run([script, "--help"], tmp_path).stdout
+    told = environment.run(["vmsnap", "drivers", "--json"], tmp_path, {"VMSNAP_STATE_DIR": str(tmp_path / "state")})
     usable = {driver["name"] for driver in json.loads(told.stdout) if not driver["problem"]}
     assert usable == {name for _, name in _entry_points()}

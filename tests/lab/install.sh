@@ -1,9 +1,10 @@
 #!/bin/sh
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
-# iproute2, e2fsprogs, xfsprogs, OVMF, swtpm and libvirt (its daemons, which nothing starts, and what its Python binding
-# is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the
-# guest's kernel, an SSH server that no system starts, QEMU's guest agent, and QEMU 10.0 from bookworm-backports, unpacked
-# beside the installed one. Run as root. Does nothing when all is there; says nothing unless it fails.
+# iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm and libvirt (its daemons, which nothing starts, and what its
+# Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the cache
+# folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, and QEMU 10.0 from
+# bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is there; says nothing unless
+# it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
 set -eu
@@ -11,7 +12,7 @@ set -eu
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev libsqlite3-dev e2fsprogs iproute2 xfsprogs
-    openssh-client ovmf swtpm libvirt-daemon libvirt-clients libvirt-dev pkg-config python3-dev'
+    btrfs-progs openssh-client ovmf swtpm libvirt-daemon libvirt-clients libvirt-dev pkg-config python3-dev'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
 mkdir -p "$cache"
@@ -79,6 +80,19 @@ unpack_sshd() {
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$sshd" download openssh-server $needed
     touch "$sshd/complete"
+}
+
+# Unpacked, not installed, for the same reason: the WebDAV server of an example in docs/examples.
+unpack_lighttpd() {
+    lighttpd=$cache/lighttpd
+    [ -e "$lighttpd/complete" ] && return
+    refresh_lists
+    rm -rf "$lighttpd"
+    needed=$(apt-get -s -q install --no-install-recommends lighttpd lighttpd-mod-webdav |
+        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$lighttpd" download $needed
+    touch "$lighttpd/complete"
 }
 
 # Unpacked, not installed: it is for guests.
@@ -153,5 +167,6 @@ install_packages
 add_user
 unpack_kernel
 unpack_sshd
+unpack_lighttpd
 unpack_agent
 unpack_backported_qemu

@@ -327,6 +327,19 @@ class BringingBackScenarios:
         again.destroy()
         loaded.destroy()
 
+    def test_59_switching_to_the_disks_that_it_has_is_no_change(self, rig: HypervisorRig) -> None:
+        """`switch_disks`: "returns the disks as it has them now"; a restore loads a VM on its disks, and asks so."""
+        captured = capture(rig)
+        loaded = load(rig, "vm002", captured.request(isolated=True))
+        switched = loaded.switch_disks(captured.disks)
+        assert [(disk.device, disk.address) for disk in switched] == [
+            (disk.device, disk.address) for disk in captured.disks
+        ]
+        assert loaded.state() is VmState.STOPPED and rig.progress("vm002") == captured.progress
+        loaded.resume()
+        runs_well(rig, "vm002", captured.progress)
+        loaded.destroy()
+
 
 def _sent(rig: HypervisorRig, vm: str) -> int:
     packets = rig.packets(vm)

@@ -55,6 +55,8 @@ class HypervisorRig(ABC):
     watch_seconds: float = 0.1
     patience_seconds: float = 20.0
     """How long something that must happen is waited for."""
+    life_seconds: float = 20.0
+    """How long `Hypervisor.await_life` may look for life; a driver without a better sign takes all of it."""
     examples: int = 10
     """How many random orders of calls are tried."""
 

@@ -266,7 +266,8 @@ class SnapshotContract(CloningScenarios):
         plan = rig.mechanism().plan(rig.vm, rig.disks(), tag, Window.FREE)
         in_a_process_that_is_killed(lambda: live(rig, step, plan=plan))
         mechanism = rig.mechanism()
-        assert tag in {entry.tag for entry in mechanism.list_owned()}
+        # a mechanism may have nothing to make before the snapshot itself
+        assert (step == "prepare" and rig.traces() == before) or tag in {entry.tag for entry in mechanism.list_owned()}
         mechanism.delete(plan)
         assert rig.traces() == before and not mechanism.list_owned()
 

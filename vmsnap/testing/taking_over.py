@@ -87,7 +87,7 @@ class TakingOverScenarios:
         with pytest.raises(HypervisorError):
             loaded.await_life(0.2)
         loaded.resume()
-        line = loaded.await_life(rig.patience_seconds)
+        line = loaded.await_life(rig.life_seconds)
         assert line and "\n" not in line
         rig.kill("vm002")
         begin = time.monotonic()
