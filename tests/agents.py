@@ -62,6 +62,12 @@ class AgentHouse(Scripts):
         eventually(lambda: self._answers(client), "the agent")
         return client
 
+    @property
+    def https(self) -> str:
+        """Where it serves over TLS, as it said."""
+        lines = [line for line in self.log.read_text().splitlines() if "serving on https://" in line]
+        return lines[-1].rpartition(" ")[2]
+
     def _answers(self, client: AgentClient) -> bool:
         assert self.process is not None and self.process.poll() is None, self.log.read_text()
         with contextlib.suppress(Exception):

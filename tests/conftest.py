@@ -72,6 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_sshd = os.geteuid() == 0 and (cache_folder() / "sshd" / "complete").exists()
     lacking = {"qemu": "both QEMUs"} if len(available_qemus()) < 2 else {}
     lacking |= {} if has_sshd else {"sshd": "an SSH server"}
+    lacking |= {} if shutil.which("chromium") and shutil.which("chromedriver") else {"chromium": "Chromium"}
     for item in items:
         for marker, what in lacking.items():
             if item.get_closest_marker(marker):

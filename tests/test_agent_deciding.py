@@ -23,7 +23,7 @@ from vmsnap.agent.deciding import (
     startable,
 )
 from vmsnap.agent.jobs import BROKEN_OFF, DONE, FAILED, QUEUED, RUNNING, Job, NewJob
-from vmsnap.agent.schedule import Schedule, latest_slot, next_slot, schedule_from, slots_after
+from vmsnap.agent.schedule import Schedule, fields_of, latest_slot, next_slot, schedule_from, slots_after
 from vmsnap.agent.schedules import ScheduleRow
 from vmsnap.agent.windows import may_start, next_opening, parse_window
 from vmsnap.errors import UsageError
@@ -432,6 +432,12 @@ def test_what_is_no_schedule_is_refused_and_the_message_names_it(fields: dict[st
     with pytest.raises(UsageError) as told:
         schedule(**fields)
     assert names_it in str(told.value) and told.value.cure
+
+
+def test_a_schedule_is_kept_with_all_its_fields_those_that_were_not_given_too() -> None:
+    short = schedule()
+    assert set(fields_of(short)) == set(Schedule.__dataclass_fields__)
+    assert schedule_from(fields_of(short)) == short
 
 
 def test_a_new_job_is_what_a_job_was() -> None:

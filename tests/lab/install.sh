@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
-# iproute2, e2fsprogs, xfsprogs, OVMF and swtpm from the machine's own suites; and, in the cache folder, the
+# iproute2, e2fsprogs, xfsprogs, OVMF, swtpm and Chromium from the machine's own suites; and, in the cache folder, the
 # guest's kernel, an SSH server that no system starts, QEMU's guest agent, and QEMU 10.0 from bookworm-backports, unpacked
 # beside the installed one. Run as root. Does nothing when all is there; says nothing unless it fails.
 #
@@ -10,7 +10,7 @@ set -eu
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev libsqlite3-dev e2fsprogs iproute2 xfsprogs
-    openssh-client ovmf swtpm'
+    openssh-client ovmf swtpm chromium chromium-driver fonts-dejavu-core'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
 mkdir -p "$cache"

@@ -234,8 +234,8 @@ def fields_of(schedule: Schedule) -> dict[str, Any]:
     """Its fields as JSON has them."""
     import msgspec
 
-    found: dict[str, Any] = msgspec.to_builtins(schedule)
-    return found
+    # Field by field: a default that was never set is no part of the object's own state, and would be left out.
+    return {each.name: msgspec.to_builtins(getattr(schedule, each.name)) for each in dataclasses.fields(schedule)}
 
 
 def _check_text(schedule: str, what: str, text: str, longest: int) -> None:
