@@ -77,6 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking |= {} if has_libvirt else {"libvirt": "libvirt's daemon and Python binding"}
     has_lab = os.geteuid() == 0 and (cache_folder() / "lighttpd" / "complete").exists()
     lacking |= {} if has_lab else {"lab": "a WebDAV server and btrfs"}
+    lacking |= {} if shutil.which("chromium") and shutil.which("chromedriver") else {"chromium": "Chromium"}
     for item in items:
         for marker, what in lacking.items():
             if item.get_closest_marker(marker):

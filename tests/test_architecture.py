@@ -75,7 +75,7 @@ def test_the_protocol_imports_nothing_of_ours_and_does_no_io() -> None:
 
 
 def test_the_layers_of_the_core_are_imported_downwards_only() -> None:
-    order = ["model", "errors", "roles", "registry", "protocol", "repository", "controller", "cli"]
+    order = ["model", "errors", "roles", "registry", "protocol", "repository", "controller", "agent", "cli"]
     for path in SOURCES:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[0] != "vmsnap" or len(parts) < 2 or parts[1] not in order:

@@ -48,8 +48,8 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     path = tmp_path / "db"
     Database(path).close()
     with sqlite3.connect(path) as old:
-        old.execute("DROP TABLE held")
-        old.execute("DROP TABLE repository")
+        for table in ("held", "repository", "schedule", "schedule_state", "job", "notice", "token", "catalogue"):
+            old.execute(f"DROP TABLE {table}")
         old.execute("PRAGMA user_version = 1")
     old.close()
     database = Database(path)

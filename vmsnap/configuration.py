@@ -19,6 +19,12 @@
     [storage.s3]                              # options of a storage backend
     endpoint = "https://s3.example.com"
 
+    [schedule.nightly]                        # see vmsnap.agent.schedule
+    cron = "30 2 * * *"
+
+    [agent]                                   # see vmsnap.agent.settings
+    jobs_at_once = 2
+
 Paths are absolute or begin with ``~``.
 """
 
@@ -46,7 +52,9 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 *
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the file says; None where it says nothing. `source` is the file, None where there is none."""
+    """What the file says; None where it says nothing. `source` is the file, None where there is none. `schedules` and
+    `agent` are as they stand there: the agent reads them, as strictly.
+    """
 
     source: Path | None = None
     repository: str | None = None
@@ -61,6 +69,8 @@ class Configuration:
     passphrase_command: str | None = field(default=None, repr=False)
     mechanism_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     storage_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    agent: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_size(text: str) -> int:
@@ -142,6 +152,8 @@ class _Reader:
             passphrase_command=self._text("passphrase_command"),
             mechanism_options=self._driver_options("mechanism", "qcow2"),
             storage_options=self._driver_options("storage", "s3"),
+            schedules=self._tables("schedule"),
+            agent=self._table("agent"),
         )
         if self._values:
             raise self._wrong(f"unknown key {sorted(self._values)[0]!r}", "see the documentation of the configuration")
@@ -204,6 +216,19 @@ class _Reader:
                 raise self._wrong(f"{kind}.{name} must be a table, such as [{kind}.{example}]")
             found[name] = {key: self._option(f"{kind}.{name}.{key}", value) for key, value in table.items()}
         return found
+
+    def _table(self, key: str) -> dict[str, Any]:
+        table = self._values.pop(key, {})
+        if not isinstance(table, dict):
+            raise self._wrong(f"{key} must be a table, [{key}]")
+        return table
+
+    def _tables(self, key: str) -> dict[str, dict[str, Any]]:
+        tables = self._table(key)
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise self._wrong(f"{key}.{name} must be a table, [{key}.{name}]")
+        return tables
 
     def _option(self, key: str, value: object) -> str:
         if isinstance(value, bool):

@@ -1,5 +1,5 @@
-"""The SQLite database of a host: the VM table, the journal and the known repositories in one file, in WAL mode, shared
-by all vmsnap processes.
+"""The SQLite database of a host: the VM table, the journal, the known repositories and what the agent keeps, in one
+file, in WAL mode, shared by all vmsnap processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from vmsnap.errors import VmsnapError
 
-SCHEMA_VERSION = 3
+FILE_NAME = "vmsnap.db"
+"""What it is called in the state folder."""
+SCHEMA_VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -80,6 +82,71 @@ CREATE TABLE held (
     data          TEXT NOT NULL               -- JSON: a HeldDuplicate
 ) STRICT
 """
+_SINCE_VERSION_4 = """
+CREATE TABLE schedule (
+    schedule      TEXT PRIMARY KEY,
+    data          TEXT NOT NULL               -- JSON: a Schedule
+) STRICT;
+CREATE TABLE schedule_state (
+    schedule      TEXT PRIMARY KEY,           -- those of the configuration file have one too
+    decided_ns    INTEGER NOT NULL,           -- slots up to here have been looked at
+    paused        INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE job (
+    job           INTEGER PRIMARY KEY AUTOINCREMENT,
+    verb          TEXT NOT NULL,
+    arguments     TEXT NOT NULL,              -- JSON: the command line's
+    vm            TEXT NOT NULL,
+    repository    TEXT NOT NULL,
+    schedule      TEXT NOT NULL,
+    slot_ns       INTEGER,
+    attempt       INTEGER NOT NULL,
+    not_before_ns INTEGER NOT NULL,
+    requester     TEXT NOT NULL,
+    key           TEXT UNIQUE,                -- a request asked twice
+    state         TEXT NOT NULL,
+    created_ns    INTEGER NOT NULL,
+    begun_ns      INTEGER,
+    ended_ns      INTEGER,
+    exit_code     INTEGER,
+    message       TEXT NOT NULL DEFAULT '',
+    result        TEXT NOT NULL DEFAULT '',   -- JSON: what the command reported
+    pid           INTEGER,
+    process_start INTEGER,
+    boot_id       TEXT NOT NULL DEFAULT '',
+    settled       INTEGER NOT NULL DEFAULT 0  -- what follows from its end has been entered
+) STRICT;
+CREATE INDEX job_by_state ON job (state, job);
+CREATE INDEX job_by_vm ON job (vm, job);
+CREATE INDEX job_by_verb ON job (verb, state, vm, ended_ns);
+CREATE INDEX job_by_end ON job (ended_ns);
+CREATE INDEX job_unsettled ON job (job) WHERE settled = 0;
+CREATE TABLE notice (
+    notice        INTEGER PRIMARY KEY AUTOINCREMENT,
+    target        TEXT NOT NULL,              -- whom the configuration names so
+    body          TEXT NOT NULL,              -- JSON
+    attempts      INTEGER NOT NULL,
+    next_ns       INTEGER NOT NULL,
+    created_ns    INTEGER NOT NULL
+) STRICT;
+CREATE TABLE token (
+    name          TEXT PRIMARY KEY,
+    role          TEXT NOT NULL,
+    digest        TEXT NOT NULL UNIQUE,       -- SHA-256 of the token
+    created_ns    INTEGER NOT NULL,
+    expires_ns    INTEGER
+) STRICT;
+CREATE TABLE catalogue (
+    repository    TEXT NOT NULL,
+    backup        TEXT NOT NULL,
+    vm            TEXT NOT NULL,
+    time          TEXT NOT NULL,              -- UTC, RFC 3339
+    data          TEXT NOT NULL,              -- JSON: as vmsnap list shows it
+    PRIMARY KEY (repository, backup)
+) STRICT;
+CREATE INDEX catalogue_by_time ON catalogue (time, backup);
+CREATE INDEX catalogue_by_vm ON catalogue (vm, time, backup);
+"""
 
 
 class Database:
@@ -119,6 +186,9 @@ class Database:
                 connection.execute(_SINCE_VERSION_2)
             if version in (0, 1, 2):
                 connection.execute(_SINCE_VERSION_3)
+            if version in (0, 1, 2, 3):
+                for statement in _SINCE_VERSION_4.split(";\n"):
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise VmsnapError(

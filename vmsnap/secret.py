@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vmsnap.errors import UsageError
 
-_SECRET = re.compile(r"VMSNAP_(?:[A-Z0-9]+_)*(?:PASSPHRASE|PASSWORD)")
+_SECRET = re.compile(r"VMSNAP_(?:[A-Z0-9]+_)*(?:PASSPHRASE|PASSWORD|TOKEN)")
 _taken: dict[str, str] = {}
 
 
@@ -22,6 +22,13 @@ def take_from_environment() -> None:
     """
     for name in [name for name in os.environ if _SECRET.fullmatch(name)]:
         _taken[name] = os.environ.pop(name)
+
+
+def environment_with_secrets() -> dict[str, str]:
+    """This process's environment with the secrets that were taken out of it: for a process of ours that does what this
+    one was told to.
+    """
+    return {**os.environ, **_taken}
 
 
 def from_environment(name: str, what: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import agent_option
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 from vmsnap.errors import DamageFound
 
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
 
 @click.command("list", cls=SessionCommand, epilog="vmsnap list -r /srv/backups\nvmsnap list --vm web1 --json")
 @click.option("--vm", metavar="NAME", help="Only the backups of this VM.")
+@agent_option
 @pass_session
 def list_backups(session: Session, vm: str | None) -> None:
     """List the backups, oldest first."""
+    if session.agent:
+        _list_of_agent(session, vm)
+        return
     report_backups(session, session.open_repository(), vm)
 
 
@@ -29,6 +34,31 @@ def show(session: Session, backup: str) -> None:
     """Show BACKUP (its id, or the beginning of it): what is in it, and the evidence that it is of one instant."""
     manifest = session.open_repository().manifest(backup)
     session.emit(full_document(manifest), lambda: _show(manifest))
+
+
+def _list_of_agent(session: Session, vm: str | None) -> None:
+    """What the catalogue of an agent has."""
+    from vmsnap.cli.remote import client_of
+
+    found = list(client_of(session).pages("/backups", "before", vm=vm))[::-1]
+    headings = ("backup", "vm", "mode", "time", "pause", "stored", "repository")
+
+    def people() -> None:
+        rows = [
+            (
+                each["backup"],
+                each["vm"],
+                each["mode"],
+                output.local_time(each["time"]),
+                output.milliseconds(each["pause_seconds"]),
+                output.size(each["stored_bytes"]),
+                each["repository"],
+            )
+            for each in found
+        ]
+        output.table(headings, rows, right=("pause", "stored"))
+
+    session.emit(found, people)
 
 
 def report_backups(session: Session, repository: Repository, vm: str | None = None) -> None:

@@ -9,6 +9,7 @@ from vmsnap.cli.version import version_option
 BEGIN = "Begin"
 BACKUPS = "Backups"
 CARE = "Care"
+SERVICE = "Service"
 
 COMMANDS = {
     "demo": LazyCommand("vmsnap.cli.demo:demo", "See the whole story on a simulated VM, in under a minute.", BEGIN),
@@ -35,6 +36,9 @@ COMMANDS = {
     "log": LazyCommand("vmsnap.cli.log:log", "Show what was done, a line an instruction.", CARE),
     "recover": LazyCommand("vmsnap.cli.recover:recover", "Finish or undo what a crash left.", CARE),
     "strays": LazyCommand("vmsnap.cli.strays:strays", "Find what nobody answers for after a loss of state.", CARE),
+    "agent": LazyCommand("vmsnap.cli.agent:agent", "Run as a service: schedules, an API, a page.", SERVICE),
+    "schedule": LazyCommand("vmsnap.cli.schedule:schedule", "Say what the agent does, and when.", SERVICE),
+    "jobs": LazyCommand("vmsnap.cli.jobs:jobs", "Show what the agent does and has done.", SERVICE),
 }
 """The commands of every console script that works with VMs."""
 

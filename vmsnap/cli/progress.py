@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from vmsnap.controller.progress import ProgressCallback
 
 _INTERVAL_SECONDS = 0.1
+_elsewhere: list[ProgressCallback] = []
+
+
+def report_to(callback: ProgressCallback) -> None:
+    """Let `callback` be told of progress from now on, in the place of a terminal."""
+    _elsewhere[:] = [callback]
 
 
 @contextmanager
@@ -24,6 +30,9 @@ def progress_bar() -> Iterator[ProgressCallback]:
     """A callback for the controller's verbs that draws a bar; one that does nothing where there is no terminal."""
     from vmsnap.controller.progress import silent
 
+    if _elsewhere:
+        yield _elsewhere[0]
+        return
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield silent
         return

@@ -23,7 +23,7 @@ from vmsnap.controller.results import (
     RecoveryResult,
     RestoreResult,
 )
-from vmsnap.database import Database
+from vmsnap.database import FILE_NAME, Database
 from vmsnap.errors import AlreadyExists, Busy, UnknownDuplicate, UsageError
 from vmsnap.guardian import start_for
 from vmsnap.host import HostFolders
@@ -85,7 +85,7 @@ class Controller:
         self.folders = folders or HostFolders.find()
         self.drivers = drivers or Drivers(self.folders.context())
         self.interruption = Interruption()
-        self._database = Database(self.folders.state_dir / "vmsnap.db")
+        self._database = Database(self.folders.state_dir / FILE_NAME)
         self.table = VmTable(self._database)
         self.journal = Journal(self._database)
         self._start_guardian = start_guardian

@@ -194,13 +194,16 @@ class Repository:
         keys = [info.key for info in self.storage.list(MANIFESTS_PREFIX)]
         return sorted(self._load(keys, on_damage), key=lambda manifest: (manifest.time, manifest.backup))
 
-    def manifests_at(self, keys: Sequence[str]) -> Sequence[Manifest]:
+    def manifests_at(
+        self, keys: Sequence[str], on_damage: Callable[[DamageFound], None] | None = None
+    ) -> Sequence[Manifest]:
         """The backups whose manifests have these object keys, in any order; those that were removed are passed over.
 
+        :param on_damage: as for `list`
         :raises DamageFound: one of them is damaged
         :raises RepositoryError: a newer vmsnap wrote one of them
         """
-        return self._load(keys, None)
+        return self._load(keys, on_damage)
 
     def manifest(self, backup: str) -> Manifest:
         """The backup of that id, or the only one whose id begins so.
