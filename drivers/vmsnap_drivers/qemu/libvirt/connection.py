@@ -24,6 +24,7 @@ from vmsnap_drivers.qemu.monitor_connection import Event, MonitorError, wall_ahe
 
 _EVENTS_KEPT: Final = 10_000
 _OPEN_SECONDS: Final = 10.0
+_ENDING_SECONDS: Final = 2.0
 
 
 class LibvirtConnection:
@@ -116,7 +117,7 @@ class LibvirtConnection:
         except Unreachable:
             raise
         except HypervisorError as e:
-            if link.ended:
+            if self._is_ending(link, e.message):
                 raise self._ended(link) from e
             raise
         if "error" in answer:
@@ -204,6 +205,15 @@ class LibvirtConnection:
     def _check_known(self, mark: int) -> None:
         if mark < self._first_known:
             raise VmGone(self._why_new) if self._has_ended else Unreachable(self._why_new)
+
+    def _is_ending(self, link: Link, message: str) -> bool:
+        """Whether the domain has ended, or is about to: a QEMU that ends closes its monitor first ("Unable to read from
+        monitor", "End of file from qemu monitor"), and libvirt tells of the end later.
+        """
+        if not link.ended and "monitor" in message:
+            with self._changed:
+                self._changed.wait_for(lambda: link.ended or link.lost, _ENDING_SECONDS)
+        return bool(link.ended)
 
     def _ended(self, link: Link) -> VmGone:
         return VmGone(f"the domain behind {self.path} {link.ended or 'ended'}")
