@@ -159,7 +159,7 @@ def test_what_cannot_be_is_told_in_one_line_with_its_cure(stage: Stage) -> None:
             new("libvirt", "vm001", {"uri": uri}).describe()
         assert "\n" not in str(raised.value) and raised.value.cure, uri
         findings = new("libvirt", "vm001", {"uri": uri}).doctor()
-        assert any(found.status == "missing" and message in found.message for found in findings)
+        assert any(found.severity == "missing" and message in found.message for found in findings)
 
     with pytest.raises(UnknownVm, match="no domain with matching name 'nobody'"):
         new("libvirt", "nobody", stage.options).describe()
