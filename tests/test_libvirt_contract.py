@@ -192,7 +192,7 @@ EVERYTHING = bool(os.environ.get("VMSNAP_WHOLE_CONTRACT"))
 """With VMSNAP_WHOLE_CONTRACT=1 all scenarios are carried out; `docs/libvirt.md` says which ones cannot be."""
 
 
-@only(1, 2, 3, 4, 12, 13, 16, 17, 26, 40, 45, 51, 57, 62, 63)
+@only(1, 3, 4, 12, 13, 16, 17, 40, 45, 63)
 class TestLibvirtHypervisor(HypervisorContract):
     @pytest.fixture
     def rig(self, domains: Domains) -> Iterator[LibvirtRig]:  # type: ignore[override]

@@ -67,7 +67,7 @@ def test_a_backup_is_a_domain_of_its_own_beside_the_first_isolated_and_on_its_ow
     after = machine.latest_count()
     rest = stage.at_rest()
     restored = controller.restore(
-        stage.repository, backup, "vm002", run=True, isolated=True, options=dict(stage.options)
+        stage.repository, backup, "vm002", run=True, isolated=True, options={**stage.options, "define": "yes"}
     )
     driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
     try:
@@ -87,6 +87,9 @@ def test_a_backup_is_a_domain_of_its_own_beside_the_first_isolated_and_on_its_ow
         assert stage.bridge.numbers() and stage.bridge.repeated() == set()
         assert len(stage.bridge.members()) == 2, "its own port, and that of the first"
         assert stage.libvirtd.virsh("domstate", "vm001").strip() == "running"
+        assert "vm002" in stage.libvirtd.virsh("list", "--all", "--persistent", "--name").split()
+        inactive = ET.fromstring(stage.libvirtd.virsh("dumpxml", "--inactive", "vm002"))
+        assert {source.get("file") for source in inactive.iterfind("devices/disk/source")} == addresses[1]
         assert {owned.name for owned in driver.list_owned()} == {"vm002"}
         # What runs is backed up in turn.
         assert controller.backup("vm002", stage.repository).warnings == ()
@@ -156,7 +159,7 @@ def test_what_cannot_be_is_told_in_one_line_with_its_cure(stage: Stage) -> None:
             new("libvirt", "vm001", {"uri": uri}).describe()
         assert "\n" not in str(raised.value) and raised.value.cure, uri
         findings = new("libvirt", "vm001", {"uri": uri}).doctor()
-        assert any(found.status == "missing" and message in found.message for found in findings)
+        assert any(found.severity == "missing" and message in found.message for found in findings)
 
     with pytest.raises(UnknownVm, match="no domain with matching name 'nobody'"):
         new("libvirt", "nobody", stage.options).describe()
@@ -244,6 +247,9 @@ def test_a_duplicate_takes_the_place_of_the_killed_domain_and_never_of_one_that_
         assert addresses == {disk.address for disk in result.disks}
     assert controller.backup("vm001", stage.repository).mode == "live"
     driver = controller.drivers.hypervisor("libvirt", "vm001", stage.options)
+    nics = driver.cut_network()
+    assert [nic.connected for nic in nics] == [nic.connected for nic in driver.describe().nics] == [False]
+    assert "down" in stage.libvirtd.virsh("domif-getlink", "vm001", nics[0].mac)
     driver.destroy()
     driver.close()
     assert stage.libvirtd.virsh("domstate", "vm001").strip() == "shut off"

@@ -26,8 +26,10 @@ def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, known:
     peer = look_at(monitor.peer_pid)
     others = _disks_of_others(known, monitor.peer_pid)
     own = {identity_of(disk.address) for disk in disks}
-    for node in monitor.execute("query-named-block-nodes", {"flat": True}):
-        if node.get("ro") or node.get("drv") in _NOT_DISKS:
+    nodes = monitor.execute("query-named-block-nodes", {"flat": True})
+    only_read = _only_read(monitor, {node["node-name"] for node in nodes if node.get("ro")})
+    for node in nodes:
+        if node.get("ro") or node.get("drv") in _NOT_DISKS or node["node-name"] in only_read:
             continue
         address = absolute(image_name(node), peer.cwd)
         identity = identity_of(address)
@@ -35,6 +37,20 @@ def check(vm: str, monitor: Monitor, disks: Sequence[Disk], folder: Path, known:
             raise HypervisorError(f"VM {vm!r} writes to {address}, which is none of its own disks")
         if identity in others:
             raise HypervisorError(f"VM {vm!r} writes to {address}, which is a disk of VM {others[identity]!r}")
+
+
+def _only_read(monitor: Monitor, read_only: set[str]) -> set[str]:
+    """The nodes that are used, and by nothing but `read_only` nodes: with ``auto-read-only``, which libvirt gives
+    to all files, the file of a CD-ROM or of the firmware says itself that it could be written.
+
+    ``x-debug-query-block-graph`` (``qapi/block-core.json``, 7.2 and 10.0) tells all users, devices and jobs included.
+    """
+    graph = monitor.execute("x-debug-query-block-graph")
+    names = {node["id"]: node["name"] if node["type"] == "block-driver" else "" for node in graph["nodes"]}
+    users: dict[str, set[str]] = {}
+    for edge in graph["edges"]:
+        users.setdefault(names[edge["child"]], set()).add(names[edge["parent"]])
+    return {name for name, above in users.items() if above <= read_only}
 
 
 def _disks_of_others(known: Sequence[ProcessRecord], pid: int) -> dict[str | tuple[int, int], str]:

@@ -31,6 +31,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
     options = (
         Option("uri", "where libvirt is", "qemu:///system"),
         Option("domain", "the domain's name or UUID (default: the VM's name)"),
+        Option("define", "whether a restored domain is persistent", "no", ("no", "yes")),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
     )
 
@@ -38,6 +39,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
         super().__init__(vm, context, options)
         self._uri = options.get("uri", "qemu:///system")
         self._domain = options.get("domain") or vm
+        self._define = options.get("define") == "yes"
         self._folder = run.run_folder(self._state_folder, vm)
 
     # -- asking
@@ -86,7 +88,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
     def load(self, request: LoadRequest) -> LoadedVm:
         self.close()
         ours = [self.context.state_dir, *filter(None, (self.context.duplicates_dir,))]
-        launch.load(self.vm, self._uri, self._domain, self._folder, request, ours)
+        launch.load(self.vm, self._uri, self._domain, self._folder, request, ours, define=self._define)
         return LoadedVm(self.vm, {"uri": self._uri, "domain": self._domain})
 
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import shutil
@@ -35,12 +36,15 @@ from vmsnap_drivers.qemu.synthesis import gather_images, write_stream
 
 _FIFO_NAME: Final = "image.fifo"
 _LOAD_SECONDS: Final = 600.0
+_PIPE_BYTES: Final = 1024 * 1024
 _LOOK_EACH_SECONDS: Final = 0.005
 
 
-def load(vm: str, uri: str, name: str, folder: Path, request: LoadRequest, ours: Sequence[Path]) -> LoadedMark:
+def load(
+    vm: str, uri: str, name: str, folder: Path, request: LoadRequest, ours: Sequence[Path], *, define: bool
+) -> LoadedMark:
     """Make the domain, stopped. All or nothing. Folders in `ours` are vmsnap's, in which QEMU's user may be let through
-    to the disks.
+    to the disks. With `define` libvirt knows the domain also when it does not run.
 
     :raises AlreadyExists: there is a domain of that name; with `takeover` one that runs
     :raises HypervisorError: it did not come up
@@ -78,9 +82,9 @@ def load(vm: str, uri: str, name: str, folder: Path, request: LoadRequest, ours:
                 # What libvirt has set down is the card's link, of which the guest's state may say otherwise.
                 with Monitor.borrow(LibvirtAddress(uri, identity).text()) as monitor:
                     network.cut(monitor)
-            if mark.takeover and definition.inactive_xml:
+            if define or (mark.takeover and definition.inactive_xml):
                 # Started again one day, it shall find its own disks.
-                text = rewrite(definition.inactive_xml, definition, new)
+                text = rewrite(definition.inactive_xml or definition.xml, definition, new)
                 domains.call(f"defining domain {name!r}", lambda connection: connection.defineXML(text))
         except BaseException as e:
             with contextlib.suppress(VmsnapError):  # what failed is what must be told; recovery finds the mark
@@ -200,6 +204,8 @@ def _write(fifo: Path, ended: threading.Event, begin: bytes, captured: CapturedM
         if ended.is_set() or time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_EACH_SECONDS)
+    with contextlib.suppress(OSError):  # as large as a user may have it is well enough
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     try:
         left = memoryview(begin)
         while left:

@@ -24,6 +24,7 @@ from vmsnap_drivers.qemu.monitor_connection import Event, MonitorError, wall_ahe
 
 _EVENTS_KEPT: Final = 10_000
 _OPEN_SECONDS: Final = 10.0
+_ENDING_SECONDS: Final = 2.0
 
 
 class LibvirtConnection:
@@ -44,6 +45,8 @@ class LibvirtConnection:
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._last_event = 0
         self._first_known = 0
+        self._has_ended = False
+        self._why_new = ""
         self._version: tuple[int, int, int] | None = None
         self._pid: int | None = None
 
@@ -110,12 +113,12 @@ class LibvirtConnection:
             answer = link.command(command, arguments, descriptors, timeout_seconds)
         except UnknownVm as e:
             # It was transient, and there when the link was opened.
-            raise VmGone(f"the domain behind {self.path} {link.ended or 'ended'}") from e
+            raise self._ended(link) from e
         except Unreachable:
             raise
         except HypervisorError as e:
-            if link.ended:
-                raise VmGone(f"the domain behind {self.path} {link.ended}") from e
+            if self._is_ending(link, e.message):
+                raise self._ended(link) from e
             raise
         if "error" in answer:
             raise MonitorError(command, answer["error"].get("class", ""), answer["error"].get("desc", ""))
@@ -162,7 +165,6 @@ class LibvirtConnection:
 
         :raises Unreachable: libvirtd hung up
         """
-        link = self._link()
         found: list[Event] = []
         seen = since
 
@@ -173,15 +175,20 @@ class LibvirtConnection:
                     found.append(event)
                     return True
             seen = max(seen, self._last_event)
-            return link.lost or bool(link.ended)
+            return False
 
         with self._changed:
+            # What has come already counts, also of a domain that has ended since.
+            if look():
+                return found[0]
+        link = self._link()
+        with self._changed:
             self._check_known(since)
-            self._changed.wait_for(look, timeout_seconds)
+            self._changed.wait_for(lambda: look() or link.lost or bool(link.ended), timeout_seconds)
         if found:
             return found[0]
         if link.ended:
-            raise VmGone(f"the domain behind {self.path} {link.ended}")
+            raise self._ended(link)
         if link.lost:
             raise Unreachable(f"libvirt hung up: {self.path}", cure="see whether libvirtd runs")
         raise HypervisorError(
@@ -193,30 +200,57 @@ class LibvirtConnection:
         try:
             link.await_events()
         except UnknownVm as e:
-            raise VmGone(f"the domain behind {self.path} {link.ended or 'ended'}") from e
+            raise self._ended(link) from e
 
     def _check_known(self, mark: int) -> None:
-        if mark < self._first_known and self._first_known and mark:
-            raise Unreachable(f"libvirt hung up meanwhile, and what QEMU told is lost: {self.path}")
+        if mark < self._first_known:
+            raise VmGone(self._why_new) if self._has_ended else Unreachable(self._why_new)
+
+    def _is_ending(self, link: Link, message: str) -> bool:
+        """Whether the domain has ended, or is about to: a QEMU that ends closes its monitor first ("Unable to read from
+        monitor", "End of file from qemu monitor"), and libvirt tells of the end later.
+        """
+        if not link.ended and "monitor" in message:
+            with self._changed:
+                self._changed.wait_for(lambda: link.ended or link.lost, _ENDING_SECONDS)
+        return bool(link.ended)
+
+    def _ended(self, link: Link) -> VmGone:
+        return VmGone(f"the domain behind {self.path} {link.ended or 'ended'}")
 
     def _link(self) -> Link:
-        """The link, opened anew where it was lost.
+        """The link, opened anew where it was lost, or the domain has ended since: it may have been started again.
 
-        :raises VmGone: the domain has ended
+        :raises VmGone: the domain has ended, and libvirt has forgotten it
         """
         with self._linking:
             link = self._link_now
-            if link is not None and not link.lost:
+            if link is not None and not link.lost and not link.ended:
                 return link
             if link is not None:
                 link.close()
                 self._link_now = None
-                with self._changed:
-                    # No mark of before counts from now on.
-                    self._last_event += 1
-                    self._first_known = self._last_event
-            self._link_now = Link(self._parsed, self._take, self._wake)
+                self._forget(link)
+            try:
+                self._link_now = Link(self._parsed, self._take, self._wake)
+            except UnknownVm as e:
+                if self._has_ended:
+                    raise VmGone(self._why_new) from e
+                raise
             return self._link_now
+
+    def _forget(self, link: Link) -> None:
+        """No mark of before counts from now on."""
+        self._pid = self._version = None
+        self._has_ended = bool(link.ended)
+        self._why_new = (
+            f"the domain behind {self.path} {link.ended}"
+            if link.ended
+            else f"libvirt hung up meanwhile, and what QEMU told is lost: {self.path}"
+        )
+        with self._changed:
+            self._last_event += 1
+            self._first_known = self._last_event
 
     def _take(self, name: str, data: dict[str, Any], wall_ns: int) -> None:
         with self._changed:
