@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs man bench clean
 
 # The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
 demo: $(VENV)/.installed
@@ -28,10 +28,16 @@ check: $(VENV)/.development
 	$(BIN)/mypy vmsnap drivers storage_backends
 	$(BIN)/mypy tests/lab benchmarks docs
 	$(BIN)/python docs/make_protocols.py --check
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.development
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# The same source as a man page.
+man: $(VENV)/.development
+	$(BIN)/sphinx-build -q -W -b man docs docs/_build/man
+	@echo "docs/_build/man/vmsnap.1"
 
 # Measures the repository beside restic and borg, its memory, and its chunk sizes, and writes the tables into
 # docs/performance.md; then the storage backends beside other tools, into docs/storage.md. As root on Debian 12; takes
@@ -63,9 +69,5 @@ $(VENV)/.libvirt: $(VENV)/.development
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[libvirt]' "libvirt-python <= $$(pkg-config --modversion libvirt)"
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.development
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
-	@touch $@
-
 clean:
-	rm -rf $(VENV) build dist docs/_build
+	rm -rf $(VENV) build dist docs/_build docs/generated

@@ -14,6 +14,8 @@ import pytest
 
 from vmsnap.model import Disk, Duplicate
 from vmsnap.roles import DriverContext, Hypervisor
+from vmsnap.testing.crashes import HypervisorCrashes
+from vmsnap.testing.figures import HypervisorFigures
 from vmsnap.testing.hypervisor import HypervisorContract
 from vmsnap.testing.rigs import HypervisorRig, Packets, eventually
 from vmsnap_drivers.hypervisors.simulated import SimulatedHypervisor, lifecycle, record
@@ -155,3 +157,21 @@ class TestSimulatedHypervisor(HypervisorContract):
             assert buffer[:] == image.read_bytes() and len(buffer) % PAGE == 0
         finally:
             lifecycle.stop(socket, force=True)
+
+
+class TestFigures(HypervisorFigures):
+    rounds = 2
+    rig = TestSimulatedHypervisor.rig
+
+
+class TestCrashes(HypervisorCrashes):
+    rig = TestSimulatedHypervisor.rig
+
+
+def test_a_driver_that_leaves_something_after_a_crash_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedHypervisor, "discard_duplicate", lambda driver, name: None)
+    for rig in simulated_rig():
+        rig.patience_seconds = 2.0
+        suite = HypervisorCrashes()
+        with pytest.raises(AssertionError, match="nothing is left"):
+            suite.test_killed_at_this_call_the_guest_goes_on_and_nothing_is_left(rig, "finish_duplicate")

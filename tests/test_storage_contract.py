@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import threading
@@ -343,8 +344,7 @@ def run(scenario: str, storage: Memory, kill_a_put: Callable[[str], None] | None
     suite.state_machine_examples = 1000 if type(storage) is not Memory else 50  # it ends with the first failure
     method = getattr(suite, scenario)
     fixtures = {"storage": storage, "oracle": storage, "kill_a_put": kill_a_put}
-    names = method.__code__.co_varnames[1 : method.__code__.co_argcount]
-    method(**{name: fixtures[name] for name in names})
+    method(**{name: fixtures[name] for name in inspect.signature(method).parameters})
 
 
 @pytest.mark.parametrize("scenario", scenarios())

@@ -226,7 +226,7 @@ class Hypervisor(ABC):
     @abstractmethod
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
         """Connect the loaded, stopped VM to `disks`, and ask the hypervisor afterwards: returns the disks as it has
-        them now.
+        them now. Those that it has already stay: a restore loads a VM on its disks, and makes sure by this call.
 
         :raises HypervisorError: a writable disk of the VM is none of `disks`
         """

@@ -12,6 +12,8 @@ if "pytest" in sys.modules:
     sys.modules["pytest"].register_assert_rewrite(
         "vmsnap.testing.bringing_back",
         "vmsnap.testing.cloning",
+        "vmsnap.testing.crashes",
+        "vmsnap.testing.figures",
         "vmsnap.testing.hypervisor",
         "vmsnap.testing.rigs",
         "vmsnap.testing.snapshot",

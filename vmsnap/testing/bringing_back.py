@@ -12,6 +12,7 @@ from vmsnap.errors import AlreadyExists, HypervisorError
 from vmsnap.model import Disk, Duplicate, VmDescription, VmState
 from vmsnap.roles import CaptureRequest, Hypervisor, LoadedVm, LoadRequest
 from vmsnap.testing.rigs import HypervisorRig, digest
+from vmsnap.testing.sentences import Scenarios
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def runs_well(rig: HypervisorRig, vm: str, beyond: int) -> None:
     assert rig.verdict(vm) == ""
 
 
-class BringingBackScenarios:
+class BringingBackScenarios(Scenarios):
     """Loading, switching disks, cutting the network, ending."""
+
+    role = "Hypervisor"
 
     def test_40_a_loaded_vm_stands_at_the_captured_instant_and_goes_on_from_it(self, rig: HypervisorRig) -> None:
         """`load`: "Make this instance's VM exist, stopped at the captured instant, on the disks of the request." """

@@ -12,6 +12,7 @@ from vmsnap.errors import SnapshotError
 from vmsnap.model import ClonePlan, Disk, from_json, to_json
 from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.rigs import SnapshotRig, read_all, same
+from vmsnap.testing.sentences import Scenarios
 from vmsnap.testing.snapshot_life import (
     BLOCK,
     Life,
@@ -22,8 +23,10 @@ from vmsnap.testing.snapshot_life import (
 )
 
 
-class CloningScenarios:
+class CloningScenarios(Scenarios):
     """Writable disks for a duplicate."""
+
+    role = "SnapshotMechanism"
 
     def test_40_a_clone_is_writable_and_leaves_everything_else_alone(self, rig: SnapshotRig) -> None:
         """`clone`: "Whatever is written to the clone never reaches the snapshot, the original or another clone." """

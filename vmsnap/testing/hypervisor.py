@@ -29,6 +29,7 @@ from vmsnap.model import CapturePlan, Duplicate, VmDescription, VmState, from_js
 from vmsnap.roles import CaptureRequest, Hypervisor
 from vmsnap.testing.bringing_back import BringingBackScenarios
 from vmsnap.testing.rigs import HypervisorRig, digest
+from vmsnap.testing.sentences import Scenarios
 from vmsnap.testing.taking_over import TakingOverScenarios
 
 MAX_PAUSE_SECONDS = 5.0
@@ -97,8 +98,10 @@ def stands_still(rig: HypervisorRig, vm: str) -> None:
     assert rig.progress(vm) == before, f"the guest of {vm} counts while it should stand still"
 
 
-class AskingScenarios:
+class AskingScenarios(Scenarios):
     """What can be asked, and that asking changes nothing."""
+
+    role = "Hypervisor"
 
     def test_01_describe_tells_memory_disks_and_nics_in_a_fixed_order(self, rig: HypervisorRig) -> None:
         """`describe`: "Ask the hypervisor for the definition, memory regions, disks and NICs; disks in the
@@ -113,7 +116,7 @@ class AskingScenarios:
         assert all(disk.size_bytes > 0 and disk.address for disk in first.disks)
 
     def test_02_a_vm_that_nobody_has_is_unknown_and_absent(self, rig: HypervisorRig) -> None:
-        """ "UnknownVm: no such VM"; `state`: "An unreachable or unknown VM is `ABSENT`, not an error." """
+        """ "UnknownVm: no such VM"; `state`: "A VM that is unknown or gone is `ABSENT`, not an error." """
         driver = rig.driver("nobody")
         with pytest.raises(UnknownVm):
             driver.describe()
@@ -160,8 +163,10 @@ class AskingScenarios:
         goes_on(rig, rig.vm)
 
 
-class CapturingScenarios:
+class CapturingScenarios(Scenarios):
     """Pausing, duplicating, resuming, giving up."""
+
+    role = "Hypervisor"
 
     def test_10_pause_stops_the_guest_and_its_disks(self, rig: HypervisorRig) -> None:
         """`pause`: "Stop the vCPUs of a VM that executes"; "no further [write] comes until `resume`"."""

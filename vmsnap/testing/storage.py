@@ -34,6 +34,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, UsageError
 from vmsnap.roles import ObjectInfo, StorageBackend, StorageProperties
 from vmsnap.testing.rigs import same
+from vmsnap.testing.sentences import Scenarios
 
 BAD_KEYS = (
     "",
@@ -75,8 +76,10 @@ class RawObjects(ABC):
         """
 
 
-class StorageContract:
+class StorageContract(Scenarios):
     """Inherit this, and override the fixtures `storage` and `oracle`; `kill_a_put` where writers are processes."""
+
+    role = "StorageBackend"
 
     big_object_bytes = 9 << 20
     many_objects = 1100

@@ -13,10 +13,13 @@ from vmsnap.errors import AlreadyExists, Busy, HypervisorError
 from vmsnap.model import VmState
 from vmsnap.testing.bringing_back import capture, load, runs_well
 from vmsnap.testing.rigs import HypervisorRig
+from vmsnap.testing.sentences import Scenarios
 
 
-class TakingOverScenarios:
+class TakingOverScenarios(Scenarios):
     """Fencing, taking a place, showing life."""
+
+    role = "Hypervisor"
 
     def test_60_a_vm_that_lives_is_not_fenced(self, rig: HypervisorRig) -> None:
         """`fence`: "Busy: it lives, and `kill` was not given", whether its guest executes or stands still."""

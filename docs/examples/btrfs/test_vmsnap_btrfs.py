@@ -13,6 +13,7 @@ import pytest
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext, SnapshotMechanism
+from vmsnap.testing.figures import SnapshotFigures
 from vmsnap.testing.rigs import SnapshotRig
 from vmsnap.testing.snapshot import SnapshotContract, contents_of, live
 from vmsnap_btrfs import BtrfsMechanism
@@ -138,3 +139,7 @@ class TestBtrfs(SnapshotContract):
             patched.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
             impatient.snapshot(life.plan)
         life.end()
+
+
+class TestFigures(SnapshotFigures):
+    rig = TestBtrfs.rig

@@ -18,6 +18,9 @@ import pytest
 from vmsnap.errors import HypervisorError, PauseExceeded, StorageFull
 from vmsnap.model import Disk, Duplicate
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor
+from vmsnap.testing.crashes import HypervisorCrashes
+from vmsnap.testing.faults import Effect
+from vmsnap.testing.figures import HypervisorFigures
 from vmsnap.testing.hypervisor import HypervisorContract
 from vmsnap.testing.rigs import HypervisorRig, Packets, eventually
 from vmsnap_hmp import HmpHypervisor
@@ -242,6 +245,15 @@ class TestHmp(HypervisorContract):
         rig = HmpRig(guests)
         yield rig
         rig.end()
+
+
+class TestFigures(HypervisorFigures):
+    rig = TestHmp.rig
+
+
+class TestCrashes(HypervisorCrashes):
+    effects = (Effect.KILL_AFTER,)
+    rig = TestHmp.rig
 
 
 def test_a_vm_that_was_resumed_and_paused_again_is_no_instant(rig: HmpRig) -> None:

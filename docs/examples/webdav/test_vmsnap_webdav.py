@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vmsnap.errors import StorageError, TransientStorageError, UsageError
+from vmsnap.testing.figures import StorageFigures
 from vmsnap.testing.storage import RawObjects, StorageContract
 from vmsnap_webdav import MARK, WebdavsStorage, WebdavStorage
 
@@ -154,6 +155,11 @@ class TestWebdav(StorageContract):
             storage = WebdavStorage(f"webdav://127.0.0.1:{deaf.getsockname()[1]}/x", {"timeout": "0.2"})
             with pytest.raises(TransientStorageError, match="timed out"):
                 storage.get("config")
+
+
+class TestFigures(StorageFigures):
+    folder = TestWebdav.folder
+    storage = TestWebdav.storage
 
 
 @pytest.mark.parametrize("url", ["webdav://", "webdav://u:secret@host/x", "http://host/x", "webdav://host:port/x"])
