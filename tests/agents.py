@@ -36,6 +36,7 @@ class AgentHouse(Scripts):
 
     def __init__(self, folder: Path, *, vms: int = 1, configuration: str = "") -> None:
         super().__init__(folder)
+        self.state.mkdir(mode=0o700)
         self.repository = str(folder / "repository")
         self.configuration = folder / "config.toml"
         self.configuration.write_text(f'repository = "{self.repository}"\n{configuration}')

@@ -18,6 +18,7 @@ from schemathesis import openapi
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
+from tests.agent_crowd import BACKUPS_EACH, JOBS, VMS, fill
 from tests.agents import AgentHouse, eventually
 from tests.browser import make_certificate
 from vmsnap.agent.api.access import LARGEST_BODY_BYTES, Door
@@ -421,8 +422,6 @@ def test_of_many_who_ask_at_once_with_one_key_all_get_one_job(served: Served) ->
 
 # -- ten thousand VMs, a hundred thousand backups
 
-VMS, BACKUPS_EACH, JOBS = 10_000, 10, 20_000
-
 
 class Work:
     """Counts the steps of SQLite's virtual machine, which do not depend on how fast or busy this one is."""
@@ -449,39 +448,6 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     fill(house)
     yield house
     house.close()
-
-
-def fill(house: House) -> None:
-    """The tables as a large host has them."""
-    document = {
-        "mode": "live",
-        "pause_seconds": 0.01,
-        "stored_bytes": 1 << 20,
-        "read_bytes": 1 << 24,
-        "memory_bytes": 1 << 30,
-    }
-    with house.database.transaction() as db:
-        db.executemany(
-            "INSERT INTO vm VALUES (?, 'working', 'simulated', '{}', 'executing', 0, NULL, 0)",
-            [(f"vm{number:05}",) for number in range(VMS)],
-        )
-        db.executemany(
-            "INSERT INTO disk VALUES (?, 0, 'disk0', ?, 'file')",
-            [(f"vm{number:05}", f"/srv/vm{number:05}") for number in range(VMS)],
-        )
-        rows = []
-        for number in range(VMS * BACKUPS_EACH):
-            vm, day = f"vm{number % VMS:05}", number // VMS + 1
-            when = f"2026-01-{day:02}T{number % 24:02}:{number % 60:02}:00Z"
-            backup = f"{vm}-202601{day:02}T{number % 24:02}{number % 60:02}00Z-{number:06x}"
-            rows.append(("/r", backup, vm, when, json.dumps({**document, "backup": backup, "vm": vm, "time": when})))
-        db.executemany("INSERT INTO catalogue VALUES (?, ?, ?, ?, ?)", rows)
-        db.executemany(
-            "INSERT INTO job (verb, arguments, vm, repository, schedule, attempt, not_before_ns, requester, state,"
-            " created_ns, begun_ns, ended_ns, exit_code, settled)"
-            " VALUES ('backup', '[]', ?, '/r', '', 1, 0, 'x', 'done', 0, 0, ?, 0, 1)",
-            [(f"vm{number % VMS:05}", time.time_ns() - number * 10**9) for number in range(JOBS)],
-        )
 
 
 def test_a_page_takes_little_work_however_much_there_is_and_wherever_it_begins(
@@ -619,6 +585,38 @@ def test_schedules_are_added_paused_run_and_removed_from_the_command_line(wire: 
     assert "rests" not in wire.text("schedule", "list")
 
 
+def test_tables_for_people_name_what_is_there(wire: AgentHouse) -> None:
+    wire.json("agent", "token", "add", "shown", "--role", "read", "--expires", "90d")
+    assert "shown" in wire.text("agent", "token", "list") and "read" in wire.text("agent", "token", "list")
+    assert "there is a token" in wire.error(1, "agent", "token", "add", "shown")
+    assert wire.error(3, "agent", "token", "remove", "nobody")
+    assert "recover" in wire.text("jobs") and "done" in wire.text("jobs", "1")
+    assert wire.error(3, "jobs", "999999") and wire.json("jobs", "--state", "failed", "--vm", "other") == []
+    by_socket = {"VMSNAP_AGENT": f"unix:{wire.socket}"}
+    assert wire.json("jobs", "1", **by_socket)["verb"] == "recover"
+    assert wire.text("list", "--vm", "nobody", **by_socket).startswith("backup")
+
+
+def test_the_catalogue_follows_the_repository_whoever_changes_it(wire: AgentHouse) -> None:
+    made = [wire.json("backup", "vm001")["backup"] for _ in range(2)]
+    first = wire.json("agent", "refresh")
+    assert first["entered"] >= 2 and first["backups"] == len(wire.json("list"))
+    assert (
+        wire.json("agent", "refresh")["entered"] == 0
+        and wire.json("agent", "refresh", "--all")["entered"] == first["backups"]
+    )
+    wire.json("forget", made[0])
+    assert wire.json("agent", "refresh")["struck"] == 1
+    manifest = next(Path(wire.repository, "manifests").rglob(f"*{made[1].lower()}*"))
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = wire.run("agent", "refresh", "--all")
+    assert told.returncode == 4 and made[1].lower() in told.stderr
+    manifest.write_bytes(whole)
+    known = {each["backup"] for each in AgentClient(f"unix:{wire.socket}").get("/backups")["items"]}
+    assert made[1] in known and made[0] not in known
+
+
 def test_what_the_agent_refuses_the_library_raises(wire: AgentHouse) -> None:
     client = AgentClient(f"unix:{wire.socket}")
     with pytest.raises(NotFound):
@@ -648,3 +646,32 @@ def test_units_are_what_systemd_takes(wire: AgentHouse, tmp_path: Path) -> None:
             ["systemd-analyze", "verify", *(each["path"] for each in made)], capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+# -- what the documentation says
+
+
+def test_every_route_and_metric_is_documented_and_the_examples_use_metrics_that_there_are(served: Served) -> None:
+    import re
+
+    import yaml
+
+    docs = Path(__file__).parent.parent / "docs"
+    document = ask(served.client(trusted=True), "GET", "/api/v1/openapi.json").json()
+    api = (docs / "api.md").read_text()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"| `{method.upper()}` | `{path.removeprefix('/api/v1')}` |" in api, (method, path)
+    names = set(re.findall(r"^# TYPE (vmsnap_\w+) ", metrics_text(served.house).decode(), re.MULTILINE))
+    assert len(names) > 12
+    rules = yaml.safe_load((docs / "examples" / "prometheus-alerts.yml").read_text())["groups"][0]["rules"]
+    panels = json.loads((docs / "examples" / "grafana-dashboard.json").read_text())["panels"]
+    expressions = [rule["expr"] for rule in rules] + [panel["targets"][0]["expr"] for panel in panels]
+    assert len(expressions) > 20
+    for expression in expressions:
+        used = set(re.findall(r"vmsnap_\w+", expression))
+        assert used and used <= names, expression
+    told = (docs / "agent.md").read_text()
+    prefix = "vmsnap_last_backup_"
+    for name in names:
+        assert name in told or f"`…_{name.removeprefix(prefix)}`" in told, name

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import select
 import signal
+import socket
+import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,12 +21,14 @@ from pathlib import Path
 import pytest
 
 from tests.agents import AgentHouse, eventually
+from tests.test_cli import BIN
+from vmsnap.agent.client import AgentClient
 from vmsnap.agent.house import Blueprint
 from vmsnap.agent.jobs import BROKEN_OFF, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, NewJob
 from vmsnap.agent.loop import Loop
 from vmsnap.agent.notices import ATTEMPTS, Notices
 from vmsnap.agent.schedule import schedule_from
-from vmsnap.agent.settings import AgentSettings, NoticeTarget
+from vmsnap.agent.settings import AgentSettings, NoticeTarget, read_settings
 from vmsnap.errors import VmsnapError
 from vmsnap.locks import vm_lock
 
@@ -80,6 +88,13 @@ class Night:
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[AgentHouse]:
     made = AgentHouse(tmp_path, vms=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[AgentHouse]:
+    made = AgentHouse(tmp_path, vms=0)
     yield made
     made.close()
 
@@ -211,8 +226,8 @@ def test_a_process_that_cannot_start_fails_its_job_and_nothing_else(
     night.loop.close()
 
 
-def test_two_processes_never_carry_out_one_job(house: AgentHouse) -> None:
-    with house.looking() as one, house.looking() as other:
+def test_two_processes_never_carry_out_one_job(bare: AgentHouse) -> None:
+    with bare.looking() as one, bare.looking() as other:
         job, _ = one.jobs.add(NewJob(verb="doctor", arguments=("doctor",)))
         assert one.jobs.starting(job.job) and not other.jobs.starting(job.job)
         assert one.jobs.take_up(job.job, os.getpid()) and not other.jobs.take_up(job.job, os.getpid())
@@ -222,8 +237,8 @@ def test_two_processes_never_carry_out_one_job(house: AgentHouse) -> None:
         assert [each.verb for each in one.jobs.page()] == ["gc", "doctor"]
 
 
-def test_one_slot_is_entered_once_whoever_looks(house: AgentHouse) -> None:
-    with house.looking() as one, house.looking() as other:
+def test_one_slot_is_entered_once_whoever_looks(bare: AgentHouse) -> None:
+    with bare.looking() as one, bare.looking() as other:
         one.schedules.add(schedule_from({"name": "nightly", "cron": "0 2 * * *"}))
         before = one.schedules.get("nightly").decided_ns
         new = [NewJob(verb="doctor", arguments=("doctor",))]
@@ -231,12 +246,12 @@ def test_one_slot_is_entered_once_whoever_looks(house: AgentHouse) -> None:
         assert other.schedules.enter_run("nightly", before + 1, before, new) == []
 
 
-def test_a_sleeping_loop_wakes_when_somebody_asks(house: AgentHouse) -> None:
+def test_a_sleeping_loop_wakes_when_somebody_asks(bare: AgentHouse) -> None:
     turns: list[float] = []
     thread_done = threading.Event()
 
     def run() -> None:
-        made = Loop(Blueprint(house.state, AgentSettings()), house.environment, lambda _: None)
+        made = Loop(Blueprint(bare.state, AgentSettings()), bare.environment, lambda _: None)
         stops.append(made)
         made.run(lambda: turns.append(0.0))
         made.close()
@@ -295,49 +310,77 @@ def _due_again(house: AgentHouse) -> None:
 
 
 def test_a_webhook_that_fails_is_asked_again_later_and_gets_a_signature(
-    house: AgentHouse, hook: str, tmp_path: Path
+    bare: AgentHouse, hook: str, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hush\n")
     _Hook.answers = [500, 302, 200]
-    _put(house, "hook")
+    _put(bare, "hook")
     said: list[str] = []
-    with house.looking() as looked:
+    with bare.looking() as looked:
         notices = Notices(looked.database, {"hook": NoticeTarget(webhook=hook, secret_file=secret)}, said.append)
         due = notices.deliver()
         assert due is not None and 20 < due <= 30 and len(_Hook.seen) == 1
-        _due_again(house)
+        _due_again(bare)
         due = notices.deliver()
         assert due is not None and 50 < due <= 60, "twice as long, and a redirection is not followed"
-        _due_again(house)
+        _due_again(bare)
         assert notices.deliver() is None and notices.waiting() == 0
-    import hashlib
-    import hmac
-
     assert len(_Hook.seen) == 3 and "500" in said[0] and "hush" not in " ".join(said)
     for signature, body in _Hook.seen:
         assert signature == f"sha256={hmac.new(b'hush', body, hashlib.sha256).hexdigest()}"
 
 
 def test_a_command_gets_the_notice_on_its_input_and_one_that_never_works_is_given_up(
-    house: AgentHouse, tmp_path: Path
+    bare: AgentHouse, tmp_path: Path
 ) -> None:
     script, heard = tmp_path / "told", tmp_path / "heard"
     script.write_text(f"#!/bin/sh\ncat >{heard}\n")
     script.chmod(0o700)
     targets = {"good": NoticeTarget(command=str(script)), "bad": NoticeTarget(command="/bin/false")}
-    _put(house, "good")
-    _put(house, "bad")
-    _put(house, "gone")
+    _put(bare, "good")
+    _put(bare, "bad")
+    _put(bare, "gone")
     said: list[str] = []
-    with house.looking() as looked:
+    with bare.looking() as looked:
         notices = Notices(looked.database, targets, said.append)
         for _ in range(ATTEMPTS):
             notices.deliver()
-            _due_again(house)
+            _due_again(bare)
         assert notices.waiting() == 0
     assert json.loads(heard.read_text())["verb"] == "doctor"
     assert [line for line in said if "given up" in line and "bad" in line] and any("gone" in line for line in said)
+
+
+def test_an_e_mail_says_in_its_subject_what_became_of_what(bare: AgentHouse) -> None:
+    heard: list[str] = []
+
+    class Mail(socketserver.StreamRequestHandler):
+        """As much of SMTP (RFC 5321) as takes one message."""
+
+        def handle(self) -> None:
+            """One message."""
+            self.wfile.write(b"220 here\r\n")
+            while line := self.rfile.readline():
+                word = line.split()[0].upper() if line.split() else b""
+                if word == b"DATA":
+                    self.wfile.write(b"354 go on\r\n")
+                    while (line := self.rfile.readline()) not in (b".\r\n", b""):
+                        heard.append(line.decode().rstrip())
+                self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
+                if word == b"QUIT":
+                    return
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Mail) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        target = NoticeTarget(email="ops@example.com", smtp=f"127.0.0.1:{server.server_address[1]}")
+        _put(bare, "mail")
+        with bare.looking() as looked:
+            assert Notices(looked.database, {"mail": target}, lambda _: None).deliver() is None
+        server.shutdown()
+        thread.join(10)
+    assert "Subject: vmsnap: doctor of this host: failed" in heard and "To: ops@example.com" in heard
 
 
 # -- the service
@@ -383,8 +426,6 @@ def test_a_second_agent_for_the_same_state_is_refused_and_leaves_the_first_alone
 
 
 def test_systemd_hears_of_readiness_and_of_each_turn(tmp_path: Path) -> None:
-    import socket
-
     house = AgentHouse(tmp_path, vms=0)
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
@@ -402,9 +443,47 @@ def test_systemd_hears_of_readiness_and_of_each_turn(tmp_path: Path) -> None:
     assert not house.socket.exists()
 
 
-def test_settings_that_are_wrong_are_refused_before_anything_is_served(tmp_path: Path) -> None:
-    from vmsnap.agent.settings import read_settings
+def test_an_agent_stops_in_order_though_somebody_watches(tmp_path: Path) -> None:
+    house = AgentHouse(tmp_path, vms=0)
+    try:
+        client = house.start_agent()
+        with client._answer("GET", "/events", None, {}) as stream:
+            assert stream.readline().startswith(b"event: jobs")
+            assert house.stop_agent() == 0
+        assert "stopping" in house.log.read_text()
+    finally:
+        house.close()
 
+
+_AS_SYSTEMD = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_a_socket_that_systemd_has_opened_is_served_and_left_there(tmp_path: Path) -> None:
+    house = AgentHouse(tmp_path, vms=0)
+    path = tmp_path / "passed.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        words = [sys.executable, "-c", _AS_SYSTEMD, str(listening.fileno()), str(BIN / "vmsnap"), "agent"]
+        process = subprocess.Popen(words, env=house.environment, pass_fds=[listening.fileno()], stderr=subprocess.PIPE)
+        try:
+            client = AgentClient(f"unix:{path}")
+            assert client.get("/health")["status"] == "ok", "one waits in the queue until it is answered"
+            process.terminate()
+            _, said = process.communicate(timeout=90)
+            assert process.returncode == 0 and b"passed.sock" in said
+        finally:
+            process.kill()
+            house.close()
+    assert path.exists() and not house.socket.exists()
+
+
+def test_settings_that_are_wrong_are_refused_before_anything_is_served(tmp_path: Path) -> None:
     for table, names_it in (
         ({"jobs": 2}, "jobs"),
         ({"jobs_at_once": 0}, "jobs_at_once"),

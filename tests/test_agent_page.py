@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.agents import AgentHouse, eventually
 from tests.browser import Browser, browser, make_certificate
+from vmsnap.agent.jobs import NewJob
 
 pytestmark = pytest.mark.chromium
 
@@ -45,6 +47,17 @@ def enter(window: Browser, house: AgentHouse, token: str, page: str = "") -> Non
     window.driver.get(f"{house.https}/{page}")
     window.field("Token").send_keys(token, Keys.ENTER)
     window.until_text("(")
+
+
+def backed_up(house: AgentHouse, vm: str, least: int) -> int:
+    """See to it that a VM has so many backups at least, and that the agent knows them; returns how many."""
+    while (count := len(house.json("list", "--vm", vm))) < least:
+        house.json("backup", vm)
+    with house.looking() as looked:
+        for new in looked.refreshes([house.repository]):
+            looked.jobs.add(new)
+    house.quiet()
+    return count
 
 
 def picture(window: Browser, name: str) -> None:
@@ -90,17 +103,11 @@ def test_a_backup_is_clicked_watched_and_restored(served: AgentHouse, token: str
 
 
 def test_a_running_job_is_seen_as_it_goes_and_can_be_stopped(served: AgentHouse, token: str, window: Browser) -> None:
-    import signal
-
     enter(window, served, token, "#/jobs")
-    before = {job.job for job in served.jobs()}
     with served.looking() as house:
-        from vmsnap.agent.jobs import NewJob
-
         added, _ = house.jobs.add(
             NewJob(verb="backup", arguments=("backup", "vm002"), vm="vm002", repository=served.repository)
         )
-    assert added.job not in before
 
     def pid() -> int | None:
         with served.looking() as house:
@@ -124,13 +131,7 @@ def test_a_running_job_is_seen_as_it_goes_and_can_be_stopped(served: AgentHouse,
 
 
 def test_pruning_shows_first_what_would_go(served: AgentHouse, token: str, window: Browser) -> None:
-    for _ in range(2):
-        served.json("backup", "vm002")
-    count = len(served.json("list", "--vm", "vm002"))
-    with served.looking() as house:
-        for new in house.refreshes([served.repository]):
-            house.jobs.add(new)
-    served.quiet()
+    count = backed_up(served, "vm002", 3)
     enter(window, served, token, "#/vms/vm002")
     window.click("Remove old ones")
     keep = window.field("Keep last")
@@ -183,6 +184,7 @@ def test_who_may_only_read_is_offered_nothing_else_and_a_wrong_token_nothing_at_
 
 
 def test_on_a_phone_in_the_dark_nothing_runs_over_the_edge(served: AgentHouse, token: str, tmp_path: Path) -> None:
+    backed_up(served, "vm001", 1)
     with browser(tmp_path, width=390, height=844, dark=True) as phone:
         enter(phone, served, token)
         phone.until_text("vm001")

@@ -106,7 +106,7 @@ class Servers:
             found.listen(128)
         except OSError as e:
             found.close()
-            raise UsageError(f"cannot listen on {path}: {e.strerror}", cure="see 'socket' in [agent]") from e
+            raise UsageError(f"cannot listen on {path}: {e.strerror or e}", cure="see 'socket' in [agent]") from e
         except VmsnapError:
             found.close()
             raise

@@ -37,14 +37,27 @@ def main() -> int:
     if not jobs.take_up(number, os.getpid()):
         return 0
     job = jobs.get(number)
-    code = _run(("--repository", job.repository) if job.repository else (), job.arguments, files.progress)
+    code = _run_unless_stopped(
+        ("--repository", job.repository) if job.repository else (), job.arguments, files.progress
+    )
     sys.stdout.flush()
+    # It is over: who asks it to stop now comes too late, and must not keep that from being entered.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     state = DONE if code == 0 else CANCELLED if code == Interrupted.exit_code else FAILED
     message = "" if state == DONE else files.last_message().removeprefix("vmsnap: ")
     jobs.end(number, state, exit_code=code, message=message, result=_report(files.output))
     files.remove()
     database.close()
     return code
+
+
+def _run_unless_stopped(repository: tuple[str, ...], arguments: tuple[str, ...], progress: Path) -> int:
+    try:
+        return _run(repository, arguments, progress)
+    except Interrupted as e:
+        # Between take-up and the command's own handling of signals.
+        print(e, file=sys.stderr, flush=True)  # noqa: T201 - the messages of the job
+        return Interrupted.exit_code
 
 
 def _run(repository: tuple[str, ...], arguments: tuple[str, ...], progress: Path) -> int:
