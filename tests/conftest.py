@@ -78,6 +78,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_lab = os.geteuid() == 0 and (cache_folder() / "lighttpd" / "complete").exists()
     lacking |= {} if has_lab else {"lab": "a WebDAV server and btrfs"}
     lacking |= {} if shutil.which("chromium") and shutil.which("chromedriver") else {"chromium": "Chromium"}
+    has_storage = len(available_qemus()) == 2 and (cache_folder() / "storage" / "complete").exists()
+    lacking |= {} if has_storage else {"storage": "a kernel with device mapper"}
     for item in items:
         for marker, what in lacking.items():
             if item.get_closest_marker(marker):

@@ -57,7 +57,7 @@ def test_the_wheel_holds_all_three_import_packages_marked_as_typed(wheel: Path) 
 def test_in_a_clean_environment_the_wheel_loads_every_entry_point(wheel: Path, tmp_path: Path) -> None:
     environment = CleanEnvironment.make(tmp_path / "venv")
     environment.install(str(wheel))
-    for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-local", "vmsnap-s3"):
+    for script in ("vmsnap", "vmsnap-qemu", "vmsnap-sim", "vmsnap-lvm", "vmsnap-local", "vmsnap-s3"):
         assert "Usage" in environment.run([script, "--help"], tmp_path).stdout
     told = environment.run(["vmsnap", "drivers", "--json"], tmp_path, {"VMSNAP_STATE_DIR": str(tmp_path / "state")})
     usable = {driver["name"] for driver in json.loads(told.stdout) if not driver["problem"]}

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ MIB = 1 << 20
 class FaultyDrivers(Drivers):
     """Drivers whose calls fail as `faults` says."""
 
-    def __init__(self, context: DriverContext, faults: FaultPlan) -> None:
-        super().__init__(context)
+    def __init__(
+        self, context: DriverContext, faults: FaultPlan, options: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        super().__init__(context, options)
         self.faults = faults
 
     def hypervisor(self, name: str, vm: str, options: Mapping[str, str]) -> Hypervisor:
@@ -51,21 +53,32 @@ def unguarded(_context: DriverContext, _vm: str, _hypervisor: str, _options: Map
 
 
 class World:
-    """One simulated VM ``vm001`` with two disks, executing, and an empty repository."""
+    """One simulated VM ``vm001`` with two disks, executing, and an empty repository.
+
+    Its disks are `images` where there are some; `mechanism_options` are those of the configuration.
+    """
 
     def __init__(
-        self, *, guarded: bool = False, memory_bytes: int = MIB, disk_bytes: int = MIB, deaf: bool = False
+        self,
+        *,
+        guarded: bool = False,
+        memory_bytes: int = MIB,
+        disk_bytes: int = MIB,
+        deaf: bool = False,
+        images: Sequence[Path] = (),
+        mechanism_options: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-test-", dir="/dev/shm"))
         self.folders = HostFolders.find(self.folder / "state")
         self.start_guardian = start_for if guarded else unguarded
         self.disk_folder = self.folder / "disks"
+        self.mechanism_options = mechanism_options
         self.url = str(self.folder / "repository")
         create_repository(self.url)
         loaded = lifecycle.start(
             "vm001",
             memory_bytes,
-            [disk_bytes, disk_bytes],
+            images or [disk_bytes, disk_bytes],
             self.disk_folder,
             state_dir=self.folders.state_dir,
             deaf=deaf,
@@ -115,7 +128,8 @@ class World:
     def controller(self, faults: FaultPlan | None = None) -> Controller:
         """A controller of this world, with faults."""
         context = self.folders.context()
-        drivers = Drivers(context) if faults is None else FaultyDrivers(context, faults)
+        options = self.mechanism_options
+        drivers = Drivers(context, options) if faults is None else FaultyDrivers(context, faults, options)
         return Controller(self.folders, drivers=drivers, start_guardian=self.start_guardian)
 
     def repository(self, faults: FaultPlan | None = None) -> Repository:

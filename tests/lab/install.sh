@@ -2,9 +2,9 @@
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
 # iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm, Chromium and libvirt (its daemons, which nothing starts, and
 # what its Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the
-# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, and QEMU 10.0
-# from bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is there; says nothing
-# unless it fails.
+# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, LVM with the
+# kernel that it needs, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
+# nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
 set -eu
@@ -108,6 +108,33 @@ unpack_agent() {
     touch "$agent/complete"
 }
 
+# Unpacked, not installed: what a guest's root file system has above this machine's, the kernel with device mapper and
+# 9p, LVM, and what each needs that this machine lacks.
+unpack_storage() {
+    storage=$cache/storage
+    [ -e "$storage/complete" ] && return
+    refresh_lists
+    rm -rf "$storage"
+    image=$(apt-cache depends --important linux-image-amd64 |
+        sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+    needed=$(apt-get -s -q install --no-install-recommends kmod lvm2 thin-provisioning-tools |
+        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$storage/root" download "$image" $needed
+    # This machine's /sbin is a link to /usr/sbin, as Debian has it since 12: a folder above it would hide all that is there.
+    for name in bin sbin lib; do
+        mkdir -p "$storage/root/usr/$name"
+        cp -al "$storage/root/$name/." "$storage/root/usr/$name/"
+        rm -rf "${storage:?}/root/$name"
+        ln -s "usr/$name" "$storage/root/$name"
+    done
+    # The package's link is absolute, and right in the guest alone.
+    ln -sf "$storage/root/bin/kmod" "$storage/depmod"
+    depmod=$(command -v depmod || echo "$storage/depmod")
+    say_and_run "$depmod" -b "$storage/root" "${image#linux-image-}"
+    touch "$storage/complete"
+}
+
 # The backports suite gets a source list and list folder of its own, so that the machine's apt
 # configuration stays as it is. What a (simulated) installation would bring is what is unpacked:
 # QEMU and those shared libraries that this machine lacks.
@@ -170,4 +197,5 @@ unpack_kernel
 unpack_sshd
 unpack_lighttpd
 unpack_agent
+unpack_storage
 unpack_backported_qemu

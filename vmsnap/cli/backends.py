@@ -156,3 +156,23 @@ vmsnap_sftp = CommandLine(
         vmsnap-sftp bench sftp://vault@far.example/srv/backups --size 512M""",
 )
 """The entry point ``vmsnap-sftp``."""
+
+_MECHANISM_COMMANDS = {
+    "snapshot": LazyCommand("vmsnap.cli.mechanisms:snapshot", "Take a snapshot of disks.", PLACES),
+    "list": LazyCommand("vmsnap.cli.mechanisms:list_snapshots", "List the snapshots.", PLACES),
+    "clone": LazyCommand("vmsnap.cli.mechanisms:clone", "Make writable disks of a snapshot.", PLACES),
+    "delete": LazyCommand("vmsnap.cli.mechanisms:delete", "Delete a snapshot, or clones of one.", PLACES),
+    "doctor": LazyCommand("vmsnap.cli.mechanisms:doctor", "Say whether the mechanism works here.", PLACES),
+}
+
+vmsnap_lvm = CommandLine(
+    "vmsnap-lvm",
+    _MECHANISM_COMMANDS,
+    params=[version_option(__version__)],
+    help="Snapshots of logical volumes, as vmsnap takes them of the disks of VMs.",
+    epilog="""\
+        vmsnap-lvm doctor
+        vmsnap-lvm snapshot /dev/vg0/web1 /dev/vg0/web1-data
+        vmsnap-lvm list""",
+)
+"""The entry point ``vmsnap-lvm``."""

@@ -35,6 +35,7 @@ from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 if TYPE_CHECKING:
     from vmsnap.controller.holding import Holding
+    from vmsnap.controller.strays import Strays
     from vmsnap.repository import Repository
 
 __all__ = [
@@ -455,9 +456,7 @@ class Controller:
     def strays(self) -> list[OwnedResource]:
         """What carries our tag on this host and what its database does not know: it was lost, or put back. Changes
         nothing."""
-        from vmsnap.controller.strays import Strays
-
-        return Strays(self.drivers, self._database).find()
+        return self._strays().find()
 
     def remove_strays(self, names: Sequence[str]) -> list[OwnedResource]:
         """Remove strays, named as `strays` names them; returns those that are gone.
@@ -465,10 +464,15 @@ class Controller:
         :raises NotFound: one of them is none; nothing was removed
         :raises VmsnapError: one could not be removed; those before it are gone
         """
+        with self.interruption.handled(), self.interruption.deferred():
+            return self._strays().remove(names)
+
+    def _strays(self) -> Strays:
+        from vmsnap.controller.kept_snapshots import KeptSnapshots
         from vmsnap.controller.strays import Strays
 
-        with self.interruption.handled(), self.interruption.deferred():
-            return Strays(self.drivers, self._database).remove(names)
+        kept = KeptSnapshots(self.drivers, self.folders.state_dir / KeptSnapshots.FOLDER)
+        return Strays(self.drivers, self._database, kept)
 
     # -- asking
 

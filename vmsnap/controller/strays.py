@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 
 from vmsnap import registry
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.kept_snapshots import KeptSnapshots
 from vmsnap.database import Database
 from vmsnap.errors import NotFound, UsageError, VmsnapError
 from vmsnap.model import OwnedResource, to_json
@@ -18,9 +19,10 @@ from vmsnap.vmtable import VmTable
 class Strays:
     """What the installed drivers find on this host, without what the host's database knows."""
 
-    def __init__(self, drivers: Drivers, database: Database) -> None:
+    def __init__(self, drivers: Drivers, database: Database, kept: KeptSnapshots) -> None:
         self._drivers = drivers
         self._database = database
+        self._kept = kept
 
     def find(self) -> list[OwnedResource]:
         """All of them, by driver, kind and name. Blocks while drivers look; changes nothing."""
@@ -82,6 +84,7 @@ class Strays:
         texts = [row["data"] for row in self._database.rows("SELECT data FROM resource WHERE gone = 0")]
         texts += [row["data"] for row in self._database.rows("SELECT data FROM held")]
         texts += [to_json(row["vm"]) for row in self._database.rows("SELECT vm FROM vm")]
+        texts.append(self._kept.known())
         texts += [to_json(row["address"]) for row in self._database.rows("SELECT address FROM disk")]
         return "\n".join(texts)
 

@@ -1,4 +1,6 @@
-"""The virtual disks of a simulated VM: image files, locked against every other VM, written past no one's back."""
+"""The virtual disks of a simulated VM: image files or block devices, locked against every other VM, written past no
+one's back.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,13 @@ def open_disk(image: DiskImage) -> OpenDisk:
         descriptor = os.open(image.path, mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as e:
         raise HypervisorError(f"cannot open disk {image.device} at {image.path}: {e.strerror}") from e
-    status = os.fstat(descriptor)
+    kind = os.fstat(descriptor).st_mode
+    size_bytes = 0
     problem = ""
-    if not stat.S_ISREG(status.st_mode):
-        problem = "is no plain file"
-    elif status.st_size < MIN_DISK_BYTES or status.st_size % PAGE:
-        problem = f"has {status.st_size} bytes; a disk has a multiple of {PAGE} and at least {MIN_DISK_BYTES}"
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        problem = "is neither a plain file nor a block device"
+    elif (size_bytes := os.lseek(descriptor, 0, os.SEEK_END)) < MIN_DISK_BYTES or size_bytes % PAGE:
+        problem = f"has {size_bytes} bytes; a disk has a multiple of {PAGE} and at least {MIN_DISK_BYTES}"
     else:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if image.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -56,7 +59,7 @@ def open_disk(image: DiskImage) -> OpenDisk:
     if problem:
         os.close(descriptor)
         raise HypervisorError(f"disk {image.device} at {image.path} {problem}")
-    return OpenDisk(image, descriptor, status.st_size)
+    return OpenDisk(image, descriptor, size_bytes)
 
 
 class Disks:

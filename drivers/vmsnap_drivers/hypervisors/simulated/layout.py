@@ -144,7 +144,7 @@ def read_disk(path: Path) -> DiskContent | None:
         if superblock is None:
             return None
         log = os.pread(descriptor, superblock.log_bytes, LOG_BLOCK * PAGE)
-        latest = latest_record(descriptor, os.fstat(descriptor).st_size, superblock.machine)
+        latest = latest_record(descriptor, os.lseek(descriptor, 0, os.SEEK_END), superblock.machine)
     finally:
         os.close(descriptor)
     entries = tuple(number for (number,) in COUNTER.iter_unpack(log))

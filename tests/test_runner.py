@@ -1,0 +1,109 @@
+"""Commands of snapshot mechanisms: output, time-outs, what becomes of them when we die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmsnap.errors import DriverUnavailable, SnapshotError
+from vmsnap.testing.rigs import eventually
+from vmsnap_drivers.runner import LocalRunner, one_line
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "command"
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_all_output_and_the_status_come_back_and_nothing_of_ours_goes_in(tmp_path: Path) -> None:
+    text = "import os, sys; print('x' * 300000); print(os.environ['LC_ALL'], sys.stdin.read(), os.getcwd(), end='');"
+    text += "print(sorted(os.listdir('/proc/self/fd')), file=sys.stderr); sys.exit(5)"
+    with (tmp_path / "secret").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        done = LocalRunner().run([script(tmp_path, text)], 60)
+    assert done.status == 5 and done.stdout == "x" * 300000 + "\nC  /"
+    assert done.stderr.count("'") == 2 * 4, "descriptors 0 to 2, and the one that lists them"
+
+
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(DriverUnavailable, match="the program no-such-program is not installed"):
+        LocalRunner().run(["no-such-program"], 1)
+    assert LocalRunner().find("no-such-program") is None
+
+
+def test_what_takes_too_long_is_asked_to_stop(tmp_path: Path) -> None:
+    marker = tmp_path / "asked"
+    text = "import pathlib, signal, sys, time\n"
+    text += f"def end(*_): pathlib.Path({str(marker)!r}).touch(); sys.exit(0)\n"
+    text += f"signal.signal(signal.SIGTERM, end); pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(1000)\n"
+    command = script(tmp_path, text)
+    with pytest.raises(SnapshotError, match="did not end within 5 s and was stopped"):
+        LocalRunner().run([command], 5)
+    assert marker.exists()
+
+
+def test_what_does_not_stop_is_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmsnap_drivers.runner._STOPPING_SECONDS", 0.1)
+    text = "import os, pathlib, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    text += f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+    text += "print('x' * 300000, flush=True); time.sleep(1000)\n"
+    with pytest.raises(SnapshotError, match="does not stop") as caught:
+        LocalRunner().run([script(tmp_path, text)], 5)
+    pid = int((tmp_path / "pid").read_text())
+    assert alive(pid) and f"(process {pid})" in caught.value.message
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_change_does_not_go_on_when_we_die(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    command = script(
+        tmp_path, f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
+    )
+    code = f"from vmsnap_drivers.runner import LocalRunner; LocalRunner().run([{command!r}], 1000, changes=True)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        eventually(lambda: pid_file.exists() and pid_file.read_text() != "", "the command", 60)
+        pid = int(pid_file.read_text())
+        assert alive(pid)
+        process.kill()
+    eventually(lambda: not alive(pid), "its end", 60)
+
+
+def test_lines_come_as_they_are_printed_and_the_command_ends_with_its_reader(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    text = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
+    text += "print('one', flush=True); time.sleep(1000)"
+    begin = time.monotonic()
+    lines = LocalRunner().lines([script(tmp_path, text)], 60)
+    assert next(lines) == "one\n"
+    pid = int(pid_file.read_text())
+    lines.close()  # type: ignore[attr-defined]
+    assert not alive(pid) and time.monotonic() - begin < 60
+
+
+def test_lines_of_a_command_that_fails_end_with_its_complaint(tmp_path: Path) -> None:
+    lines = LocalRunner().lines([script(tmp_path, "import sys; print('one'); sys.exit('it is broken')")], 60)
+    assert next(lines) == "one\n"
+    with pytest.raises(SnapshotError, match="failed: it is broken"):
+        next(lines)
+
+
+def test_a_complaint_is_one_line_without_warnings() -> None:
+    assert one_line("  WARNING: a\n  No room.\n\n  Really  not.\n") == "No room.; Really not."
+    assert one_line("  WARNING: only this\n") == "WARNING: only this"
