@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -43,7 +44,8 @@ class Definition:
 
     def to_json(self) -> Json:
         """Plain JSON for `VmDescription.definition`."""
-        return asdict(self)
+        plain: Json = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_json(cls, content: Json) -> Definition:
