@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +24,15 @@ SCREENSHOTS = os.environ.get("VMSNAP_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentHouse]:
-    folder = tmp_path_factory.mktemp("page")
+def served() -> Iterator[AgentHouse]:
+    folder = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     certificate, key = make_certificate(folder)
     configuration = f'[agent]\nlisten = "127.0.0.1:0"\ncertificate = "{certificate}"\nkey = "{key}"\n'
     house = AgentHouse(folder, vms=2, configuration=configuration)
     house.start_agent()
     yield house
     house.close()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +147,34 @@ def test_pruning_shows_first_what_would_go(served: AgentHouse, token: str, windo
     window.click(f"Remove {count - 1}", "dialog//button")
     window.until_text("prune of vm002 is done")
     assert len(served.json("list", "--vm", "vm002")) == 1
+
+
+def test_a_backup_is_proved_by_booting_and_its_duplicate_takes_a_dead_vms_place(
+    served: AgentHouse, token: str, window: Browser
+) -> None:
+    backup = served.json("backup", "vm002", "--keep-duplicate")["backup"]
+    backed_up(served, "vm002", 1)
+    enter(window, served, token, f"#/backups/{backup}")
+    window.click("Verify", "main//button")
+    window.field("Bring it up too").click()
+    window.click("Verify", "dialog//button")
+    window.until_text("verify is done")
+    (verify,) = served.jobs("verify")
+    with served.looking() as house:
+        assert house.jobs.result(verify.job)["boot"]["life"]
+
+    served.text("stop", "--force", "vm002", script="vmsnap-sim")
+    window.driver.get(f"{served.https}/#/vms/vm002")
+    window.click("Fail over", "main//button")
+    window.until_text("is lost to it")
+    sure = window.field("Type vm002 to confirm")
+    sure.send_keys("vm001", Keys.ENTER)
+    window.until_text("that is not vm002")
+    assert not served.jobs("failover")
+    sure.clear()
+    sure.send_keys("vm002", Keys.ENTER)
+    window.until_text("failover of vm002 is done")
+    assert served.executes("vm002")
 
 
 def test_schedules_and_the_doctor_by_keyboard_alone(served: AgentHouse, token: str, window: Browser) -> None:

@@ -57,7 +57,7 @@ export async function one(name, role) {
     const path = `/vms/${encodeURIComponent(name)}`;
     const [vm, page] = await Promise.all([get(path), get("/backups", { vm: name, limit: 200 })]);
     const backups = page.items;
-    now.replaceChildren(...[work(name)].filter(Boolean));
+    now.replaceChildren(work(name) ?? "–");
     const may = role !== "read" && vm.kind === "working";
     show(mine, h("h1", {}, vm.vm),
       may ? h("div", { class: "actions" },
@@ -79,6 +79,6 @@ export async function one(name, role) {
       ], backups));
   };
   await draw();
-  live.onChange(() => now.replaceChildren(...[work(name)].filter(Boolean)));
+  live.onChange(() => now.replaceChildren(work(name) ?? "–"));
   live.onEnd(() => draw().catch(() => {}));
 }
