@@ -54,7 +54,9 @@ def run(page: str, folder: Path, variables: Mapping[str, str]) -> str:
     )
     printed = done.stdout.split(f"{_MARK}\n")
     if done.returncode != 0 or len(printed) < len(commands) + 1:
-        raise TranscriptError(f"{commands[min(len(printed), len(commands)) - 1]}\n{done.stdout[-3000:]}")
+        # a command that failed has its mark, one that ended the shell has none
+        failed = max(0, len(printed) - 2 if done.stdout.endswith(f"{_MARK}\n") else len(printed) - 1)
+        raise TranscriptError(f"{commands[min(failed, len(commands) - 1)]}\n{done.stdout[-3000:]}")
     outputs = iter(printed)
 
     def filled(match: re.Match[str]) -> str:

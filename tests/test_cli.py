@@ -256,6 +256,8 @@ def test_drivers_are_listed_with_what_is_wrong(scripts: Scripts) -> None:
     found = {(driver["kind"], driver["name"]): driver for driver in scripts.json("drivers")}
     assert found["hypervisor", "simulated"]["usable"] is True
     assert found["storage backend", "file"].keys() >= {"version", "distribution", "problem"}
+    assert found["snapshot mechanism", "file"]["capabilities"] == ["running_guest", "clones"]
+    assert found["hypervisor", "simulated"]["capabilities"] == []
     (shown,) = scripts.json("drivers", "show", "simulated")
     assert "socket" in {option["name"] for option in shown["options"]}
     assert len(scripts.json("drivers", "show", "file")) == 2

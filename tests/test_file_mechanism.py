@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from vmsnap.errors import SnapshotError
-from vmsnap.model import Disk, Window
+from vmsnap.model import Disk, DiskSnapshot, Window
 from vmsnap.roles import DriverContext, SnapshotMechanism
+from vmsnap.roles.filereader import FileReader
 from vmsnap.testing.cloning import delete_all
 from vmsnap.testing.rigs import SnapshotRig
 from vmsnap.testing.snapshot import SnapshotContract, clone_all, contents_of, live
+from vmsnap.testing.snapshot_machine import SnapshotMachine
 from vmsnap_drivers.snapshots import file as file_mechanism
 from vmsnap_drivers.snapshots.file import FileMechanism, can_reflink
 
@@ -84,6 +86,20 @@ class TestCopies(SnapshotContract):
     @pytest.fixture
     def rig(self, tmp_path: Path) -> FileRig:
         return FileRig(tmp_path, {"way": "copy"})
+
+
+class TestCopiesInAnySequence(SnapshotMachine):
+    rig = TestCopies.rig
+
+
+def test_a_snapshot_that_follows_the_disk_is_caught_by_some_sequence(tmp_path: Path) -> None:
+    class Follows(FileMechanism):
+        def reader(self, snapshot: DiskSnapshot) -> FileReader:
+            return FileReader(Path(snapshot.disk.address), snapshot.disk.size_bytes)
+
+    suite = SnapshotMachine()
+    with pytest.raises(AssertionError):
+        suite.test_60_any_sequence_of_calls_gives_what_the_disks_held(FileRig(tmp_path, {"way": "copy"}, Follows))
 
 
 class TestCopiesIntoAFolder(SnapshotContract):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vmsnap
 from tests.world import World
 from vmsnap.repository import BytesReader
 from vmsnap.repository.imagefile import ImageFile
@@ -59,3 +61,29 @@ def test_a_file_object_reads_as_the_same_bytes_in_a_file_do() -> None:
     file.close()
     with pytest.raises(ValueError, match="closed"):
         file.read(1)
+
+
+PUBLIC = {
+    "Controller": ["add_vm", "backup", "consolidate", "failover", "recover", "remove_vm", "restore", "vms"],
+    "HostFolders": ["find"],
+    "copy_backups": [],
+    "create_repository": [],
+    "export_disks": [],
+    "open_repository": [],
+}
+"""What programs are written against: to take one of these away, or rename it, is a change of the major version."""
+
+
+def test_what_is_public_stays() -> None:
+    assert set(PUBLIC) <= set(vmsnap.__all__)
+    for name in vmsnap.__all__:
+        found = getattr(vmsnap, name)
+        assert name.startswith("__") or found.__doc__, f"{name} is public and says nothing of itself"
+        for method in PUBLIC.get(name, ()):
+            assert getattr(found, method).__doc__, f"{name}.{method} is public and says nothing of itself"
+            assert inspect.signature(getattr(found, method)).return_annotation is not inspect.Signature.empty
+
+
+def test_what_is_not_public_is_not_found_by_its_name() -> None:
+    with pytest.raises(AttributeError):
+        vmsnap.registry_of_everything  # noqa: B018

@@ -13,6 +13,9 @@ from vmsnap.errors import DriverUnavailable
 if TYPE_CHECKING:
     from vmsnap.registry import InstalledDriver
 
+CAPABILITIES = ("running_guest", "atomic_group", "clones", "changes", "remote", "reopens")
+"""The flags of the roles' classes, see `vmsnap.roles`."""
+
 
 @click.group(cls=SessionGroup, invoke_without_command=True, epilog="vmsnap drivers\nvmsnap drivers show qemu")
 @click.pass_context
@@ -56,12 +59,18 @@ def option_rows(driver: type[Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def capabilities(driver: type[Any]) -> list[str]:
+    """What a driver's class says that it can, beyond what every driver of its role can."""
+    return [name for name in CAPABILITIES if getattr(driver, name, False) is True]
+
+
 def _document(driver: InstalledDriver) -> dict[str, Any]:
     return {
         "name": driver.name,
         "kind": driver.kind,
         "version": driver.version,
         "distribution": driver.distribution,
+        "capabilities": [] if driver.driver is None else capabilities(driver.driver),
         "usable": driver.driver is not None,
         "problem": driver.problem,
     }
@@ -92,8 +101,18 @@ def _first_paragraph(driver: type[Any]) -> str:
 
 def _list(found: list[InstalledDriver]) -> None:
     output.table(
-        ("kind", "name", "version", "distribution", "usable"),
-        [(d.kind, d.name, d.version, d.distribution, "yes" if d.driver else f"no: {d.problem}") for d in found],
+        ("kind", "name", "version", "distribution", "can", "usable"),
+        [
+            (
+                driver.kind,
+                driver.name,
+                driver.version,
+                driver.distribution,
+                ", ".join(capabilities(driver.driver)) if driver.driver else "",
+                "yes" if driver.driver else f"no: {driver.problem}",
+            )
+            for driver in found
+        ],
     )
 
 
@@ -107,6 +126,7 @@ def _show(documents: list[dict[str, Any]]) -> None:
                 ("kind", document["kind"]),
                 ("distribution", f"{document['distribution']} {document['version']}"),
                 ("usable", "yes" if document["usable"] else f"no: {document['problem']}"),
+                *([("can", ", ".join(document["capabilities"]))] if document["capabilities"] else []),
                 ("about", document["summary"]),
             ]
         )

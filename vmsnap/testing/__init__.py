@@ -18,6 +18,7 @@ if "pytest" in sys.modules:
         "vmsnap.testing.rigs",
         "vmsnap.testing.snapshot",
         "vmsnap.testing.snapshot_life",
+        "vmsnap.testing.snapshot_machine",
         "vmsnap.testing.storage",
         "vmsnap.testing.taking_over",
     )

@@ -16,6 +16,7 @@ from vmsnap.roles import DriverContext, SnapshotMechanism
 from vmsnap.testing.figures import SnapshotFigures
 from vmsnap.testing.rigs import SnapshotRig
 from vmsnap.testing.snapshot import SnapshotContract, contents_of, live
+from vmsnap.testing.snapshot_machine import SnapshotMachine
 from vmsnap_btrfs import BtrfsMechanism
 from vmsnap_btrfs.subvolumes import is_subvolume
 
@@ -142,4 +143,9 @@ class TestBtrfs(SnapshotContract):
 
 
 class TestFigures(SnapshotFigures):
+    rig = TestBtrfs.rig
+
+
+class TestMachine(SnapshotMachine):
+    examples = 6
     rig = TestBtrfs.rig
