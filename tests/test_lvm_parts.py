@@ -69,6 +69,14 @@ def test_other_sizes_are_refused(wanted: str) -> None:
         room.room_of(volumes({})[0], wanted)
 
 
+def test_a_record_of_changes_is_named_with_its_disk() -> None:
+    mark, clone = volumes(
+        {"lv_name": "vmsnap-a.0.mark", "lv_tags": "vmsnap,vmsnap.kind=mark,vmsnap.of=/dev/vg/web1"},
+        {"lv_name": "vmsnap-a.0.bk.clone", "lv_tags": "vmsnap,vmsnap.kind=clone"},
+    )
+    assert mark.owned_name == "vg/vmsnap-a.0.mark of /dev/vg/web1" and clone.owned_name == "vg/vmsnap-a.0.bk.clone"
+
+
 def test_names_of_devices_double_the_hyphens() -> None:
     assert device_name("a-b", "c--d") == "a--b-c----d"
 

@@ -13,7 +13,7 @@ from vmsnap.errors import SnapshotError
 from vmsnap.model import DiskSnapshot
 from vmsnap_drivers.snapshots.lvm.commands import Lvm
 from vmsnap_drivers.snapshots.lvm.names import VolumeNames, choose_name, names_of_snapshot
-from vmsnap_drivers.snapshots.lvm.volumes import Volume, named, tags_of
+from vmsnap_drivers.snapshots.lvm.volumes import OF, Volume, named, tags_of
 
 _VM: Final = "vmsnap.vm="
 _ORIGIN: Final = "vmsnap.origin="
@@ -33,7 +33,12 @@ def keep(lvm: Lvm, snapshot: DiskSnapshot, instead_of: str, most: int) -> None:
     names = names_of_snapshot(snapshot)
     group, _, name = snapshot.mark.partition("/")
     if named(lvm.volumes([group]), group, name) is None:
-        about = (f"{_VM}{snapshot.plan.vm}", f"{_ORIGIN}{names.origin_uuid}", f"{_TIME}{time.time_ns()}")
+        about = (
+            f"{_VM}{snapshot.plan.vm}",
+            f"{_ORIGIN}{names.origin_uuid}",
+            f"{_TIME}{time.time_ns()}",
+            f"{OF}{names.device}",
+        )
         lvm.change(
             "lvcreate", "--snapshot", "--setactivationskip", "y", "--permission", "r",
             *tags_of("mark", snapshot.plan.tag, *about), "--name", name, f"{group}/{names.snapshot}",

@@ -248,7 +248,7 @@ class LvmMechanism(SnapshotMechanism):
         if not self._is_used():
             return ()
         ours = [volume for volume in self._lvm.volumes() if volume.ours]
-        return [OwnedResource(volume.kind, volume.full_name, volume.plan, self.name) for volume in ours]
+        return [OwnedResource(volume.kind, volume.owned_name, volume.plan, self.name) for volume in ours]
 
     def remove_owned(self, owned: OwnedResource) -> None:
         """See `SnapshotMechanism.remove_owned`. With a snapshot all others of its plan are removed.
@@ -259,9 +259,9 @@ class LvmMechanism(SnapshotMechanism):
             return
         volumes = self._lvm.volumes()
         known = [volume for volume in volumes if is_made_for(volume, owned.tag, owned.kind)]
-        if any(volume.full_name == owned.name for volume in known):
+        if any(volume.owned_name == owned.name for volume in known):
             whole = owned.kind == "snapshot"
-            self._lvm.remove([volume for volume in known if whole or volume.full_name == owned.name])
+            self._lvm.remove([volume for volume in known if whole or volume.owned_name == owned.name])
 
     def doctor(self) -> Sequence[Finding]:
         """See `SnapshotMechanism.doctor`."""

@@ -18,6 +18,8 @@ OURS: Final = "vmsnap"
 """The tag of every volume that we have made."""
 _PLAN: Final = "vmsnap.plan="
 _KIND: Final = "vmsnap.kind="
+OF: Final = "vmsnap.of="
+"""Begins the tag that holds the address of the disk whose record of changes a volume is."""
 _NOT_IN_A_TAG: Final = re.compile(r"[^A-Za-z0-9_+.\-/=!:#&]")
 
 
@@ -73,6 +75,12 @@ class Volume:
     def kind(self) -> str:
         """What we have made it for: ``snapshot``, ``clone`` or ``mark``."""
         return self.tag_value(_KIND)
+
+    @property
+    def owned_name(self) -> str:
+        """As `OwnedResource` has it: what lies in a disk that the host knows is nobody's stray."""
+        address = self.tag_value(OF)
+        return f"{self.full_name} of {address}" if address else self.full_name
 
     def tag_value(self, key: str) -> str:
         """What stands behind `key` in a tag; empty where no tag begins so."""
