@@ -125,6 +125,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "forget": {"backups": ["vm001-20260101T000000Z-123456"]},
     "gc": {},
     "check": {"read_data": True},
+    "repair": {"dry_run": False, "forget_damaged": True},
+    "copy": {"to": "s3://far/copies", "backups": ["vm001-20260101T000000Z-123456"]},
     "refresh": {"everything": True},
     "doctor": {"vm": "vm001"},
     "recover": {},
@@ -298,8 +300,8 @@ def test_the_page_comes_with_a_policy_that_lets_nothing_from_elsewhere_in(served
         assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert ("no-store" in answer.headers["cache-control"]) == path.startswith("/api")
-    names = [path.name for path in (Path("vmsnap/agent/web")).iterdir()]
-    texts = "".join(Path("vmsnap/agent/web", name).read_text() for name in names)
+    web = Path(__file__).parent.parent / "vmsnap" / "agent" / "web"
+    texts = "".join(path.read_text() for path in web.iterdir())
     assert "innerHTML" not in texts and "style=" not in texts and "onclick=" not in texts
     outside = [word for word in texts.split('"') if word.startswith(("http:", "https:"))]
     assert outside == ["http://www.w3.org/2000/svg"] * 2, "nothing is fetched from elsewhere"
@@ -379,6 +381,8 @@ def test_jobs_use_the_repositories_that_the_agent_works_with_and_no_others(serve
 
     assert status("s3://attacker/bucket") == 400 and status("/etc") == 400 and status("--config=/x") == 422
     assert status("s3://far/copies") == 202
+    far = {"to": "s3://attacker/bucket"}
+    assert ask(served.client(trusted=True), "POST", "/api/v1/jobs/copy", json=far).status_code == 400
     schedule = {"name": "n", "cron": "0 2 * * *", "repository": "/srv/second"}
     assert ask(served.client(trusted=True), "POST", "/api/v1/schedules", json=schedule).status_code == 201
     assert status("/srv/second") == 202
@@ -533,6 +537,7 @@ def test_the_command_line_drives_an_agent_over_tls_with_a_token(wire: AgentHouse
     assert "token" in wire.error(2, "jobs", **far)
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1")
 def test_the_socket_is_its_owners_alone_and_the_port_speaks_tls_alone(wire: AgentHouse) -> None:
     assert wire.socket.stat().st_mode & 0o777 == 0o600
     assert wire.socket.parent.stat().st_mode & 0o777 == 0o700

@@ -264,6 +264,43 @@ def test_a_sleeping_loop_wakes_when_somebody_asks(bare: AgentHouse) -> None:
     assert thread_done.wait(30)
 
 
+def test_a_schedule_that_cannot_be_used_any_more_holds_up_no_other_and_can_be_removed(house: AgentHouse) -> None:
+    night = Night(house)
+    night.add(vms=["vm001"])
+    night.add(name="lost", vms=["vm002"])
+    with house.looking() as looked, looked.database.transaction() as db:
+        db.execute("UPDATE schedule SET data = replace(data, 'UTC', 'Mars/Olympus') WHERE schedule = 'lost'")
+    night.now += timedelta(hours=2)
+    night.settle()
+    assert [job.vm for job in house.jobs("backup")] == ["vm001"]
+    assert len([line for line in night.said if "lost cannot be used" in line]) == 1
+    told = house.run("schedule", "list", "--json")
+    assert "Mars/Olympus" in told.stderr and [each["name"] for each in json.loads(told.stdout)] == ["nightly"]
+    house.json("schedule", "remove", "lost")
+    assert house.run("schedule", "list").stderr == ""
+    night.loop.close()
+
+
+def test_a_database_that_cannot_be_used_for_a_while_does_not_end_the_agent(
+    bare: AgentHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    loop = Loop(Blueprint(bare.state, AgentSettings()), bare.environment, said.append)
+    turn, turns = loop.turn, iter([True, False])
+
+    def broken() -> datetime | None:
+        if next(turns):
+            raise VmsnapError("the state database is locked")
+        loop.stop()
+        return turn()
+
+    monkeypatch.setattr(loop, "turn", broken)
+    monkeypatch.setattr("vmsnap.agent.loop.LONGEST_SLEEP_SECONDS", 0.1)
+    loop.run(lambda: None)
+    loop.close()
+    assert [line for line in said if "locked" in line]
+
+
 # -- notices
 
 

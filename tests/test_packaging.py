@@ -50,6 +50,11 @@ def test_the_wheel_holds_all_three_import_packages_marked_as_typed(wheel: Path) 
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("vmsnap", "vmsnap_drivers", "vmsnap_storage_backends"):
         assert f"{package}/py.typed" in names
+    assert {
+        "vmsnap/agent/web/index.html",
+        "vmsnap/agent/web/app.js",
+        "vmsnap/agent/units/vmsnap-agent.service",
+    } <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/"))]
 
 

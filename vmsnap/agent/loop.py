@@ -24,6 +24,7 @@ from vmsnap.agent.notices import notices_of
 from vmsnap.agent.processes import JobProcesses
 from vmsnap.agent.schedule import Schedule
 from vmsnap.agent.schedules import ScheduleRow
+from vmsnap.errors import VmsnapError
 
 LONGEST_SLEEP_SECONDS = 5.0
 """The clock may be set, another process may queue a job, and systemd wants to hear of us."""
@@ -51,6 +52,7 @@ class Loop:
         self._refreshed: datetime | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
+        self._told_unusable: frozenset[str] = frozenset()
 
     # -- the whole
 
@@ -58,7 +60,12 @@ class Loop:
         """Go on until `stop`; `alive` is called each time round. Jobs that run then go on without us."""
         self.begin()
         while not self._stopping:
-            due = self.turn()
+            try:
+                due = self.turn()
+            except VmsnapError as e:
+                # A full disk or a locked database passes, and jobs that run do not need us.
+                self._say(f"trying again in a moment: {e}")
+                due = None
             alive()
             self._sleep(due)
 
@@ -74,6 +81,7 @@ class Loop:
         now = self._clock()
         self._processes.collect()
         rows = self._house.schedules.rows()
+        self._tell_unusable(self._house.schedules.unusable)
         schedules = {row.schedule.name: row.schedule for row in rows}
         for job in self._house.jobs.unsettled():
             self._settle(job, schedules, now)
@@ -110,6 +118,11 @@ class Loop:
 
     # -- its parts
 
+    def _tell_unusable(self, unusable: dict[str, str]) -> None:
+        for name in unusable.keys() - self._told_unusable:
+            self._say(f"schedule {name} cannot be used: {unusable[name]}")
+        self._told_unusable = frozenset(unusable)
+
     def _settle(self, job: Job, schedules: Mapping[str, Schedule], now: datetime) -> None:
         schedule = schedules.get(job.schedule)
         follow_ups = [each for each in (retry_of(job, schedule, now), prune_after(job, schedule)) if each]
@@ -118,11 +131,12 @@ class Loop:
             if not any(recovery.state == "queued" for recovery in recoveries):
                 follow_ups.insert(0, NewJob(verb="recover", arguments=("recover",), requester="agent"))
         if job.verb in _CHANGES_BACKUPS and job.state == DONE and job.repository:
-            follow_ups += self._house.refreshes([job.repository], everything=job.verb == "repair")
+            targets = [word.removeprefix("--to=") for word in job.arguments if word.startswith("--to=")]
+            follow_ups += self._house.refreshes([job.repository, *targets], everything=job.verb == "repair")
         # The agent's own housekeeping is told of when it fails, and not else.
         quiet = job.requester == "agent" and job.state == DONE
-        targets = {} if quiet else self._house.blueprint.settings.notify
-        self._house.jobs.settle(job.job, follow_ups, notices_of(job, targets, self._house.jobs.result(job.job)))
+        told = {} if quiet else self._house.blueprint.settings.notify
+        self._house.jobs.settle(job.job, follow_ups, notices_of(job, told, self._house.jobs.result(job.job)))
         about = f" of {job.vm}" if job.vm else ""
         self._say(f"job {job.job}, {job.verb}{about}: {job.state}{f': {job.message}' if job.message else ''}")
 

@@ -43,6 +43,8 @@ class Schedules:
     def __init__(self, database: Database, configured: Sequence[Schedule] = ()) -> None:
         self._database = database
         self._configured = {schedule.name: schedule for schedule in configured}
+        self.unusable: dict[str, str] = {}
+        """Those that `rows` left out when it was last asked, and why: the host may have lost a time zone."""
 
     def add(self, schedule: Schedule) -> None:
         """Enter a schedule; its first slot is the first from now on.
@@ -58,14 +60,16 @@ class Schedules:
             db.execute("INSERT INTO schedule VALUES (?, ?)", (schedule.name, json.dumps(fields_of(schedule))))
             db.execute("INSERT OR REPLACE INTO schedule_state VALUES (?, ?, 0)", (schedule.name, time.time_ns()))
 
-    def remove(self, name: str) -> ScheduleRow:
-        """Strike a schedule out; jobs of it that are queued are cancelled, those that run go on.
+    def remove(self, name: str) -> None:
+        """Strike a schedule out, one that is not usable too; its queued jobs are cancelled, those that run go on.
 
         :raises NotFound: there is none of that name
         :raises UsageError: it stands in the configuration file
         """
-        found = self.get(name)
-        if found.configured:
+        rows = {row.schedule.name: row for row in self.rows()}
+        if name not in rows and name not in self.unusable:
+            raise _unknown(name)
+        if name in self._configured:
             raise UsageError(f"schedule {name!r} stands in the configuration file", cure="remove it there, or pause it")
         with self._database.transaction() as db:
             db.execute("DELETE FROM schedule WHERE schedule = ?", (name,))
@@ -75,7 +79,6 @@ class Schedules:
                 " WHERE schedule = ? AND state = 'queued'",
                 (time.time_ns(), name),
             )
-        return found
 
     def pause(self, name: str, paused: bool) -> ScheduleRow:
         """Let a schedule rest, or go on: what fell into the rest is not caught up. Idempotent.
@@ -108,15 +111,19 @@ class Schedules:
         for row in self.rows():
             if row.schedule.name == name:
                 return row
-        raise NotFound(f"there is no schedule {name!r}", cure="see: vmsnap schedule list")
+        raise _unknown(name)
 
     def rows(self) -> list[ScheduleRow]:
-        """All of them, by name. One that is new in the configuration file begins now."""
+        """All of them that can be used, by name. One that is new in the configuration file begins now."""
         states = {row["schedule"]: row for row in self._database.rows("SELECT * FROM schedule_state")}
-        found = dict(self._configured)
+        found, unusable = dict(self._configured), {}
         for row in self._database.rows("SELECT * FROM schedule"):
             # One that is in the file too is the file's.
-            found.setdefault(row["schedule"], schedule_from(json.loads(row["data"])))
+            try:
+                found.setdefault(row["schedule"], schedule_from(json.loads(row["data"])))
+            except UsageError as e:
+                unusable[row["schedule"]] = str(e)
+        self.unusable = unusable
         now = time.time_ns()
         new = [name for name in found if name not in states]
         if new:
@@ -131,3 +138,7 @@ class Schedules:
             )
             for name, schedule in sorted(found.items())
         ]
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"there is no schedule {name!r}", cure="see: vmsnap schedule list")

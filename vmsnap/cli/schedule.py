@@ -125,6 +125,8 @@ def list_schedules(session: Session) -> None:
     """List the schedules, those of the configuration file too, each with its next slot."""
     with _house(session) as house:
         rows = house.schedules.rows()
+        for name, why in house.schedules.unusable.items():
+            session.note(f"schedule {name} cannot be used: {why}")
     session.emit([_document(row) for row in rows], lambda: _table(rows))
 
 
@@ -134,8 +136,8 @@ def list_schedules(session: Session) -> None:
 def remove(session: Session, name: str) -> None:
     """Remove the schedule NAME; its backups stay, its queued jobs are taken back."""
     with _house(session) as house:
-        row = house.schedules.remove(name)
-    session.emit(_document(row), lambda: click.echo(f"{name} is removed"))
+        house.schedules.remove(name)
+    session.emit({"name": name}, lambda: click.echo(f"{name} is removed"))
 
 
 @schedule.command(short_help="Let a schedule rest.", epilog="vmsnap schedule pause nightly")

@@ -49,6 +49,10 @@ class Request(BaseModel):
         """The VM that it works on; empty for none or many."""
         return ""
 
+    def other_repositories(self) -> list[str]:
+        """Those that it uses beside its own; the agent must work with them too."""
+        return []
+
     def arguments(self) -> tuple[str, ...]:
         """The whole command line, without the repository."""
         return (*self.verb.split("-"), *self.words())
@@ -250,6 +254,38 @@ class CheckRequest(Request):
         return ["--read-data"] if self.read_data else []
 
 
+class RepairRequest(Request):
+    """Save what can be saved of a damaged repository; with `dry_run`, only say what would be done."""
+
+    verb = "repair"
+    dry_run: bool = True
+    forget_damaged: bool = False
+
+    def words(self) -> list[str]:
+        """See `Request`."""
+        flags = (("--dry-run", self.dry_run), ("--forget-damaged", self.forget_damaged))
+        return [flag for flag, given in flags if given]
+
+
+class CopyRequest(Request):
+    """Copy backups into another repository that the agent works with."""
+
+    verb = "copy"
+    to: Url
+    backups: Annotated[list[Backup], Field(max_length=1000)] = []
+    vm: Name | None = None
+    dry_run: bool = False
+
+    def other_repositories(self) -> list[str]:
+        """Where they go."""
+        return [self.to]
+
+    def words(self) -> list[str]:
+        """See `Request`."""
+        found = [f"--to={self.to}", *([f"--vm={self.vm}"] if self.vm else []), *(["--dry-run"] if self.dry_run else [])]
+        return [*found, "--", *self.backups]
+
+
 class RefreshRequest(Request):
     """Bring the catalogue of backups up to date with the repository."""
 
@@ -342,6 +378,8 @@ VERBS: tuple[type[Request], ...] = (
     ForgetRequest,
     GcRequest,
     CheckRequest,
+    RepairRequest,
+    CopyRequest,
     RefreshRequest,
     DoctorRequest,
     RecoverRequest,

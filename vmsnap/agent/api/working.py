@@ -158,13 +158,14 @@ def _repository(house: House, asked: VerbRequest) -> str:
             raise HTTPException(400, f"{asked.verb} uses no repository")
         return ""
     known = house.repositories()
+    # Else whoever may start a backup could have guests' memory sent anywhere.
+    named = [*([asked.repository] if asked.repository is not None else []), *asked.other_repositories()]
+    if not set(named) <= set(known):
+        raise HTTPException(400, "the agent does not work with that repository; see 'repositories' in its settings")
     if asked.repository is None:
         if not house.blueprint.repository and asked.verb != "doctor":
             raise HTTPException(400, "no repository is configured, and none was named")
         return house.blueprint.repository
-    # Else whoever may start a backup could have guests' memory sent anywhere.
-    if asked.repository not in known:
-        raise HTTPException(400, "the agent does not work with that repository; see 'repositories' in its settings")
     return asked.repository
 
 
