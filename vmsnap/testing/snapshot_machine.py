@@ -81,12 +81,15 @@ class _Lives(RuleBasedStateMachine):
         self.lives.append((Life(mechanism, plan), 0))
 
     @precondition(lambda self: self.lives)
-    @rule(which=st.integers(0, 9), fresh=st.booleans())
-    def go_on(self, which: int, fresh: bool) -> None:
-        """Take one life's next step; read where there is none."""
-        index = which % len(self.lives)
+    @rule(which=st.integers(0, 9), steps=st.integers(1, 4), fresh=st.booleans())
+    def go_on(self, which: int, steps: int, fresh: bool) -> None:
+        """Take the next steps of one life; mere chance would rarely get one as far as to be read."""
+        for _ in range(steps):
+            self._step(which % len(self.lives), self._instance(fresh))
+
+    def _step(self, index: int, mechanism: SnapshotMechanism) -> None:
+        """Take one step; read where there is none left."""
         life, done = self.lives[index]
-        mechanism = self._instance(fresh)
         if done == 0:
             mechanism.prepare(life.plan)
         elif done == 1:
