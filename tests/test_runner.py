@@ -24,9 +24,9 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def script(folder: Path, text: str) -> str:
+def script(folder: Path, text: str, interpreter: str = sys.executable) -> str:
     path = folder / "command"
-    path.write_text(f"#!{sys.executable}\n{text}")
+    path.write_text(f"#!{interpreter}\n{text}")
     path.chmod(0o755)
     return str(path)
 
@@ -49,22 +49,17 @@ def test_what_is_not_installed_is_named() -> None:
 
 def test_what_takes_too_long_is_asked_to_stop(tmp_path: Path) -> None:
     marker = tmp_path / "asked"
-    text = "import pathlib, signal, sys, time\n"
-    text += f"def end(*_): pathlib.Path({str(marker)!r}).touch(); sys.exit(0)\n"
-    text += f"signal.signal(signal.SIGTERM, end); pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(1000)\n"
-    command = script(tmp_path, text)
+    text = f"trap 'touch {marker}; kill $!; exit 0' TERM\nsleep 1000 &\nwait\n"
     with pytest.raises(SnapshotError, match="did not end within 5 s and was stopped"):
-        LocalRunner().run([command], 5)
+        LocalRunner().run([script(tmp_path, text, "/bin/sh")], 5)
     assert marker.exists()
 
 
 def test_what_does_not_stop_is_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmsnap_drivers.runner._STOPPING_SECONDS", 0.1)
-    text = "import os, pathlib, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    text += f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
-    text += "print('x' * 300000, flush=True); time.sleep(1000)\n"
+    text = f"trap '' TERM\necho $$ >{tmp_path / 'pid'}\nhead -c 300000 /dev/zero\nexec sleep 1000\n"
     with pytest.raises(SnapshotError, match="does not stop") as caught:
-        LocalRunner().run([script(tmp_path, text)], 5)
+        LocalRunner().run([script(tmp_path, text, "/bin/sh")], 5)
     pid = int((tmp_path / "pid").read_text())
     assert alive(pid) and f"(process {pid})" in caught.value.message
     os.kill(pid, signal.SIGKILL)

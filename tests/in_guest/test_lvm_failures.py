@@ -210,7 +210,7 @@ def test_a_group_that_another_command_keeps_fails_the_snapshot_in_time_and_nothi
         begin = time.monotonic()
         with pytest.raises(SnapshotError, match="did not end within 2 s and was stopped"):
             mechanism.snapshot(plan)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
         run("pkill", "-P", str(holder.pid))
     mechanism.delete(plan)
     assert not mechanism.list_owned()
