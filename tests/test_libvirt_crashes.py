@@ -17,8 +17,13 @@ from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_w
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
+INSTRUCTIONS = (
+    "plan_capture", "prepare_disks", "prepare", "pause", "snapshot", "duplicate", "resume", "settle",
+    "finish_duplicate", "read_into", "keep_mark", "delete_snapshots", "discard_duplicate",
+)  # fmt: skip
+"""The calls of drivers that carry out a live backup, in order."""
 CALLS = ("prepare", "snapshot", "resume", "read_into")
-"""Calls of drivers in a live backup, one before, two in and one after the pause."""
+"""Of these, one before, two in and one after the pause."""
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,9 @@ def set_right(stage: Stage, rest: tuple[object, ...], call: str) -> None:
     assert stage.libvirtd.virsh("domstate", "vm001").strip() == "running"
 
 
-def test_a_worker_that_is_killed_anywhere(stage: Stage) -> None:
+def test_a_worker_that_is_killed_at_any_instruction(stage: Stage) -> None:
     rest = stage.at_rest()
-    for call in CALLS:
+    for call in INSTRUCTIONS:
         worker = worker_that_waits_at(stage.controller.folders.state_dir, str(stage.place / "repository"), call)
         worker.kill()
         worker.communicate()

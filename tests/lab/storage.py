@@ -20,6 +20,7 @@ from .qemus import cache_folder, find_qemu
 
 _BUSYBOX = Path("/bin/busybox")
 _INIT = Path(__file__).parent / "storage_guest/init"
+_CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _NEEDED = ("virtio_pci", "9p", "9pnet_virtio", "overlay")
 _MEMORY_MIB = 1024
 _BOOT_SECONDS = 180.0
@@ -74,11 +75,14 @@ class StorageGuest:
         return qemu.command(
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
             "-machine", "pc,accel=tcg", "-cpu", "max", "-m", f"{_MEMORY_MIB}", "-smp", "1",
-            "-kernel", str(kernel), "-initrd", str(initramfs), "-append", "console=ttyS0 quiet panic=-1 tsc=reliable",
+            "-kernel", str(kernel), "-initrd", str(initramfs),
+            # The kernel hands what it does not know on to init, as a variable.
+            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable CHECKOUT={_CHECKOUT}",
             "-serial", f"file:{self.folder / 'serial.log'}",
             "-chardev", f"socket,id=port,path={self.folder / 'port'}", "-serial", "chardev:port",
             "-virtfs", f"{shared},path=/,mount_tag=host,readonly=on",
             "-virtfs", f"{shared},path={cache_folder() / 'storage/root'},mount_tag=packages,readonly=on",
+            "-virtfs", f"{shared},path={_CHECKOUT},mount_tag=checkout,readonly=on",
             "-virtfs", f"{shared},path={self.results},mount_tag=results",
         )
         # fmt: on

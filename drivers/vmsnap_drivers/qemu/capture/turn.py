@@ -56,9 +56,10 @@ def kept_free(place: Path, *, giving_up: bool) -> Iterator[None]:
             if broken_off is not None:
                 unprotect(broken_off)
 
-    with turn_to_lift(place, giving_up=giving_up) as broken_off:
-        is_needed = broken_off is not None
-    with kept_unprotected(lift) if is_needed else nullcontext():
+    # Whose turn it is is asked at each look: who was killed a moment ago may seem to live still.
+    left = record.read(place)
+    may_be_needed = left is not None and left.capture == "cow" and left.qemu_lives()
+    with kept_unprotected(lift) if may_be_needed else nullcontext():
         yield
 
 

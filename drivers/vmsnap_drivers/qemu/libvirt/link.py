@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from vmsnap.errors import HypervisorError, VmsnapError
@@ -66,6 +67,8 @@ class Link:
         self._key = f"{_BARRIER}:{secrets.token_hex(8)}"
         self.lost = False
         self.ended = ""
+        self._is_closed = False
+        self._registered: list[Callable[[], object]] = []
         self._connection = open_connection(address.uri)
         try:
             self.domain = self._call(
@@ -121,21 +124,32 @@ class Link:
             raise Unreachable(f"libvirt hung up: {self._what}", cure="see whether libvirtd runs")
 
     def close(self) -> None:
-        """Disconnect; idempotent, and given up when libvirtd hangs."""
+        """Disconnect; idempotent, and given up when libvirtd hangs. Nothing is told any more."""
+        self._is_closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(VmsnapError):
-                within(OPEN_SECONDS, "closing", connection.close)
+                within(OPEN_SECONDS, "closing", lambda: self._disconnect(connection))
+
+    def _disconnect(self, connection: Any) -> None:
+        # What is registered holds the connection open, whose events another link would get once more.
+        while self._registered:
+            with suppress(self._lib.libvirtError):  # it is broken: nothing comes from it
+                self._registered.pop()()
+        connection.close()
 
     def _subscribe(self, libvirt_qemu: Any) -> None:
         lib, connection = self._lib, self._connection
         connection.registerCloseCallback(self._closed, None)
-        libvirt_qemu.qemuMonitorEventRegister(connection, self.domain, None, self._told, None, 0)
+        self._registered.append(connection.unregisterCloseCallback)
+        number = libvirt_qemu.qemuMonitorEventRegister(connection, self.domain, None, self._told, None, 0)
+        self._registered.append(partial(libvirt_qemu.qemuMonitorEventDeregister, connection, number))
         for kind, callback in (
             (lib.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._metadata_changed),
             (lib.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._life_changed),
         ):
-            connection.domainEventRegisterAny(self.domain, kind, callback, None)
+            number = connection.domainEventRegisterAny(self.domain, kind, callback, None)
+            self._registered.append(partial(connection.domainEventDeregisterAny, number))
 
     def _call(self, what: str, call: Callable[[], Any], seconds: float = CALL_SECONDS) -> Any:
         if self.lost:
@@ -149,6 +163,8 @@ class Link:
     # -- called by libvirt's thread
 
     def _told(self, _: Any, __: Any, name: str, seconds: int, micros: int, details: str | None, ___: Any) -> None:
+        if self._is_closed:
+            return
         self._on_event(name, json.loads(details) if details else {}, seconds * 10**9 + micros * 1000)
 
     def _metadata_changed(self, _: Any, __: Any, ___: int, key: str | None, ____: Any) -> None:
