@@ -24,6 +24,8 @@ INSTRUCTIONS = (
 """The calls of drivers that carry out a live backup, in order."""
 CALLS = ("prepare", "snapshot", "resume", "read_into")
 """Of these, one before, two in and one after the pause."""
+BUSY_SECONDS = SLOW_MACHINE_SECONDS + 15
+"""On a busy machine a libvirtd may be taken for gone, which takes 10 s, before the guest's own monitor is tried."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_a_worker_that_is_killed_at_any_instruction(stage: Stage) -> None:
         worker = worker_that_waits_at(stage.controller.folders.state_dir, str(stage.place / "repository"), call)
         worker.kill()
         worker.communicate()
-        goes_on(stage, MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS)
+        goes_on(stage, MAX_PAUSE_SECONDS + BUSY_SECONDS)
         set_right(stage, rest, call)
     assert stage.controller.backup("vm001", stage.repository).warnings == ()
     stage.machine.wait_for_check(stage.machine.latest_check() + 1)
@@ -74,7 +76,7 @@ def test_libvirtd_that_is_killed_and_started_again_anywhere_costs_the_backup_at_
         worker = worker_that_waits_at(stage.controller.folders.state_dir, str(stage.place / "repository"), call)
         stage.libvirtd.restart()
         told, _ = worker.communicate("x", timeout=120)
-        goes_on(stage, MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS)
+        goes_on(stage, MAX_PAUSE_SECONDS + BUSY_SECONDS)
         failed = worker.returncode != 0
         # In the pause what QEMU told is lost, and with it the proof of one instant.
         assert failed or call not in ("snapshot", "resume"), (call, told)
@@ -95,7 +97,7 @@ def test_without_any_libvirtd_a_guest_that_stands_still_is_made_to_run_by_its_ow
         stopped, count = time.monotonic(), stage.machine.latest_count()
         let_go_on(worker)
         stage.machine.wait_for_count(count + 20, timeout_seconds=20 + SLOW_MACHINE_SECONDS)
-        assert time.monotonic() - stopped < 15, "it did not wait for the guardian's deadline"
+        assert time.monotonic() - stopped < 19, "it did not wait for the guardian's deadline"
         stage.libvirtd.start()
         worker.communicate(timeout=120)
         assert worker.returncode != 0
@@ -111,7 +113,7 @@ def test_a_libvirtd_that_hangs_in_the_pause_costs_the_guest_no_more_than_it_hang
     let_go_on(worker)
     time.sleep(MAX_PAUSE_SECONDS + 1)
     os.kill(stage.libvirtd.pid, signal.SIGCONT)
-    goes_on(stage, SLOW_MACHINE_SECONDS)
+    goes_on(stage, BUSY_SECONDS)
     worker.communicate(timeout=120)
     assert worker.returncode != 0
     set_right(stage, rest, "duplicate")
