@@ -16,6 +16,7 @@ from vmsnap.agent.client import AgentClient
 from vmsnap.agent.house import Blueprint, House
 from vmsnap.agent.jobs import Job
 from vmsnap.agent.settings import AgentSettings
+from vmsnap.errors import VmsnapError
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 90.0
@@ -71,7 +72,7 @@ class AgentHouse(Scripts):
 
     def _answers(self, client: AgentClient) -> bool:
         assert self.process is not None and self.process.poll() is None, self.log.read_text()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(VmsnapError):  # it does not listen yet
             return bool(client.get("/health")["status"] == "ok")
         return False
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -48,7 +48,7 @@ class Browser:
 
         def look(driver: webdriver.Chrome) -> bool:
             # A table that is drawn anew takes its buttons away under one's hand.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(WebDriverException, StopIteration):
                 next(each for each in driver.find_elements(By.XPATH, xpath) if each.is_displayed()).click()
                 return True
             return False
@@ -68,7 +68,7 @@ class Browser:
         self.until(lambda _: text in self._text_if_any(), f"the text {text!r}")
 
     def _text_if_any(self) -> str:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(WebDriverException):  # it is being loaded
             return self.text()
         return ""
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmsnap.errors import HypervisorError
-from vmsnap.model import Disk, check_name, from_json, to_json
-from vmsnap_drivers.qemu.capture.record import write_whole
+from vmsnap.model import Disk, check_name, to_json
 from vmsnap_drivers.qemu.peer import boot_id, start_time
+from vmsnap_drivers.qemu.smallfile import read_whole, write_whole
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,7 @@ def read(folder: Path, vm: str) -> ProcessRecord | None:
 
     :raises HypervisorError: it is damaged
     """
-    path = _place(folder, vm)
-    try:
-        return from_json(path.read_text(), ProcessRecord)
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise HypervisorError(f"the record of a VM's process, {path}, is damaged") from e
+    return read_whole(_place(folder, vm), ProcessRecord, "the record of a VM's process")
 
 
 def read_all(state_dir: Path) -> list[ProcessRecord]:

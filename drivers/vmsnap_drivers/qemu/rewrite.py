@@ -13,6 +13,7 @@ from typing import Final
 
 from vmsnap_drivers.qemu.commandline import Argument, Properties, to_argv
 from vmsnap_drivers.qemu.disk_arguments import children, with_image
+from vmsnap_drivers.qemu.own_paths import OwnPaths
 
 _DROPPED_WORDS: Final = """
     S incoming loadvm daemonize mem-prealloc mem-path gdb s qmp qmp-pretty monitor mon vnc spice display sdl curses
@@ -88,7 +89,7 @@ class _Rewriter:
         self.notes: list[str] = []
         self._hub = 0
         self._added: list[Argument] = []
-        self._names = {new.qmp_socket.name, PID_NAME, TPM_SOCKET_NAME}
+        self._own = OwnPaths(new.run_folder, {new.qmp_socket.name, PID_NAME, TPM_SOCKET_NAME})
         self._tpms: set[str] = set()
 
     def run(self, program: str, arguments: Sequence[Argument]) -> Rewritten:
@@ -163,24 +164,14 @@ class _Rewriter:
 
     def _with_own(self, old: Properties, key: str) -> Properties:
         """The same with a file of the VM's own: QEMU would begin the original's anew."""
-        return old.set(key, str(self._own(old.get(key)))) if old.get(key) else old
-
-    def _own(self, path: str) -> Path:
-        """A path of that base name in the VM's own folder, each given out once."""
-        name = Path(path).name
-        number = 1
-        while name in self._names:
-            number += 1
-            name = f"{number}-{Path(path).name}"
-        self._names.add(name)
-        return self.new.run_folder / name
+        return old.set(key, str(self._own.give(old.get(key)))) if old.get(key) else old
 
     def _chardev(self, old: Properties) -> Properties:
         backend = old.get("backend")
         changed = old
         for key in _OWN_PATH_KEYS:
             if old.get(key):
-                changed = changed.set(key, str(self._own(old.get(key))))
+                changed = changed.set(key, str(self._own.give(old.get(key))))
         if backend in _QUIET_BACKENDS:
             return changed
         is_server = old.get("server", "off") == "on"
@@ -214,11 +205,11 @@ class _Rewriter:
         properties = Properties.parse(rest)
         path = properties.names[0] if properties.names else ""
         if kind == "unix" and properties.get("server", "off") == "on":
-            place = path if self.new.takeover else self._own(path)
+            place = path if self.new.takeover else self._own.give(path)
             moved = Properties([(f"unix:{place}", None), ("server", "on"), ("wait", "off")])
             return moved.text()
         if kind == "file" and colon:
-            return Properties([(f"file:{self._own(path)}", None)]).text()
+            return Properties([(f"file:{self._own.give(path)}", None)]).text()
         self.notes.append(f"character device {value.partition(',')[0]!r} is connected to nothing")
         return "null"
 

@@ -6,10 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Final
 
-import msgspec
-
-from vmsnap.errors import HypervisorError
 from vmsnap.model import Json
+from vmsnap_drivers.qemu.stored_definition import read_definition
 
 FORMAT: Final = 1
 NVRAM: Final = "pflash1"
@@ -53,10 +51,4 @@ class Definition:
 
         :raises HypervisorError: it is none of ours
         """
-        try:
-            definition = msgspec.convert(content, cls, strict=False)
-        except msgspec.ValidationError as e:
-            raise HypervisorError(f"the definition of the VM is damaged: {e}") from e
-        if definition.format != FORMAT:
-            raise HypervisorError(f"the definition of the VM has format {definition.format}, written by a newer vmsnap")
-        return definition
+        return read_definition(content, cls, FORMAT)

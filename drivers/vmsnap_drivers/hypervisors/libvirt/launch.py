@@ -118,7 +118,7 @@ def _end(domain: Domain) -> None:
     try:
         domain.call("ending it", lambda handle: handle.destroyFlags(0))
     except VmsnapError:
-        with contextlib.suppress(UnknownVm):
+        with contextlib.suppress(UnknownVm):  # it has: what was wanted
             if domain.is_active():
                 raise
 
@@ -187,7 +187,7 @@ def _restore(
 
 def _let_go(fifo: Path) -> None:
     """Whoever waits for somebody to write shall not wait for ever."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # then nobody waits at it
         os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
 
 

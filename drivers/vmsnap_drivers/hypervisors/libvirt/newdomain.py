@@ -15,6 +15,7 @@ from typing import Final
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk
 from vmsnap_drivers.hypervisors.libvirt.definition import NVRAM, Definition
+from vmsnap_drivers.qemu.own_paths import OwnPaths
 
 _CHARACTER_DEVICES: Final = ("serial", "parallel", "console", "channel")
 _OWN: Final = ("unix", "file")
@@ -125,7 +126,7 @@ class _Characters:
 
     def __init__(self, new: NewDomain) -> None:
         self._new = new
-        self._names: set[str] = set()
+        self._own = OwnPaths(new.run_folder)
 
     def change(self, devices: ET.Element) -> None:
         """All of them. libvirt adds the first console, which is the first serial line, by itself."""
@@ -141,14 +142,14 @@ class _Characters:
     def _change(self, element: ET.Element) -> None:
         kind, source, log = element.get("type"), element.find("source"), element.find("log")
         if log is not None:
-            log.set("file", self._own(log.get("file", "")))
+            log.set("file", str(self._own.give(log.get("file", ""))))
         if kind == "pty":
             if source is not None:
                 element.remove(source)
             element.attrib.pop("tty", None)
         elif kind in _OWN and source is not None:
             if source.get("path"):
-                source.set("path", self._own(source.get("path", "")))
+                source.set("path", str(self._own.give(source.get("path", ""))))
             source.attrib.pop("append", None)
             if kind == "unix":
                 source.set("mode", "bind")
@@ -157,15 +158,6 @@ class _Characters:
             for inner in list(element):
                 if inner.tag in ("source", "protocol"):
                     element.remove(inner)
-
-    def _own(self, path: str) -> str:
-        name = Path(path).name
-        number = 1
-        while name in self._names:
-            number += 1
-            name = f"{number}-{Path(path).name}"
-        self._names.add(name)
-        return str(self._new.run_folder / name)
 
 
 def _hide(screen: ET.Element) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import HypervisorError
-from vmsnap.model import from_json, to_json
-from vmsnap_drivers.qemu.capture.record import write_whole
+from vmsnap.model import to_json
+from vmsnap_drivers.qemu.smallfile import read_whole, write_whole
 
 MARK_NAME: Final = "loaded.json"
 
@@ -46,12 +45,7 @@ def read_mark(folder: Path) -> LoadedMark | None:
 
     :raises HypervisorError: the mark is damaged
     """
-    try:
-        return from_json((folder / MARK_NAME).read_text(), LoadedMark)
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+    return read_whole(folder / MARK_NAME, LoadedMark, "the mark of a loaded VM")
 
 
 def all_marks(state_folder: Path) -> Iterator[LoadedMark]:

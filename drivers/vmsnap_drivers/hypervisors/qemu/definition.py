@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-import msgspec
-
-from vmsnap.errors import HypervisorError
 from vmsnap.model import Json
 from vmsnap_drivers.qemu.commandline import Argument, Properties
+from vmsnap_drivers.qemu.stored_definition import read_definition
 
 FORMAT: Final = 1
 
@@ -63,13 +61,7 @@ class Definition:
 
         :raises HypervisorError: it is none of ours
         """
-        try:
-            definition = msgspec.convert(content, cls, strict=False)
-        except msgspec.ValidationError as e:
-            raise HypervisorError(f"the definition of the VM is damaged: {e}") from e
-        if definition.format != FORMAT:
-            raise HypervisorError(f"the definition of the VM has format {definition.format}, written by a newer vmsnap")
-        return definition
+        return read_definition(content, cls, FORMAT)
 
 
 _SECRETS: Final = (

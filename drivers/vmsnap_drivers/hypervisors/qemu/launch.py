@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import AlreadyExists, HypervisorError, VmGone, VmsnapError
-from vmsnap.model import from_json, to_json
+from vmsnap.model import to_json
 from vmsnap.roles import LoadRequest
 from vmsnap_drivers.hypervisors.qemu import tpm
 from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk, Definition
-from vmsnap_drivers.qemu.capture.record import write_whole
 from vmsnap_drivers.qemu.device_state import slirp_instances
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import boot_id, listener, start_time
 from vmsnap_drivers.qemu.process import ProcessRecord
 from vmsnap_drivers.qemu.rewrite import PID_NAME, NewDisk, NewVm, rewrite
+from vmsnap_drivers.qemu.smallfile import read_whole, write_whole
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
 from vmsnap_drivers.qemu.synthesis import gather_images, write_stream
 
@@ -63,12 +63,7 @@ def run_folder(state_dir: Path, vm: str) -> Path:
 
 def read_mark(folder: Path) -> LoadedMark | None:
     """Who lives in a run folder, or None where nobody was loaded into it."""
-    try:
-        return from_json((folder / MARK_NAME).read_text(), LoadedMark)
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise HypervisorError(f"the mark of a loaded VM, {folder / MARK_NAME}, is damaged") from e
+    return read_whole(folder / MARK_NAME, LoadedMark, "the mark of a loaded VM")
 
 
 def record_of(mark: LoadedMark) -> ProcessRecord:

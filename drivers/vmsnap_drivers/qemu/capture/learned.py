@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.model import check_name, from_json, to_json
-from vmsnap_drivers.qemu.capture.record import write_whole
+from vmsnap_drivers.qemu.smallfile import write_whole
 
 _LEAST: Final = 0.25
 _MOST: Final = 4.0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import HypervisorError
-from vmsnap.model import Json, check_name, from_json, to_json
+from vmsnap.model import Json, check_name, to_json
 from vmsnap_drivers.qemu.capture.settings import Settings
 from vmsnap_drivers.qemu.peer import boot_id, start_time
+from vmsnap_drivers.qemu.smallfile import read_whole, write_whole
 
 _DUPLICATE_MARK: Final = "-duplicate.json"
 
@@ -66,15 +66,8 @@ def read(path: Path) -> CaptureRecord | None:
 
     :raises HypervisorError: it is damaged
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return None
-    try:
-        record = from_json(text, CaptureRecord)
-    except ValueError as e:
-        raise HypervisorError(f"the record of a capture, {path}, is damaged") from e
-    return record if record.boot == boot_id() else None
+    record = read_whole(path, CaptureRecord, "the record of a capture")
+    return record if record is not None and record.boot == boot_id() else None
 
 
 def duplicate_mark(driver: str) -> str:
@@ -90,14 +83,3 @@ def make_duplicate_folder(driver: str, folder: Path, vm: str, details: Json) -> 
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.mkdir(mode=0o700)
     write_whole(folder / duplicate_mark(driver), to_json({"vm": vm, "details": details}))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all; 0600."""
-    new = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -26,23 +26,16 @@ def find(graph: BlockGraph, state_folder: Path) -> Iterable[OwnedResource]:
     :raises SnapshotError: QEMU refused
     :raises VmGone: it ended
     """
-    nodes = graph.call("query-named-block-nodes", {"flat": True})
-    files = {found[1]: path for node in nodes if (path := _path(node)) and (found := _NODE.fullmatch(_name(node)))}
-    for short in sorted({found[1] for node in nodes if (found := _NODE.fullmatch(_name(node)))}):
-        path = files.get(short)
-        match = _FILE.fullmatch(path.name) if path else None
-        if path is None or match is None:
+    tags: dict[str, tuple[str, Path] | None] = {}
+    for node in graph.call("query-named-block-nodes", {"flat": True}):
+        if ours := _NODE.fullmatch(node["node-name"]):
+            path = Path(node["file"])
+            found = _FILE.fullmatch(path.name)  # a filter names the disk below it instead
+            tags[ours[1]] = (found[1], path.parent) if found else tags.get(ours[1])
+    for short, known in sorted(tags.items()):
+        if known is None:
             yield OwnedResource(KIND, short, short, MECHANISM)
-        elif not (state_folder / f"{match[1]}.json").exists():
-            copy = path.with_name(f"{match[1]}{COPY_SUFFIX}")
+        elif not (state_folder / f"{known[0]}.json").exists():
+            copy = known[1] / f"{known[0]}{COPY_SUFFIX}"
             name = str(copy) if record.read_copy(copy) is not None else short
-            yield OwnedResource(KIND, name, match[1], MECHANISM)
-
-
-def _name(node: dict[str, object]) -> str:
-    return str(node.get("node-name", ""))
-
-
-def _path(node: dict[str, object]) -> Path | None:
-    name = str(node.get("file", ""))
-    return Path(name) if name.startswith("/") else None
+            yield OwnedResource(KIND, name, known[0], MECHANISM)
