@@ -170,5 +170,6 @@ def _disk(index: int, address: str) -> Disk:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as e:
-        raise UsageError(f"{address} cannot be read: {e}") from e
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UsageError(f"{address} cannot be read: {why}") from e
     return Disk(f"disk{index}", address, size_bytes)
