@@ -14,10 +14,10 @@ import pytest
 
 from tests.test_repository_roundtrip import CHEAP, SMALL, back_up, content_of
 from tests.test_storage_contract import Memory
-from vmsnap.errors import RepositoryError, StorageError
+from vmsnap.errors import DamageFound, RepositoryError, StorageError
 from vmsnap.model import to_json
 from vmsnap.repository import BytesReader, ImageKind, Repository
-from vmsnap.repository.format import INDEX_PREFIX, SESSIONS_PREFIX
+from vmsnap.repository.format import INDEX_PREFIX, PACKS_PREFIX, SESSIONS_PREFIX
 from vmsnap.repository.index import open_index, seal_index
 from vmsnap.repository.loading import IndexLoader
 from vmsnap.repository.sessions import SessionRecord
@@ -98,6 +98,21 @@ def put_session(repository: Repository, **changed: object) -> str:
     changed_record = replace(record, **changed)  # type: ignore[arg-type]
     raw(repository)[key] = repository.vault.seal_object(key, to_json(changed_record).encode())
     return key
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_what_is_missing_is_damage_only_where_the_backup_is_still_there(repository: Repository, removed: bool) -> None:
+    backup = back_up(repository, BytesReader(os.urandom(50_000))).backup
+    expected = RepositoryError if removed else DamageFound
+    message = "was removed from the repository while it was read" if removed else "is missing"
+    with pytest.raises(expected, match=message), repository.reading(backup, "restore"):
+        image = repository.manifest(backup).disks[0].image
+        if removed:
+            repository.forget(backup)
+        for key in [key for key in raw(repository) if key.startswith(PACKS_PREFIX)]:
+            del raw(repository)[key]
+        content_of(repository, image)
+    assert repository.sessions() == []
 
 
 OLD = "2020-01-01T00:00:00Z"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_repository_roundtrip import CHEAP, SMALL, content_of
-from vmsnap.errors import DamageFound, RepositoryError
+from vmsnap.errors import RepositoryError, UnknownBackup
 from vmsnap.repository import BackupFields, BaseImage, BytesReader, DiskImage, ImageKind, ImageRecord, Repository
 from vmsnap.repository.format import BlobKind
 from vmsnap.testing.rigs import same
@@ -111,20 +111,22 @@ def restore(folder: str, name: str, chance: random.Random) -> None:
     """Restore any backup, slowly, although it may be forgotten meanwhile."""
     repository = open_it(folder)
     while True:
-        with repository.session("read", "restore") as session:
-            manifests = repository.list()
-            if not manifests:
-                continue
-            manifest = chance.choice(manifests)
-            try:
+        manifests = repository.list()
+        if not manifests:
+            continue
+        backup = chance.choice(manifests).backup
+        try:
+            with repository.reading(backup, "restore"):
+                manifest = repository.manifest(backup)
                 found = read_slowly(repository, manifest.disks[0].image, chance)
-            except DamageFound:
-                # Only where it was taken for dead, and the backup was forgotten.
-                with pytest.raises(RepositoryError):
-                    session.require()
-                assert manifest not in repository.list()
-                say("taken for dead")
-                continue
+        except UnknownBackup:
+            say("forgotten before")
+            continue
+        except RepositoryError:
+            # Only where its reader was taken for dead and it was forgotten, or its writer was, and took it back.
+            assert backup not in {manifest.backup for manifest in repository.list()}
+            say("removed meanwhile")
+            continue
         assert same(found, content_for(int(manifest.tags[0]))), manifest.backup
         say("restored")
 

@@ -47,7 +47,7 @@ def export_disks(
     if image_format == "qcow2":
         for name in ("qemu-img", "qemu-nbd"):
             tool(name)
-    with repository.session("read", f"export of {backup}"):
+    with repository.reading(backup, f"export of {backup}"):
         manifest = repository.manifest(backup)
         disks = chosen_disks(manifest, devices)
         lost = accepted_losses(repository, manifest, [f"disk {disk.device}" for disk in disks], accept=accept_loss)

@@ -41,7 +41,7 @@ def export_onto(
     """
     if image_format is not None and image_format not in FORMATS:
         raise UsageError(f"{image_format!r} is no format of an image file", cure=f"choose one of: {', '.join(FORMATS)}")
-    with repository.session("read", f"export of {backup}"):
+    with repository.reading(backup, f"export of {backup}"):
         manifest = repository.manifest(backup)
         (disk,) = chosen_disks(manifest, [device])
         part = f"disk {device}"

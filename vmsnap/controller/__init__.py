@@ -295,7 +295,7 @@ class Controller:
         _check_times(shutdown=timeout_seconds)
         for tag in tags:
             check_tag(tag)
-        with self.interruption.handled(), repository.session("read", f"consolidation of {backup}"):
+        with self.interruption.handled(), repository.reading(backup, f"consolidation of {backup}"):
             return Consolidate(
                 repository,
                 backup,
@@ -333,7 +333,7 @@ class Controller:
         from vmsnap.controller.bootverify import BootVerification
 
         _check_times(life=life_seconds, shutdown=timeout_seconds)
-        with self.interruption.handled(), repository.session("read", f"verification of {backup}"):
+        with self.interruption.handled(), repository.reading(backup, f"verification of {backup}"):
             return BootVerification(
                 repository,
                 backup,
@@ -429,7 +429,7 @@ class Controller:
         from vmsnap.controller.restore import Restore, RestoreOrder
 
         # The session before the manifest is read: what it names is kept from then on.
-        with self.interruption.handled(), repository.session("read", f"restore of {backup}"):
+        with self.interruption.handled(), repository.reading(backup, f"restore of {backup}"):
             return Restore(
                 RestoreOrder(backup, name, run, isolated, target, options, accept_loss),
                 repository,

@@ -180,7 +180,7 @@ def verify_backup(repository: Repository, manifest: Manifest, progress: Progress
     noted = False
     done = 0
     total = sum(image.size_bytes for _, image in manifest.images)
-    with repository.session("read", f"verify of {manifest.backup}"):
+    with repository.reading(manifest.backup, f"verify of {manifest.backup}"):
         index = repository.whole_index()
         blobs = BlobReader(repository.storage, repository.vault, index, repository.whole_index)
         for part, image in manifest.images:
