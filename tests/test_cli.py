@@ -256,12 +256,40 @@ def test_drivers_are_listed_with_what_is_wrong(scripts: Scripts) -> None:
     found = {(driver["kind"], driver["name"]): driver for driver in scripts.json("drivers")}
     assert found["hypervisor", "simulated"]["usable"] is True
     assert found["storage backend", "file"].keys() >= {"version", "distribution", "problem"}
-    assert found["snapshot mechanism", "file"]["capabilities"] == ["running_guest", "clones"]
+    assert found["snapshot mechanism", "file"]["capabilities"] == ["clones"]
     assert found["hypervisor", "simulated"]["capabilities"] == []
     (shown,) = scripts.json("drivers", "show", "simulated")
     assert "socket" in {option["name"] for option in shown["options"]}
     assert len(scripts.json("drivers", "show", "file")) == 2
-    assert "-o socket=" in scripts.text("drivers", "show", "simulated")
+    assert "-o socket=PATH" in scripts.text("drivers", "show", "simulated")
+    assert {option["name"]: option["type"] for option in shown["options"]} == {"socket": "path", "timeout": "seconds"}
+
+
+def test_drivers_say_what_is_missing_here(scripts: Scripts) -> None:
+    found = {(driver["kind"], driver["name"]): driver for driver in scripts.json("drivers", PATH="/nowhere")}
+    qemu, qcow2 = found["hypervisor", "qemu"], found["snapshot mechanism", "qcow2"]
+    assert not qemu["usable"] and not qcow2["usable"]
+    assert qemu["problem"] == qcow2["problem"] == ""
+    assert "qemu-system-x86_64" in qemu["missing"][0]["what"] and qemu["missing"][0]["cure"].startswith("apt install")
+    assert qcow2["missing"] == [{"what": "qemu-img is not on PATH", "cure": "apt install qemu-utils"}]
+    assert found["hypervisor", "simulated"]["usable"] and found["storage backend", "file"]["missing"] == []
+    assert "no: qemu-img is not on PATH (apt install qemu-utils)" in scripts.text("drivers", PATH="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("vmsnap-sim", "-o timeout=SECONDS"),
+        ("vmsnap-qemu", "-o qmp=PATH"),
+        ("vmsnap-libvirt", "-o define=yes|no"),
+        ("vmsnap-lvm", "-o pool_limit=N"),
+        ("vmsnap-s3", "-o object_lock_days=DAYS"),
+        ("vmsnap-sftp", "-o connections=N"),
+        ("vmsnap-local", "It has none."),
+    ],
+)
+def test_the_help_of_a_backend_shows_its_options(scripts: Scripts, script: str, option: str) -> None:
+    assert option in scripts.text("--help", script=script)
 
 
 def test_a_broken_driver_is_shown_and_takes_no_other_down(scripts: Scripts) -> None:

@@ -45,6 +45,12 @@ def files(images: list[str]) -> set[str]:
     return {path.name for path in Path(images[0]).parent.iterdir()}
 
 
+def test_it_says_whether_the_disks_show_one_instant(folders: HostFolders, images: list[str]) -> None:
+    kept = kept_in(folders)
+    assert not kept.take("file", images).one_instant, "files are copied one after the other"
+    assert kept.take("file", images[:1]).one_instant
+
+
 def test_a_snapshot_is_taken_listed_cloned_and_deleted(folders: HostFolders, images: list[str]) -> None:
     kept = kept_in(folders)
     contents = [Path(image).read_bytes() for image in images]

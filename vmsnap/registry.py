@@ -24,8 +24,18 @@ GROUPS = {"hypervisor": HYPERVISORS, "snapshot mechanism": SNAPSHOT_MECHANISMS, 
 
 
 @dataclass(frozen=True)
+class Lack:
+    """Something that a driver needs and this host has not, and how it is got."""
+
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
 class InstalledDriver:
-    """One entry point of one of the groups. `problem` says why it cannot be loaded; empty where it can."""
+    """One entry point of one of the groups. `problem` says why it cannot be loaded, or in what it does not keep to its
+    role; empty where nothing is wrong. `missing`: what it needs here and there is not.
+    """
 
     kind: str
     name: str
@@ -33,6 +43,7 @@ class InstalledDriver:
     version: str
     driver: type[Any] | None
     problem: str = ""
+    missing: tuple[Lack, ...] = ()
 
 
 def hypervisor(name: str) -> type[Hypervisor]:
@@ -84,10 +95,15 @@ def installed() -> list[InstalledDriver]:
                 driver = _load(group, kind, point.name, roles[kind])
             except DriverUnavailable as e:
                 problem = e.message
-            distribution = point.dist.name if point.dist else "?"
-            version = point.dist.version if point.dist else "?"
-            found.append(InstalledDriver(kind, point.name, distribution, version, driver, problem))
+            distribution = (point.dist and point.dist.name) or "?"
+            version = (point.dist and point.dist.version) or "?"
+            missing = () if driver is None else _lacks(driver)
+            found.append(InstalledDriver(kind, point.name, distribution, version, driver, problem, missing))
     return found
+
+
+def _lacks(driver: type[Any]) -> tuple[Lack, ...]:
+    return tuple(Lack(what, need.cure) for need in driver.needs if (what := need.lack()))
 
 
 def _entry_points(group: str) -> list[Any]:
@@ -122,6 +138,8 @@ def _load(group: str, kind: str, name: str, role: type[Any]) -> type[Any]:
         raise DriverUnavailable(
             f"two installed packages name a {kind} driver {name!r}", cure=f"uninstall one of: {', '.join(packages)}"
         ) from e
+    except SystemExit as e:  # a module that ends the process is no reason for ours to end
+        raise _broken(kind, name, e) from e
     except NoMatches:
         raise _broken(kind, name, failures[0]) from failures[0]
     if failures:
@@ -129,9 +147,10 @@ def _load(group: str, kind: str, name: str, role: type[Any]) -> type[Any]:
     plugin: Any = manager.extensions[0].plugin
     if not (inspect.isclass(plugin) and issubclass(plugin, role)):
         raise DriverUnavailable(f"{kind} driver {name!r} is broken: {plugin!r} is no {role.__name__}")
-    missing = sorted(getattr(plugin, "__abstractmethods__", ()))
-    if missing:
-        raise DriverUnavailable(f"{kind} driver {name!r} is broken: it lacks {', '.join(missing)}")
+    from vmsnap.roles.signatures import breaches
+
+    if found := breaches(plugin, role, name):
+        raise DriverUnavailable(f"{kind} driver {name!r} is broken: {'; '.join(found)}")
     return plugin
 
 

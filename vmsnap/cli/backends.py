@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,7 @@ from vmsnap.cli import output
 from vmsnap.cli.lazy import CommandLine, LazyCommand
 from vmsnap.cli.main import BACKUPS, COMMANDS
 from vmsnap.cli.options import driver_options
-from vmsnap.cli.session import DriverCommand, Session, pass_session, write_driver_options
+from vmsnap.cli.session import DriverCommand, Session, pass_session, write_driver_options, write_options
 from vmsnap.cli.version import version_option
 
 if TYPE_CHECKING:
@@ -29,6 +29,36 @@ class HypervisorCommandLine(CommandLine):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The driver's options, then the examples."""
         write_driver_options(ctx, formatter)
+        super().format_epilog(ctx, formatter)
+
+
+class StorageCommandLine(CommandLine):
+    """The console script of one storage backend; its help shows the backend's options."""
+
+    def __init__(self, name: str, scheme: str, **attributes: Any) -> None:
+        super().__init__(name, _PLACE_COMMANDS, params=[version_option(__version__)], **attributes)
+        self._scheme = scheme
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The backend's options, then the examples."""
+        from vmsnap import registry
+
+        write_options(formatter, self._scheme, registry.storage_backend)
+        super().format_epilog(ctx, formatter)
+
+
+class MechanismCommandLine(CommandLine):
+    """The console script of one snapshot mechanism; its help shows the mechanism's options."""
+
+    def __init__(self, name: str, mechanism: str, **attributes: Any) -> None:
+        super().__init__(name, _MECHANISM_COMMANDS, params=[version_option(__version__)], **attributes)
+        self._mechanism = mechanism
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The mechanism's options, then the examples."""
+        from vmsnap import registry
+
+        write_options(formatter, self._mechanism, registry.snapshot_mechanism)
         super().format_epilog(ctx, formatter)
 
 
@@ -122,10 +152,9 @@ _PLACE_COMMANDS = {
     "bench": LazyCommand("vmsnap.cli.storage:bench", "Measure how fast the place is.", PLACES),
 }
 
-vmsnap_local = CommandLine(
+vmsnap_local = StorageCommandLine(
     "vmsnap-local",
-    _PLACE_COMMANDS,
-    params=[version_option(__version__)],
+    "file",
     help="vmsnap repositories in folders of this host, or of anything that is mounted on it.",
     epilog="""\
         vmsnap-local init /srv/backups
@@ -133,10 +162,9 @@ vmsnap_local = CommandLine(
 )
 """The entry point ``vmsnap-local``."""
 
-vmsnap_s3 = CommandLine(
+vmsnap_s3 = StorageCommandLine(
     "vmsnap-s3",
-    _PLACE_COMMANDS,
-    params=[version_option(__version__)],
+    "s3",
     help="vmsnap repositories in buckets of any service that speaks S3; credentials are found as boto3 finds them.",
     epilog="""\
         vmsnap-s3 doctor s3://bucket/prefix -o endpoint=https://s3.example.com
@@ -145,10 +173,9 @@ vmsnap_s3 = CommandLine(
 )
 """The entry point ``vmsnap-s3``."""
 
-vmsnap_sftp = CommandLine(
+vmsnap_sftp = StorageCommandLine(
     "vmsnap-sftp",
-    _PLACE_COMMANDS,
-    params=[version_option(__version__)],
+    "sftp",
     help="vmsnap repositories on SFTP servers; hosts, keys and known hosts are those of OpenSSH.",
     epilog="""\
         vmsnap-sftp doctor sftp://vault@far.example/srv/backups
@@ -165,10 +192,9 @@ _MECHANISM_COMMANDS = {
     "doctor": LazyCommand("vmsnap.cli.mechanisms:doctor", "Say whether the mechanism works here.", PLACES),
 }
 
-vmsnap_lvm = CommandLine(
+vmsnap_lvm = MechanismCommandLine(
     "vmsnap-lvm",
-    _MECHANISM_COMMANDS,
-    params=[version_option(__version__)],
+    "lvm",
     help="Snapshots of logical volumes, as vmsnap takes them of the disks of VMs.",
     epilog="""\
         vmsnap-lvm doctor

@@ -1,4 +1,4 @@
-"""``vmsnap drivers``: what is installed, whether it can be used, which options it has."""
+"""``vmsnap drivers``: what is installed, whether it can be used here or what is missing, which options it has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from vmsnap.errors import DriverUnavailable
 if TYPE_CHECKING:
     from vmsnap.registry import InstalledDriver
 
-CAPABILITIES = ("running_guest", "atomic_group", "clones", "changes", "remote", "reopens")
+CAPABILITIES = ("clones", "changes", "remote", "reopens")
 """The flags of the roles' classes, see `vmsnap.roles`."""
 
 
 @click.group(cls=SessionGroup, invoke_without_command=True, epilog="vmsnap drivers\nvmsnap drivers show qemu")
 @click.pass_context
 def drivers(ctx: click.Context) -> None:
-    """List the installed drivers; a broken one is shown with what is wrong."""
+    """List the installed drivers: what each can, and whether it can be used here or what is missing.
+
+    A broken one is shown with what is wrong, and takes no other down. What is asked here is quick; vmsnap doctor looks
+    closer.
+    """
     if ctx.invoked_subcommand is not None:
         return
     from vmsnap.registry import installed
@@ -49,19 +53,25 @@ def option_rows(driver: type[Any]) -> list[tuple[str, str]]:
     """The options of a driver's class, each with what the help says of it."""
     rows = []
     for option in driver.options:
-        value = "|".join(option.choices) if option.choices else "VALUE"
-        about = option.help
+        notes = [] if option.choices or option.type.name in ("text", "path", "yes or no") else [option.type.meaning]
         if option.required:
-            about += " [required]"
+            notes.append("required")
         elif option.default is not None:
-            about += f" [default: {option.default}]"
-        rows.append((f"-o {option.name}={value}", about))
+            notes.append(f"default: {option.default}")
+        about = f"{option.help} [{'; '.join(notes)}]" if notes else option.help
+        rows.append((f"-o {option.name}={option.metavar}", about))
     return rows
 
 
 def capabilities(driver: type[Any]) -> list[str]:
     """What a driver's class says that it can, beyond what every driver of its role can."""
     return [name for name in CAPABILITIES if getattr(driver, name, False) is True]
+
+
+def _usable(driver: InstalledDriver) -> str:
+    if driver.problem:
+        return f"no: {driver.problem}"
+    return "; ".join(f"no: {lack.what} ({lack.cure})" for lack in driver.missing) or "yes"
 
 
 def _document(driver: InstalledDriver) -> dict[str, Any]:
@@ -71,8 +81,9 @@ def _document(driver: InstalledDriver) -> dict[str, Any]:
         "version": driver.version,
         "distribution": driver.distribution,
         "capabilities": [] if driver.driver is None else capabilities(driver.driver),
-        "usable": driver.driver is not None,
+        "usable": driver.driver is not None and not driver.missing,
         "problem": driver.problem,
+        "missing": [{"what": lack.what, "cure": lack.cure} for lack in driver.missing],
     }
 
 
@@ -84,6 +95,7 @@ def _full_document(driver: InstalledDriver) -> dict[str, Any]:
         "options": [
             {
                 "name": option.name,
+                "type": option.type.name,
                 "help": option.help,
                 "default": option.default,
                 "choices": list(option.choices),
@@ -92,6 +104,7 @@ def _full_document(driver: InstalledDriver) -> dict[str, Any]:
             for option in options
         ],
         "usage": [] if driver.driver is None else option_rows(driver.driver),
+        "here": _usable(driver),
     }
 
 
@@ -101,7 +114,7 @@ def _first_paragraph(driver: type[Any]) -> str:
 
 def _list(found: list[InstalledDriver]) -> None:
     output.table(
-        ("kind", "name", "version", "distribution", "can", "usable"),
+        ("kind", "name", "version", "distribution", "can", "usable here"),
         [
             (
                 driver.kind,
@@ -109,7 +122,7 @@ def _list(found: list[InstalledDriver]) -> None:
                 driver.version,
                 driver.distribution,
                 ", ".join(capabilities(driver.driver)) if driver.driver else "",
-                "yes" if driver.driver else f"no: {driver.problem}",
+                _usable(driver),
             )
             for driver in found
         ],
@@ -125,7 +138,7 @@ def _show(documents: list[dict[str, Any]]) -> None:
                 ("driver", document["name"]),
                 ("kind", document["kind"]),
                 ("distribution", f"{document['distribution']} {document['version']}"),
-                ("usable", "yes" if document["usable"] else f"no: {document['problem']}"),
+                ("usable here", document["here"]),
                 *([("can", ", ".join(document["capabilities"]))] if document["capabilities"] else []),
                 ("about", document["summary"]),
             ]
@@ -133,5 +146,5 @@ def _show(documents: list[dict[str, Any]]) -> None:
         if document["usage"]:
             click.echo()
             output.table(("option", "meaning"), document["usage"])
-        elif document["usable"]:
+        elif not document["problem"]:
             click.echo("\nIt has no options.")

@@ -55,8 +55,9 @@ def _kept(session: Session, options: dict[str, str]) -> KeptSnapshots:
 def snapshot(session: Session, addresses: tuple[str, ...], options: dict[str, str]) -> None:
     """Take a snapshot of the disks at ADDRESS..., and keep it until it is deleted.
 
-    Whoever writes to them is not stopped: what the snapshot shows is what a power cut would leave. Nobody watches how
-    full it gets, as a backup does: give it room enough.
+    Whoever writes to them is not stopped: what the snapshot of a disk shows is what a power cut would leave. Several
+    disks show one instant only where the mechanism takes them together, which is told. Nobody watches how full a
+    snapshot gets, as a backup does: give it room enough.
     """
     from vmsnap.controller.interruption import Interruption
 
@@ -144,6 +145,7 @@ def _document(kept: KeptSnapshot) -> dict[str, Any]:
     return {
         "snapshot": kept.plan.tag,
         "complete": bool(kept.taken),
+        "one_instant": kept.one_instant,
         "disks": [{"address": disk.address, "size_bytes": disk.size_bytes} for disk in kept.plan.disks],
         "clones": [
             {"name": clone.plan.name, "address": clone.disk.address if clone.disk else None} for clone in kept.clones
@@ -152,5 +154,7 @@ def _document(kept: KeptSnapshot) -> dict[str, Any]:
 
 
 def _report(session: Session, kept: KeptSnapshot) -> None:
+    if not kept.one_instant:
+        session.note("the disks were taken one after the other: together they show no single instant")
     people = [("snapshot", kept.plan.tag), *((disk.device, disk.address) for disk in kept.plan.disks)]
     session.emit(_document(kept), lambda: output.fields(people))

@@ -297,9 +297,14 @@ def write_options(formatter: click.HelpFormatter, name: str, find: Callable[[str
 
     with formatter.section(f"Options of the driver {name}"):
         try:
-            formatter.write_dl(option_rows(find(name)))
+            rows = option_rows(find(name))
         except DriverUnavailable as e:
             formatter.write_text(str(e))
+            return
+        if rows:
+            formatter.write_dl(rows)
+        else:
+            formatter.write_text("It has none.")
 
 
 class SessionGroup(SessionCommand, click.Group):

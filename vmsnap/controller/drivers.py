@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vmsnap import registry
-from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism, check_options
+from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism, check_options, with_defaults
 
 
 class Drivers:
@@ -36,7 +36,7 @@ class Drivers:
         :raises DriverUnavailable: there is no such driver
         """
         driver = registry.hypervisor(name)
-        return driver(purpose, self.context, {option.name: option.default or "" for option in driver.options})
+        return driver(purpose, self.context, with_defaults(driver.options, {}))
 
     def mechanism(self, name: str) -> SnapshotMechanism:
         """A snapshot mechanism; raises as `hypervisor` does."""

@@ -38,6 +38,11 @@ class KeptSnapshot:
     taken: tuple[DiskSnapshot, ...] = ()
     clones: tuple[KeptClone, ...] = ()
 
+    @property
+    def one_instant(self) -> bool:
+        """Whether all disks were taken at the very same instant, by what the mechanism says of each."""
+        return len({snapshot.instant.monotonic_ns for snapshot in self.taken}) == 1
+
 
 class KeptSnapshots:
     """Takes, lists, clones and deletes them. `folder` holds their files, `FOLDER` of the state folder as a rule."""
@@ -49,8 +54,8 @@ class KeptSnapshots:
         self._folder = folder
 
     def take(self, mechanism: str, addresses: Sequence[str]) -> KeptSnapshot:
-        """Take a snapshot of disks, all at one instant where the mechanism can. Whoever writes to them is not stopped:
-        what is found there is what a power cut would leave. Blocks.
+        """Take a snapshot of disks, all at one instant where the mechanism can, see `KeptSnapshot.one_instant`. Whoever
+        writes to them is not stopped: what is found there is what a power cut would leave. Blocks.
 
         :raises UsageError: the mechanism does not serve an address
         :raises SnapshotError: it failed; nothing is left

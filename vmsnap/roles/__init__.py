@@ -11,24 +11,38 @@ What every driver must do: never retry (wrappers do), never log or return secret
 """
 
 from vmsnap.roles.hypervisor import CaptureRequest, Hypervisor, LoadedVm, LoadRequest
-from vmsnap.roles.options import DriverContext, Option, check_options
+from vmsnap.roles.needs import Module, Need, Program
+from vmsnap.roles.option_types import PATH, SIZE, TEXT, YES_NO, OptionType, number, seconds, whole_number
+from vmsnap.roles.options import DriverContext, Option, check_options, with_defaults
 from vmsnap.roles.snapshot import DiskReader, SnapshotMechanism
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
 from vmsnap.roles.wrapping import WrappedStorage
 
 __all__ = [
+    "PATH",
+    "SIZE",
+    "TEXT",
+    "YES_NO",
     "CaptureRequest",
     "DiskReader",
     "DriverContext",
     "Hypervisor",
     "LoadRequest",
     "LoadedVm",
+    "Module",
+    "Need",
     "ObjectInfo",
     "Option",
+    "OptionType",
+    "Program",
     "SnapshotMechanism",
     "StorageBackend",
     "StorageProperties",
     "WrappedStorage",
     "check_key",
     "check_options",
+    "number",
+    "seconds",
+    "whole_number",
+    "with_defaults",
 ]

@@ -23,6 +23,7 @@ from vmsnap.model import (
     VmDescription,
     VmState,
 )
+from vmsnap.roles.needs import Need
 from vmsnap.roles.options import DriverContext, Option
 
 LOOK_EACH_SECONDS = 0.1
@@ -100,6 +101,8 @@ class Hypervisor(ABC):
 
     name: ClassVar[str]
     options: ClassVar[Sequence[Option]] = ()
+    needs: ClassVar[Sequence[Need]] = ()
+    """Programs and modules without which it does nothing here; ``vmsnap drivers`` names those that are missing."""
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember name, context and checked options; no I/O."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
+from vmsnap.roles.needs import Need
 from vmsnap.roles.options import DriverContext, Option
 
 
@@ -72,12 +73,8 @@ class SnapshotMechanism(ABC):
 
     name: ClassVar[str]
     options: ClassVar[Sequence[Option]] = ()
-    atomic_group: ClassVar[bool] = False
-    """`snapshot` gives several disks the very same instant; else one after the other (right all the same while the
-    guest is paused).
-    """
-    running_guest: ClassVar[bool] = True
-    """Can keep the instant while the guest goes on writing; else only for VMs that are stopped."""
+    needs: ClassVar[Sequence[Need]] = ()
+    """Programs and modules without which it does nothing here; ``vmsnap drivers`` names those that are missing."""
     clones: ClassVar[bool] = False
     """`plan_clone`, `clone`, `delete_clone` and `clone_reader` work; else they raise."""
     changes: ClassVar[bool] = False

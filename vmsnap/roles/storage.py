@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from vmsnap.errors import StorageError, UsageError
 from vmsnap.model import Finding
+from vmsnap.roles.needs import Need
 from vmsnap.roles.options import Option
 
 MAX_KEY_LENGTH = 200
@@ -68,6 +69,8 @@ class StorageBackend(ABC):
     name: ClassVar[str]
     """The URL scheme it serves: ``file``, ``s3``, ``sftp``."""
     options: ClassVar[Sequence[Option]] = ()
+    needs: ClassVar[Sequence[Need]] = ()
+    """Programs and modules without which it does nothing here; ``vmsnap drivers`` names those that are missing."""
     remote: ClassVar[bool] = True
     """Whether it pays to keep small objects on this host instead of getting them again."""
     reopens: ClassVar[bool] = False

@@ -304,8 +304,6 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         vars(self).update(
             name=driver.name,
             options=driver.options,
-            atomic_group=driver.atomic_group,
-            running_guest=driver.running_guest,
             clones=driver.clones,
             changes=driver.changes,
         )

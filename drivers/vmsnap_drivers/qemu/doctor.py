@@ -11,12 +11,13 @@ from typing import Final
 
 from vmsnap.errors import VmsnapError
 from vmsnap.model import Finding, VmDescription, VmState
-from vmsnap.roles import DriverContext
+from vmsnap.roles import DriverContext, Program
 from vmsnap_drivers.qemu.capture.plan import ways
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes, file_system_of, is_memory_file_system
 
 _BINARIES: Final = ("qemu-system-x86_64", "qemu-system-aarch64", "qemu-kvm", "kvm")
+QEMU: Final = Program(_BINARIES, "apt install qemu-system-x86")
 _VERSION_SECONDS: Final = 10
 
 

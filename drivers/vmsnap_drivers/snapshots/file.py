@@ -31,7 +31,7 @@ from vmsnap.model import (
     Window,
     check_name,
 )
-from vmsnap.roles import DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import PATH, DriverContext, Option, SnapshotMechanism, with_defaults
 from vmsnap.roles.filereader import FileReader, next_data
 
 REFLINK, COPY = "reflink", "copy"
@@ -53,17 +53,16 @@ class FileMechanism(SnapshotMechanism):
 
     name = "file"
     options = (
-        Option("folder", "where snapshots and clones are made; without it, beside each disk"),
+        Option("folder", "where snapshots and clones are made; without it, beside each disk", type=PATH),
         Option("way", "how a file is copied; auto: reflink where it can be", "auto", ("auto", REFLINK, COPY)),
     )
-    running_guest = True
     clones = True
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember context and checked options; no I/O."""
         super().__init__(context, options)
-        self._folder = Path(options["folder"]).absolute() if options.get("folder") else None
-        self._way = options.get("way", "auto")
+        self._folder = PATH.read(options["folder"]).absolute() if options.get("folder") else None
+        self._way = with_defaults(self.options, options)["way"]
 
     def handles(self, disk: Disk) -> bool:
         """Raw plain files that their hypervisor vouches for."""

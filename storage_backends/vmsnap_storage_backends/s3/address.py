@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from vmsnap.errors import UsageError
-from vmsnap.roles.options import Option
+from vmsnap.roles import PATH, Option, number, seconds, with_defaults
 
 # Amazon's own rules are narrower (3 to 63 characters, lower case); other services keep to older ones.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _MAX_PREFIX_BYTES = 800  # a key has 1024 at most, ours 200 of them
 _SHAPE = "write s3://bucket or s3://bucket/prefix; endpoint and credentials are found as boto3 finds them"
 _DAY_SECONDS = 86400.0
+_TIMEOUT = seconds(86400)
+# The protocol allows 100 years.
+_DAYS = number(36500, "days", "DAYS")
 
 OPTIONS: Sequence[Option] = (
     Option("endpoint", "URL of the service, such as https://s3.example.com; else AWS_ENDPOINT_URL, or Amazon's own."),
@@ -27,8 +30,8 @@ OPTIONS: Sequence[Option] = (
         choices=("auto", "path", "virtual"),
     ),
     Option("storage_class", "Storage class of packs, such as STANDARD_IA; all else is small and read often."),
-    Option("ca_bundle", "File with the certificates that the service's own is checked against."),
-    Option("timeout", "Seconds after which a service that says nothing is taken for gone.", default="60"),
+    Option("ca_bundle", "File with the certificates that the service's own is checked against.", type=PATH),
+    Option("timeout", "After how long a service that says nothing is taken for gone.", "60", type=_TIMEOUT),
     Option(
         "object_lock",
         "Keep what a backup needs from being deleted by anybody: with governance nobody without a special permission"
@@ -36,7 +39,7 @@ OPTIONS: Sequence[Option] = (
         default="none",
         choices=("none", "governance", "compliance"),
     ),
-    Option("object_lock_days", "For how many days from the newest backup that needs it."),
+    Option("object_lock_days", "For how long from the newest backup that needs it.", type=_DAYS),
 )
 
 
@@ -108,10 +111,9 @@ def parse_settings(options: Mapping[str, str]) -> Settings:
         addressing=options.get("addressing", "auto"),
         storage_class=options.get("storage_class"),
         ca_bundle=options.get("ca_bundle"),
-        timeout_seconds=_number("timeout", options.get("timeout", "60"), 86400),
+        timeout_seconds=_TIMEOUT.read(with_defaults(OPTIONS, options)["timeout"], "timeout"),
         lock_mode=None if mode == "none" else mode.upper(),
-        # The protocol allows 100 years.
-        lock_seconds=None if days is None else _DAY_SECONDS * _number("object_lock_days", days, 36500),
+        lock_seconds=None if days is None else _DAY_SECONDS * _DAYS.read(days, "object_lock_days"),
     )
 
 
@@ -132,13 +134,3 @@ def _endpoint(text: str | None) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         raise UsageError(f"endpoint={text!r} is no URL of a service", cure="write it as https://s3.example.com")
     return text.rstrip("/")
-
-
-def _number(name: str, text: str, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= most:
-        raise UsageError(f"{name}={text!r} is no number above 0 and up to {most:g}")
-    return value

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, TransientStorageError
 from vmsnap.model import Finding
-from vmsnap.roles.options import Option
+from vmsnap.roles import Module, Need, Option
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
 from vmsnap_storage_backends.s3 import upload
 from vmsnap_storage_backends.s3.address import OPTIONS, parse_place, parse_settings
@@ -37,6 +37,7 @@ class S3Storage(StorageBackend):
 
     name: ClassVar[str] = "s3"
     options: ClassVar[Sequence[Option]] = OPTIONS
+    needs: ClassVar[Sequence[Need]] = (Module("boto3", "pip install 'vmsnap[s3]'"),)
     page_objects: int = 1000
     """How many objects a page of a listing has; the protocol allows a thousand at most."""
 

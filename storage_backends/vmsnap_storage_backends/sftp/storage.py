@@ -9,9 +9,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
-from vmsnap.errors import DriverUnavailable, StorageError, UsageError
+from vmsnap.errors import DriverUnavailable, StorageError
 from vmsnap.model import Finding
-from vmsnap.roles.options import Option
+from vmsnap.roles import PATH, Module, Need, Option, whole_number, with_defaults
 from vmsnap.roles.storage import ObjectInfo, StorageBackend, StorageProperties, check_key
 from vmsnap_storage_backends.sftp.address import parse_address
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vmsnap_storage_backends.sftp.remote import RemoteFolder
 
 CONFIG_VARIABLE = "VMSNAP_SSH_CONFIG"
+_CONNECTIONS = whole_number(1, 64)
+_TIMEOUT = whole_number(1)
 
 
 class SftpStorage(StorageBackend):
@@ -39,10 +41,20 @@ class SftpStorage(StorageBackend):
 
     name: ClassVar[str] = "sftp"
     options: ClassVar[Sequence[Option]] = (
-        Option("connections", "How many connections may be open at the same time.", default="4"),
-        Option("timeout", "How many seconds the server may be silent before the connection is given up.", default="60"),
-        Option("config", f"An ssh_config file in place of the user's and the system's own. [env: {CONFIG_VARIABLE}]"),
+        Option("connections", "How many connections may be open at the same time.", "4", type=_CONNECTIONS),
+        Option(
+            "timeout",
+            "How long the server may be silent before the connection is given up.",
+            default="60",
+            type=_TIMEOUT,
+        ),
+        Option(
+            "config",
+            f"An ssh_config file in place of the user's and the system's own. [env: {CONFIG_VARIABLE}]",
+            type=PATH,
+        ),
     )
+    needs: ClassVar[Sequence[Need]] = (Module("paramiko", "pip install 'vmsnap[sftp]'"),)
 
     def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
         """:raises DriverUnavailable: paramiko is not installed"""
@@ -50,10 +62,10 @@ class SftpStorage(StorageBackend):
         super().__init__(str(self.address), options or {})
         if find_spec("paramiko") is None:
             raise DriverUnavailable("sftp:// needs paramiko, which is not installed", cure="pip install vmsnap[sftp]")
-        given = {option.name: option.default or "" for option in self.options} | dict(options or {})
-        self._connections = _number("connections", given["connections"])
-        self._timeout_seconds = _number("timeout", given["timeout"])
-        config = given["config"] or os.environ.get(CONFIG_VARIABLE)
+        given = with_defaults(self.options, options or {})
+        self._connections = _CONNECTIONS.read(given["connections"], "connections")
+        self._timeout_seconds = _TIMEOUT.read(given["timeout"], "timeout")
+        config = given.get("config") or os.environ.get(CONFIG_VARIABLE)
         self._config_file = Path(config).expanduser() if config else None
         self._lock = Lock()
         self._folder: RemoteFolder | None = None
@@ -126,9 +138,3 @@ class SftpStorage(StorageBackend):
 
                 self._folder = RemoteFolder(self.url, self.address.path, dial, self._connections)
             return self._folder
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"option {name}={text!r} of sftp is no whole number above 0")
-    return int(text)

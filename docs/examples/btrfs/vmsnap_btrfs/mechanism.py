@@ -12,10 +12,11 @@ from pathlib import Path
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Finding, Moment, OwnedResource, SnapshotPlan, Window, check_name
-from vmsnap.roles import DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import DriverContext, Option, Program, SnapshotMechanism, seconds, with_defaults
 from vmsnap.roles.filereader import FileReader
 from vmsnap_btrfs.subvolumes import btrfs, is_subvolume, subvolume_of
 
+TIMEOUT = seconds()
 _SLOWEST_COPY_BYTES_PER_SECOND = 10 << 20
 """What copies more slowly than this is taken to hang."""
 _TAG = re.compile(r"vmsnap-[A-Za-z0-9._-]+")
@@ -31,13 +32,14 @@ class BtrfsMechanism(SnapshotMechanism):
     """
 
     name = "btrfs"
-    options = (Option("timeout", "seconds after which btrfs is given up", "60"),)
+    options = (Option("timeout", "after how long btrfs is given up", "60", type=TIMEOUT),)
+    needs = (Program(("btrfs",), "apt install btrfs-progs"),)
     clones = True
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember context and checked options; no I/O."""
         super().__init__(context, options)
-        self._timeout_seconds = float(options.get("timeout", "60"))
+        self._timeout_seconds = TIMEOUT.read(with_defaults(self.options, options)["timeout"])
 
     def handles(self, disk: Disk) -> bool:
         """Raw files for which their hypervisor vouches, in a subvolume."""

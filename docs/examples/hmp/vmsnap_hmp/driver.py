@@ -32,7 +32,18 @@ from vmsnap.model import (
     VmDescription,
     VmState,
 )
-from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, LoadedVm, LoadRequest, Option
+from vmsnap.roles import (
+    PATH,
+    CaptureRequest,
+    DriverContext,
+    Hypervisor,
+    LoadedVm,
+    LoadRequest,
+    Option,
+    Program,
+    seconds,
+    with_defaults,
+)
 from vmsnap_hmp import loading, places
 from vmsnap_hmp.blocks import disks_in
 from vmsnap_hmp.commandline import CommandLine
@@ -43,6 +54,7 @@ from vmsnap_hmp.processes import Process
 from vmsnap_hmp.state import copy_ram, leave_out_ram, save_devices
 
 REGION = "ram"
+TIMEOUT = seconds()
 STANDS = ("paused", "postmigrate", "prelaunch")
 _COPIED_BYTES_PER_SECOND = 1.5e9
 _FIXED_SECONDS = 0.03
@@ -56,14 +68,15 @@ class HmpHypervisor(Hypervisor):
 
     name = places.NAME
     options = (
-        Option("monitor", "path of the UNIX socket of -monitor; a VM that vmsnap loaded has one of its own"),
-        Option("timeout", "seconds after which a call that QEMU does not answer is given up", "10"),
+        Option("monitor", "path of the UNIX socket of -monitor; a VM that vmsnap loaded has one of its own", type=PATH),
+        Option("timeout", "after how long a call that QEMU does not answer is given up", "10", type=TIMEOUT),
     )
+    needs = (Program(("qemu-system-x86_64",), "apt install qemu-system-x86"),)
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember name, context and checked options; no I/O."""
         super().__init__(vm, context, options)
-        self._timeout_seconds = self._pause_seconds = float(options.get("timeout", "10"))
+        self._timeout_seconds = self._pause_seconds = TIMEOUT.read(with_defaults(self.options, options)["timeout"])
         self._place = LoadedPlace(context, vm)
         self._address = Path(options["monitor"]).absolute() if options.get("monitor") else self._place.monitor
         self._monitor = Monitor(vm, self._address)

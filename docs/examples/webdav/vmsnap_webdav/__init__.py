@@ -14,13 +14,24 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
-from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError, UsageError
+from vmsnap.errors import ObjectExists, ObjectNotFound, StorageError
 from vmsnap.model import Finding
-from vmsnap.roles import ObjectInfo, Option, StorageBackend, StorageProperties, check_key
+from vmsnap.roles import (
+    PATH,
+    YES_NO,
+    ObjectInfo,
+    Option,
+    StorageBackend,
+    StorageProperties,
+    check_key,
+    seconds,
+    with_defaults,
+)
 from vmsnap_webdav.connection import Connections
 from vmsnap_webdav.listing import ASK, Entry, entries_in
 
 MARK = "~"
+TIMEOUT = seconds()
 
 
 class WebdavStorage(StorageBackend):
@@ -31,9 +42,9 @@ class WebdavStorage(StorageBackend):
 
     name = "webdav"
     options = (
-        Option("atomic_move", "the server refuses a MOVE onto what another one has just made", "no", ("yes", "no")),
-        Option("timeout", "seconds after which a request is given up", "60"),
-        Option("ca", "file with the certificates that sign the server's, for webdavs"),
+        Option("atomic_move", "the server refuses a MOVE onto what another one has just made", "no", type=YES_NO),
+        Option("timeout", "after how long a request is given up", "60", type=TIMEOUT),
+        Option("ca", "file with the certificates that sign the server's, for webdavs", type=PATH),
     )
 
     def __init__(self, url: str, options: Mapping[str, str]) -> None:
@@ -42,12 +53,9 @@ class WebdavStorage(StorageBackend):
         :raises UsageError: the URL names no server, or holds a password; the time-out is no number
         """
         super().__init__(url, options)
-        try:
-            timeout_seconds = float(options.get("timeout", "60"))
-        except ValueError:
-            raise UsageError(f"timeout={options['timeout']!r} is no number of seconds") from None
-        self._connections = Connections(url, self.name, timeout_seconds, options.get("ca"))
-        self._atomic_move = options.get("atomic_move") == "yes"
+        given = with_defaults(self.options, options)
+        self._connections = Connections(url, self.name, TIMEOUT.read(given["timeout"]), given.get("ca"))
+        self._atomic_move = YES_NO.read(given["atomic_move"])
 
     def _path(self, key: str) -> str:
         return f"{self._connections.folder}/{check_key(key)}{MARK}"

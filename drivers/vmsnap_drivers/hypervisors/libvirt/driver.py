@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.model import Disk, Finding, Moment, Nic, OwnedResource, VmDescription, VmState
-from vmsnap.roles import DriverContext, LoadedVm, LoadRequest, Option
+from vmsnap.roles import YES_NO, DriverContext, LoadedVm, LoadRequest, Module, Option, with_defaults
 from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run
 from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, logs_of
 from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_libvirt
@@ -18,7 +18,7 @@ from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
 from vmsnap_drivers.qemu.capture.revive import make_run
 from vmsnap_drivers.qemu.capture.turn import kept_free
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress, is_libvirt_address
-from vmsnap_drivers.qemu.libvirt.calls import Unreachable
+from vmsnap_drivers.qemu.libvirt.calls import INSTALL, Unreachable
 from vmsnap_drivers.qemu.libvirt.process import monitor_socket, process_of
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.status import vm_state
@@ -31,15 +31,17 @@ class LibvirtHypervisor(MonitoredHypervisor):
     options = (
         Option("uri", "where libvirt is", "qemu:///system"),
         Option("domain", "the domain's name or UUID (default: the VM's name)"),
-        Option("define", "whether a restored domain is persistent", "no", ("no", "yes")),
+        Option("define", "whether a restored domain is persistent", "no", type=YES_NO),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
     )
+    needs = (Module("libvirt", INSTALL), doctor.QEMU)
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         super().__init__(vm, context, options)
-        self._uri = options.get("uri", "qemu:///system")
+        given = with_defaults(self.options, options)
+        self._uri = given["uri"]
         self._domain = options.get("domain") or vm
-        self._define = options.get("define") == "yes"
+        self._define = YES_NO.read(given["define"])
         self._folder = run.run_folder(self._state_folder, vm)
 
     # -- asking

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, Finding, OwnedResource, VmDescription, VmState
-from vmsnap.roles import DriverContext, LoadedVm, LoadRequest, Option
+from vmsnap.roles import PATH, DriverContext, LoadedVm, LoadRequest, Option
 from vmsnap_drivers.hypervisors.qemu import describe, launch, owned, tpm
 from vmsnap_drivers.qemu import doctor, fence, life, own_disks, process
 from vmsnap_drivers.qemu.capture import learned
@@ -20,9 +20,10 @@ class QemuHypervisor(MonitoredHypervisor):
 
     name = "qemu"
     options = (
-        Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)"),
+        Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)", type=PATH),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
     )
+    needs = (doctor.QEMU,)
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         super().__init__(vm, context, options)

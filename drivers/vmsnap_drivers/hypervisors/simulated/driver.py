@@ -34,7 +34,17 @@ from vmsnap.model import (
     VmState,
     check_name,
 )
-from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, LoadedVm, LoadRequest, Option
+from vmsnap.roles import (
+    PATH,
+    CaptureRequest,
+    DriverContext,
+    Hypervisor,
+    LoadedVm,
+    LoadRequest,
+    Option,
+    seconds,
+    with_defaults,
+)
 from vmsnap_drivers.hypervisors.simulated import lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import Control, NoAnswer, Reply
 from vmsnap_drivers.hypervisors.simulated.duplicates import DuplicateFolder, duplicates_in
@@ -47,6 +57,7 @@ NIC = "nic0"
 _FORK_SECONDS = 0.0005
 _FORK_SECONDS_PER_GIB = 0.02
 _POLL_SECONDS = 0.001
+_TIMEOUT = seconds()
 _BEATS = 2
 """How often a guest must have counted to be taken for alive."""
 _STATES = {
@@ -66,8 +77,8 @@ class SimulatedHypervisor(Hypervisor):
 
     name = "simulated"
     options = (
-        Option("socket", "path of the VM's control socket; without it the VM is found by its name"),
-        Option("timeout", "seconds after which a call that the VM does not answer is given up", default="5"),
+        Option("socket", "path of the VM's control socket; without it the VM is found by its name", type=PATH),
+        Option("timeout", "after how long a call that the VM does not answer is given up", "5", type=_TIMEOUT),
     )
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
@@ -75,7 +86,7 @@ class SimulatedHypervisor(Hypervisor):
         super().__init__(vm, context, options)
         socket = options.get("socket")
         self.socket = Path(socket).absolute() if socket else lifecycle.socket_of(context.state_dir, vm)
-        self._timeout = float(options.get("timeout", "5"))
+        self._timeout = _TIMEOUT.read(with_defaults(self.options, options)["timeout"])
         self._pause_timeout = self._timeout
         self._control = Control(self.socket)
         self._request: CaptureRequest | None = None

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Final
 
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import SnapshotError
 from vmsnap.model import (
     ClonePlan,
     Disk,
@@ -19,7 +19,16 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
-from vmsnap.roles import DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import (
+    YES_NO,
+    DriverContext,
+    Need,
+    Option,
+    Program,
+    SnapshotMechanism,
+    whole_number,
+    with_defaults,
+)
 from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.runner import LocalRunner, Runner
 from vmsnap_drivers.snapshots.lvm import clones, marks, room
@@ -40,7 +49,10 @@ from vmsnap_drivers.snapshots.lvm.thinmap import ThinMaps
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, named, tags_of
 from vmsnap_drivers.snapshots.lvm.watch import Watch
 
-_LIMITS: Final = {"pause_seconds": (1, 3600), "pool_limit": (1, 100), "marks": (0, 1000)}
+_PAUSE_SECONDS: Final = whole_number(1, 3600)
+_PERCENT: Final = whole_number(1, 100)
+_MARKS: Final = whole_number(0, 1000)
+_TYPES: Final = {"pause_seconds": _PAUSE_SECONDS, "pool_limit": _PERCENT, "marks": _MARKS}
 _LAYOUTS: Final = {"linear", "striped", "thin", "sparse"}
 
 
@@ -57,25 +69,33 @@ class LvmMechanism(SnapshotMechanism):
     clones: ClassVar[bool] = True
     changes: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
-        Option("snapshot_size", "room of a thick snapshot at first: a size, or a percentage of its disk", "20%"),
-        Option("grow", "whether a thick snapshot that fills up is extended", "yes", ("yes", "no")),
+        Option("snapshot_size", "room of a thick snapshot at first", "20%", type=room.ROOM),
+        Option("grow", "whether a thick snapshot that fills up is extended", "yes", type=YES_NO),
         Option(
             "pause_seconds",
             "how long one command may take while the guest stands still, waiting for another one's lock included",
             "4",
+            type=_PAUSE_SECONDS,
         ),
-        Option("pool_limit", "how full in percent a thin pool may be for a snapshot to be made or kept", "90"),
+        Option(
+            "pool_limit",
+            "how full in percent a thin pool may be for a snapshot to be made or kept",
+            "90",
+            type=_PERCENT,
+        ),
         Option(
             "marks",
             "how many snapshots of a thin volume are kept to find what has changed since; each holds, in the pool, what"
             " was overwritten since",
             "0",
+            type=_MARKS,
         ),
     )
+    needs: ClassVar[Sequence[Need]] = (Program(("lvm",), "apt install lvm2"),)
 
     def __init__(self, context: DriverContext, options: Mapping[str, str], runner: Runner | None = None) -> None:
         super().__init__(context, options)
-        self._options = {option.name: option.default or "" for option in self.options} | dict(options)
+        self._options = with_defaults(self.options, options)
         self._lvm = Lvm(runner or LocalRunner())
         self._maps = ThinMaps(self._lvm, context.state_dir / self.name)
         self._watches: dict[str, Watch] = {}
@@ -159,7 +179,7 @@ class LvmMechanism(SnapshotMechanism):
         if thin:
             self._lvm.change("lvchange", "--activate", "y", "--ignoreactivationskip", *thin)
         self._stop_watching(plan.tag)
-        watch = Watch(self._lvm, plan, self._options["grow"] == "yes", self._number("pool_limit"))
+        watch = Watch(self._lvm, plan, YES_NO.read(self._options["grow"]), self._number("pool_limit"))
         self._watches[plan.tag] = watch
         watch.start()
 
@@ -339,7 +359,4 @@ class LvmMechanism(SnapshotMechanism):
         return self._lvm.usable()
 
     def _number(self, option: str) -> int:
-        text, (least, most) = self._options[option], _LIMITS[option]
-        if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-            raise UsageError(f"{option}={text!r} is no whole number from {least} to {most}")
-        return int(text)
+        return _TYPES[option].read(self._options[option], option)

@@ -8,6 +8,7 @@ from typing import Final
 
 from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import Disk
+from vmsnap.roles import OptionType
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, named
 
 _SIZE: Final = re.compile(r"(\d+)([KMGT]?)")
@@ -15,6 +16,16 @@ _PERCENT: Final = re.compile(r"(\d+)%")
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # An exception takes 16 bytes beside its chunk (drivers/md/dm-snap-persistent.c); the smallest chunk is 4 KiB.
 _CHUNKS_OF_A_TABLE: Final = 4096 // 16
+
+
+def _room(text: str) -> str:
+    if not _PERCENT.fullmatch(text) and not _SIZE.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+ROOM: Final = OptionType("room", "SIZE|N%", "size such as 8G, or percentage such as 20%", _room)
+"""The option `snapshot_size`."""
 
 
 def room_of(volume: Volume, wanted: str) -> int:

@@ -48,13 +48,3 @@ def check_disk(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
             f"disk {disk.device} is covered by the block node {top}",
             cure="let the block job end that put it there; if it is vmsnap's: vmsnap recover",
         )
-
-
-def parse_number(option: str, text: str, least: int, most: int) -> int:
-    """The value of an option that is a whole number.
-
-    :raises SnapshotError: it is none from `least` to `most`
-    """
-    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-        raise SnapshotError(f"{option}={text!r} is no whole number from {least} to {most}")
-    return int(text)

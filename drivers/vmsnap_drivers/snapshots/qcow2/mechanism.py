@@ -18,12 +18,22 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
-from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import (
+    PATH,
+    DiskReader,
+    DriverContext,
+    Need,
+    Option,
+    Program,
+    SnapshotMechanism,
+    whole_number,
+    with_defaults,
+)
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, orphans, overlay, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
-from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version, parse_number
+from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
 from vmsnap_drivers.snapshots.qcow2.keeping import KeptNotes
@@ -33,6 +43,8 @@ from vmsnap_drivers.snapshots.qcow2.room import check_room, choose_folder
 from vmsnap_drivers.snapshots.qcow2.teardown import remove_all
 
 _READ_SECONDS: Final = 60.0
+_COPY_SECONDS: Final = whole_number(1, 3600)
+_BITMAPS: Final = whole_number(0, 64)
 
 
 class Qcow2Mechanism(SnapshotMechanism):
@@ -48,25 +60,35 @@ class Qcow2Mechanism(SnapshotMechanism):
     """
 
     name: ClassVar[str] = MECHANISM
-    atomic_group: ClassVar[bool] = True
     clones: ClassVar[bool] = True
     changes: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
-        Option("folder", "where blocks that the guest overwrites are kept meanwhile (default: beside each disk)"),
-        Option("copy_seconds", "how long a write of the guest's may wait for its old block to be copied", default="10"),
+        Option(
+            "folder",
+            "where blocks that the guest overwrites are kept meanwhile (default: beside each disk)",
+            type=PATH,
+        ),
+        Option(
+            "copy_seconds",
+            "how long a write of the guest's may wait for its old block to be copied",
+            default="10",
+            type=_COPY_SECONDS,
+        ),
         Option(
             "bitmaps",
             "of how many backups the changes since are recorded at once: one is needed for each repository; 0: none",
             default="4",
+            type=_BITMAPS,
         ),
         Option("qemu_img", "the program qemu-img", default="qemu-img"),
     )
+    needs: ClassVar[Sequence[Need]] = (Program(("qemu-img",), "apt install qemu-utils"),)
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         super().__init__(context, options)
-        self._options = dict(options)
+        self._options = with_defaults(self.options, options)
         self._folder = context.state_dir / MECHANISM
-        self._image = QemuImg(options.get("qemu_img", "qemu-img"))
+        self._image = QemuImg(self._options["qemu_img"])
         self._monitor: Monitor | None = None
 
     def handles(self, disk: Disk) -> bool:
@@ -341,7 +363,7 @@ class Qcow2Mechanism(SnapshotMechanism):
         return KeptNotes(self._folder / "bitmaps")
 
     def _copy_seconds(self) -> int:
-        return parse_number("copy_seconds", self._options.get("copy_seconds", "10"), 1, 3600)
+        return _COPY_SECONDS.read(self._options["copy_seconds"], "copy_seconds")
 
     def _bitmaps(self) -> int:
-        return parse_number("bitmaps", self._options.get("bitmaps", "4"), 0, 64)
+        return _BITMAPS.read(self._options["bitmaps"], "bitmaps")
