@@ -6,6 +6,7 @@ do it, or by boto3's own transfer manager.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # As many packs as an uploader stores at once, and as many ranges as a restore reads at once.
 _PUTS = 4
-_GETS = 4
+_GETS = min(len(os.sched_getaffinity(0)), 8) + 4
 _RANGE_BYTES = 8 << 20
 # As the others write their files. Larger writes get memory that the machine has not used yet, and wait for it.
 _WRITE_BYTES = 256 << 10

@@ -19,9 +19,12 @@ from vmsnap_storage_backends.s3.address import Place
 Call = Callable[..., Any]
 """``call(what, operation, **arguments)``: one request of the client, its failures translated."""
 
-PART_BYTES = 8 << 20
+PART_BYTES = 16 << 20
 """The protocol allows 5 MiB at least, and 10000 parts."""
-PARTS_ABOVE_BYTES = 16 << 20
+PARTS_ABOVE_BYTES = 64 << 20
+"""Packs are smaller: several of them travel side by side anyway, and an object that was put in one request is read
+faster where services keep parts apart, as OpenStack Swift does.
+"""
 _MAX_PARTS = 10_000
 STALE_SECONDS = 86400.0
 """Nobody works for so long on one upload."""
