@@ -16,7 +16,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.lab import Disk, LabMachine, QemuBuild, ext4
 from tests.lab import serial as console
 from tests.lab.bridge import Bridge
 from tests.test_live_backup_qemu import processes_of
-from vmsnap.controller import Controller
+from vmsnap.controller import Controller, Drivers
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
@@ -95,8 +95,12 @@ class Stage:
 
 
 @contextmanager
-def staged(build: QemuBuild) -> Iterator[Stage]:
-    """The guest, its application under way, registered as ``vm001``."""
+def staged(
+    build: QemuBuild, luns: tuple[str, ...] = (), mechanism_options: Mapping[str, Mapping[str, str]] | None = None
+) -> Iterator[Stage]:
+    """The guest, its application under way, registered as ``vm001``. Its disks are the `luns` where there are two: raw,
+    256 and 64 MiB, the second of them with ext4 (`make_ext4`) already.
+    """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, place)
@@ -104,26 +108,35 @@ def staged(build: QemuBuild) -> Iterator[Stage]:
         machine = LabMachine(
             place / "vm001",
             build,
-            disks=(Disk("raw"), Disk("qcow2", 64 * MIB)),
+            disks=_disks(luns),
             network=bridge.network,
             settings={"ext4_disk": 2, "packets": 1},
         )
         machine.folder.mkdir()
-        made = place / "ext4.raw"
-        ext4.make_ext4(made, 64 * MIB)
-        convert = [str(build.img_binary), "convert", "-f", "raw", "-O", "qcow2", str(made), str(machine.disk_path(1))]
-        subprocess.run(convert, check=True, capture_output=True)
+        if not luns:
+            made = place / "ext4.raw"
+            ext4.make_ext4(made, 64 * MIB)
+            convert = [str(build.img_binary), "convert", "-f", "raw", "-O", "qcow2", str(made)]
+            subprocess.run([*convert, str(machine.disk_path(1))], check=True, capture_output=True)
         stack.enter_context(machine)
         stack.callback(end_all, place)
         folders = HostFolders.find(place / "state")
         stack.callback(shutil.rmtree, folders.memory_dir, ignore_errors=True)
-        controller = stack.enter_context(Controller(folders))
+        drivers = Drivers(folders.context(), mechanism_options)
+        controller = stack.enter_context(Controller(folders, drivers=drivers))
         controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
         repository = create_repository(str(place / "repository"))
         stage = Stage(place, bridge, machine, controller, repository)
         until(lambda: stage.entries() >= ENTRIES_AT_LEAST, "the guest's application works", 150)
         machine.wait_for_check(1)
         yield stage
+
+
+def _disks(luns: tuple[str, ...]) -> tuple[Disk, ...]:
+    if not luns:
+        return Disk("raw"), Disk("qcow2", 64 * MIB)
+    first, second = luns
+    return Disk("raw", address=first), Disk("raw", 64 * MIB, second)
 
 
 def end_all(place: Path) -> None:

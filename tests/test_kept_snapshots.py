@@ -10,11 +10,12 @@ import pytest
 
 from tests.test_file_mechanism import plain_disk
 from tests.world import FaultyDrivers
-from vmsnap.controller import Controller, Drivers, kept_snapshots
+from vmsnap.controller import Controller, Drivers
 from vmsnap.controller.kept_snapshots import KeptSnapshots
 from vmsnap.errors import AlreadyExists, NotFound, SnapshotError, UsageError
 from vmsnap.host import HostFolders
 from vmsnap.model import Disk
+from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.faults import Effect, Fault, FaultPlan
 
 SIZE = 1 << 20
@@ -24,10 +25,10 @@ SIZE = 1 << 20
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two files that the mechanism ``file`` takes, for which otherwise a hypervisor must vouch."""
 
-    def vouched(index: int, address: str) -> Disk:
-        return plain_disk(Path(address), SIZE, f"disk{index}")
+    def vouched(_: SnapshotMechanism, device: str, address: str) -> Disk:
+        return plain_disk(Path(address), SIZE, device)
 
-    monkeypatch.setattr(kept_snapshots, "_disk", vouched)
+    monkeypatch.setattr(SnapshotMechanism, "disk_at", vouched)
     (tmp_path / "images").mkdir()
     paths = [tmp_path / "images" / name for name in ("a", "b")]
     for path in paths:

@@ -59,6 +59,9 @@ class Runner(ABC):
         :raises SnapshotError: it failed, which may be told after some lines
         """
 
+    def close(self) -> None:
+        """Let go of connections; idempotent."""
+
 
 class LocalRunner(Runner):
     """Commands of this host. They see no descriptors of ours, no terminal, and English messages."""

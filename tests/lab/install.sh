@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
+# Installs what the tests need on a Debian 12 machine: QEMU 7.2 with its iSCSI initiator, a C compiler, SQLite, busybox, cpio,
 # iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm, Chromium and libvirt (its daemons, which nothing starts, and
 # what its Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the
 # cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, LVM with the
-# kernel that it needs, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
+# kernel that it needs, the iSCSI target tgt, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
 # nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
@@ -11,7 +11,7 @@ set -eu
 
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-packages='qemu-system-x86 qemu-utils busybox-static cpio gcc libc6-dev libsqlite3-dev e2fsprogs iproute2 xfsprogs
+packages='qemu-system-x86 qemu-utils qemu-block-extra busybox-static cpio gcc libc6-dev libsqlite3-dev e2fsprogs iproute2 xfsprogs
     btrfs-progs openssh-client ovmf swtpm libvirt-daemon libvirt-clients libvirt-dev pkg-config python3-dev
     chromium chromium-driver fonts-dejavu-core'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
@@ -94,6 +94,27 @@ unpack_lighttpd() {
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$lighttpd" download $needed
     touch "$lighttpd/complete"
+}
+
+# Unpacked, not installed: installing it would start a target that the whole network can reach.
+unpack_tgt() {
+    tgt=$cache/tgt
+    [ -e "$tgt/complete" ] && return
+    refresh_lists
+    rm -rf "$tgt"
+    needed=$(apt-get -s -q install --no-install-recommends tgt | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$tgt/root" download $needed
+    mkdir "$tgt/bin"
+    for name in tgtd tgtadm; do
+        cat >"$tgt/bin/$name" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH=$tgt/root/usr/lib/x86_64-linux-gnu
+exec $tgt/root/usr/sbin/$name "\$@"
+WRAPPER
+        chmod 755 "$tgt/bin/$name"
+    done
+    touch "$tgt/complete"
 }
 
 # Unpacked, not installed: it is for guests.
@@ -198,4 +219,5 @@ unpack_sshd
 unpack_lighttpd
 unpack_agent
 unpack_storage
+unpack_tgt
 unpack_backported_qemu

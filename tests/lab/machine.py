@@ -32,6 +32,8 @@ class Disk:
     format: str
     """``qcow2`` or ``raw``."""
     size_bytes: int = 256 * MIB
+    address: str = ""
+    """The LUN on which it lies, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator; empty for a file."""
 
 
 DEFAULT_DISKS = (Disk("qcow2"), Disk("raw"))
@@ -161,7 +163,8 @@ class LabMachine:
         arguments = []
         for index, disk in enumerate(self.disks):
             name = f"disk{index}"
-            file = f"driver=file,node-name={name}-file,filename={self.disk_path(index)}"
+            where = _lun_options(disk.address) if disk.address else f"driver=file,filename={self.disk_path(index)}"
+            file = f"node-name={name}-file,{where}"
             node = f"driver={disk.format},node-name={name},file={name}-file"
             arguments += [
                 "-blockdev",
@@ -180,7 +183,7 @@ class LabMachine:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, disk in enumerate(self.disks):
-            if not self.disk_path(index).exists():
+            if not disk.address and not self.disk_path(index).exists():
                 self.qemu.create_image(self.disk_path(index), disk.format, disk.size_bytes)
         with (self.folder / "qemu.log").open("ab") as log:
             # A session of its own, so that Ctrl-C on a test or demo does not reach the guest.
@@ -297,3 +300,8 @@ class LabMachine:
         log = self.folder / "qemu.log"
         errors = log.read_text(errors="replace") if log.exists() else ""
         return f"QEMU said {errors[-1000:]!r}, the guest {self.serial_text()[-500:]!r}"
+
+
+def _lun_options(address: str) -> str:
+    portal, target, lun = address.removeprefix("iscsi://").split("/")
+    return f"driver=iscsi,transport=tcp,portal={portal},target={target},lun={lun}"

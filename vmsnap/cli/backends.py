@@ -202,3 +202,15 @@ vmsnap_lvm = MechanismCommandLine(
         vmsnap-lvm list""",
 )
 """The entry point ``vmsnap-lvm``."""
+
+vmsnap_iscsi = CommandLine(
+    "vmsnap-iscsi",
+    _MECHANISM_COMMANDS,
+    params=[version_option(__version__)],
+    help="Snapshots of LUNs, taken where they lie and exported anew, as vmsnap takes them of the disks of VMs.",
+    epilog="""\
+        vmsnap-iscsi doctor
+        vmsnap-iscsi snapshot iscsi://127.0.0.1/iqn.2009-12.com.example:001/1
+        vmsnap-iscsi list""",
+)
+"""The entry point ``vmsnap-iscsi``."""

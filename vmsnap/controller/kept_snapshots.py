@@ -60,8 +60,8 @@ class KeptSnapshots:
         :raises UsageError: the mechanism does not serve an address
         :raises SnapshotError: it failed; nothing is left
         """
-        disks = [_disk(index, address) for index, address in enumerate(addresses)]
         with closing(self._drivers.mechanism(mechanism)) as driver:
+            disks = [driver.disk_at(f"disk{index}", address) for index, address in enumerate(addresses)]
             for disk in disks:
                 if not driver.handles(disk):
                     raise UsageError(f"mechanism {mechanism!r} does not serve {disk.address}")
@@ -164,17 +164,3 @@ class KeptSnapshots:
 
     def _strike(self, snapshot: str) -> None:
         self._path(snapshot).unlink(missing_ok=True)
-
-
-def _disk(index: int, address: str) -> Disk:
-    """The disk at an address of this host, a device or a file."""
-    try:
-        descriptor = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as e:
-        why = e.strerror if isinstance(e, OSError) else e
-        raise UsageError(f"{address} cannot be read: {why}") from e
-    return Disk(f"disk{index}", address, size_bytes)

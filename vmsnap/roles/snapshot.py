@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
 from vmsnap.roles.needs import Need
 from vmsnap.roles.options import DriverContext, Option
@@ -87,6 +88,22 @@ class SnapshotMechanism(ABC):
     @abstractmethod
     def handles(self, disk: Disk) -> bool:
         """Say whether this mechanism can snapshot the disk where it lies. Quick, no side effects, never raises."""
+
+    def disk_at(self, device: str, address: str) -> Disk:
+        """The disk at an address that a person named, with its size. Blocks; changes nothing.
+
+        :raises UsageError: there is none that can be read
+        """
+        try:
+            descriptor = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+            finally:
+                os.close(descriptor)
+        except (OSError, ValueError) as e:
+            why = e.strerror if isinstance(e, OSError) else e
+            raise UsageError(f"{address} cannot be read: {why}") from e
+        return Disk(device, address, size_bytes)
 
     @abstractmethod
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:

@@ -317,6 +317,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self.driver.handles(disk)
 
+    def disk_at(self, device: str, address: str) -> Disk:
+        """See the role."""
+        return self.driver.disk_at(device, address)
+
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See the role."""
         return self._call(self.driver.plan, vm, disks, tag, window)

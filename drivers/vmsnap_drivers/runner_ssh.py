@@ -1,0 +1,206 @@
+"""Runs the commands of snapshot mechanisms on another machine, over SSH.
+
+The machine's host key must be known; nothing is asked, and nothing but OpenSSH's own files is believed. A command line
+is quoted word by word (`shlex.join`) for the shell that sshd runs it with. Whoever is not root there needs sudo without
+a password.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Final
+
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
+from vmsnap_drivers.runner import Output, Runner, one_line
+
+if TYPE_CHECKING:
+    from paramiko import Channel, SSHClient
+
+_URL: Final = re.compile(
+    r"ssh://(?:(?P<user>[A-Za-z_][A-Za-z0-9_.-]{0,31})@)?(?P<host>[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::(?P<port>\d{1,5}))?/?"
+)
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
+_CONNECT_SECONDS: Final = 20.0
+_POLL_SECONDS: Final = 0.2
+_KEEPALIVE_SECONDS: Final = 10
+_NOT_FOUND: Final = 127
+"""The status of ``env`` for a program that there is not."""
+
+
+@dataclass(frozen=True)
+class SshSettings:
+    """How hosts are reached: files instead of the user's own, where they are given."""
+
+    known_hosts: str = ""
+    key: str = ""
+
+
+class SshRunner(Runner):
+    """Commands of the machine at an address such as ``ssh://root@san.example:22``."""
+
+    def __init__(self, url: str, settings: SshSettings) -> None:
+        """Remember it; no I/O.
+
+        :raises UsageError: it is no such address
+        """
+        found = _URL.fullmatch(url)
+        if found is None:
+            raise UsageError(f"{url!r} is no address of a machine", cure="write it as ssh://USER@HOST:PORT")
+        self.url = url
+        self._host, self._user = found["host"].strip("[]"), found["user"] or "root"
+        self._port = int(found["port"] or 22)
+        self._settings = settings
+        self._client: SSHClient | None = None
+        self._lock = Lock()
+
+    def find(self, program: str) -> str | None:
+        """See `Runner.find`."""
+        done = self.run(["which", program], _CONNECT_SECONDS)
+        return done.stdout.strip() or None
+
+    def may_use(self, device: Path) -> bool:
+        """See `Runner.may_use`."""
+        return self.run(["test", "-r", str(device), "-a", "-w", str(device)], _CONNECT_SECONDS).status == 0
+
+    def run(self, argv: Sequence[str], seconds: float, *, changes: bool = False) -> Output:
+        """See `Runner.run`. What has begun there goes on when we die or are cut off, and ends by itself.
+
+        :raises SnapshotError: the machine cannot be reached, is not the one that it was, or does not let us in
+        """
+        channel = self._begin(argv)
+        deadline = time.monotonic() + seconds
+        said: dict[bool, bytearray] = {True: bytearray(), False: bytearray()}
+        try:
+            while not channel.exit_status_ready() or channel.recv_ready() or channel.recv_stderr_ready():
+                if channel.recv_ready():
+                    said[True] += channel.recv(1 << 16)
+                elif channel.recv_stderr_ready():
+                    said[False] += channel.recv_stderr(1 << 16)
+                elif not self._is_connected():
+                    raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
+                elif time.monotonic() > deadline:
+                    raise SnapshotError(f"{argv[0]} on {self.url} did not end within {seconds:g} s, and may go on")
+                else:
+                    channel.status_event.wait(0.005)
+            status = channel.recv_exit_status()
+        finally:
+            channel.close()
+        if status < 0:
+            raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
+        output = Output(status, said[True].decode(errors="replace"), said[False].decode(errors="replace"))
+        if status == _NOT_FOUND:
+            raise DriverUnavailable(f"the program {argv[0]} is not installed on {self.url}")
+        return output
+
+    def lines(self, argv: Sequence[str], seconds: float) -> Iterator[str]:
+        """See `Runner.lines`."""
+        done = self.run(argv, seconds)
+        if done.status:
+            raise SnapshotError(f"{argv[0]} on {self.url} failed: {one_line(done.stderr)}")
+        yield from done.stdout.splitlines(keepends=True)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    def _begin(self, argv: Sequence[str]) -> Channel:
+        words = ["env", "LC_ALL=C", f"PATH={_PATH}", *argv]
+        if self._user != "root":
+            words = ["sudo", "-n", "--", *words]
+        from paramiko import SSHException
+
+        try:
+            transport = self._connected().get_transport()
+            if transport is None:
+                raise SnapshotError(f"the connection to {self.url} was lost")
+            channel = transport.open_session(timeout=_CONNECT_SECONDS)
+            channel.exec_command(shlex.join(words))
+        except (SSHException, EOFError, OSError) as e:
+            self.close()
+            raise SnapshotError(f"{self.url} cannot be told to run {argv[0]}: {e or 'it does not answer'}") from e
+        return channel
+
+    def _is_connected(self) -> bool:
+        client = self._client
+        transport = client.get_transport() if client is not None else None
+        return transport is not None and transport.is_active()
+
+    def _connected(self) -> SSHClient:
+        with self._lock:
+            if not self._is_connected():
+                if self._client is not None:
+                    self._client.close()
+                self._client = self._connect()
+            client = self._client
+        if client is None:
+            raise SnapshotError(f"the connection to {self.url} was lost")
+        return client
+
+    def _connect(self) -> SSHClient:
+        try:
+            from paramiko import (
+                AuthenticationException,
+                BadHostKeyException,
+                RejectPolicy,
+                SSHClient,
+                SSHException,
+            )
+        except ImportError as e:
+            raise DriverUnavailable(
+                "commands on other machines need paramiko, which is not installed", cure="pip install 'vmsnap[ssh]'"
+            ) from e
+        client = SSHClient()
+        client.set_missing_host_key_policy(RejectPolicy())
+        client.set_log_channel("vmsnap.ssh")
+        known_hosts = self._settings.known_hosts
+        try:
+            if known_hosts:
+                client.load_host_keys(known_hosts)
+            else:
+                client.load_system_host_keys()
+                with suppress(FileNotFoundError):
+                    client.load_system_host_keys(str(_SYSTEM_KNOWN_HOSTS))
+            client.connect(
+                self._host, self._port, self._user, key_filename=self._settings.key or None,
+                timeout=_CONNECT_SECONDS, banner_timeout=_CONNECT_SECONDS, auth_timeout=_CONNECT_SECONDS,
+                look_for_keys=not self._settings.key, allow_agent=not self._settings.key,
+            )  # fmt: skip
+        except BadHostKeyException as e:
+            client.close()
+            raise SnapshotError(
+                f"THE HOST KEY OF {self._host} HAS CHANGED: somebody may be between you and it",
+                cure="ask who runs it; only if the key was changed on purpose: ssh-keygen -R",
+            ) from e
+        except AuthenticationException as e:
+            client.close()
+            raise SnapshotError(
+                f"{self.url} does not let {self._user} in", cure="put this host's public key into its authorized_keys"
+            ) from e
+        except (SSHException, EOFError, OSError) as e:
+            client.close()
+            raise _unreachable(self.url, e) from e
+        transport = client.get_transport()
+        if transport is not None:
+            transport.set_keepalive(_KEEPALIVE_SECONDS)
+        return client
+
+
+def _unreachable(url: str, error: Exception) -> SnapshotError:
+    said = getattr(error, "strerror", None) or str(error) or "it does not answer"
+    if "not found in known_hosts" in said:
+        return SnapshotError(
+            f"the host key of {url} is not known",
+            cure="compare it with the machine's own, then: ssh-keyscan >> known_hosts",
+        )
+    return SnapshotError(f"{url} cannot be reached: {said}", cure="see that it runs, and that its SSH answers")

@@ -1,0 +1,303 @@
+"""`IscsiMechanism`: snapshots of disks that are LUNs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar, Final
+
+from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.model import (
+    ClonePlan,
+    Disk,
+    DiskSnapshot,
+    Finding,
+    Moment,
+    OwnedResource,
+    SnapshotPlan,
+    Window,
+)
+from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles.filereader import FileReader
+from vmsnap_drivers.devicereader import DeviceReader
+from vmsnap_drivers.runner_ssh import SshSettings
+from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn, own_address_towards, parse
+from vmsnap_drivers.snapshots.iscsi.doctor import examine
+from vmsnap_drivers.snapshots.iscsi.exports import Exports
+from vmsnap_drivers.snapshots.iscsi.files import Files
+from vmsnap_drivers.snapshots.iscsi.initiator import Account, InitiatorReader
+from vmsnap_drivers.snapshots.iscsi.names import (
+    CloneNames,
+    LunNames,
+    clone_names_of,
+    clone_target_of,
+    index_of,
+    names_of,
+    target_of,
+    to_data,
+)
+from vmsnap_drivers.snapshots.iscsi.places import Place, Places
+from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
+from vmsnap_drivers.snapshots.iscsi.tgt import taken
+
+_MOST_AT_ONCE: Final = 8
+_LONGEST_PAUSE_SECONDS: Final = 3600
+
+
+class IscsiMechanism(SnapshotMechanism):
+    """Point-in-time copies of LUNs, taken of their backing stores where these lie, and exported as targets of their
+    own: read-only for reading, a writable clone for a duplicate.
+
+    Targets are those of a tgtd on this host, or in storage appliances that are reached over SSH. A file is reflinked, a
+    thin volume gets a thin snapshot.
+    """
+
+    name: ClassVar[str] = "iscsi"
+    clones: ClassVar[bool] = True
+    options: ClassVar[Sequence[Option]] = (
+        Option(
+            "appliances",
+            "which portals are served by which machines: PORTAL=ssh://USER@HOST:PORT, several with spaces; a portal"
+            " that is not named is one of this host",
+            "",
+        ),
+        Option("control_port", "the control port of the tgtd on this host", "0"),
+        Option(
+            "initiators",
+            "who may use what is exported: addresses, or names (iqn.…), several with spaces; without it, this host's"
+            " address, as the portal sees it",
+            "",
+        ),
+        Option(
+            "reading",
+            "how a snapshot on this host is read; appliances are read by the initiator",
+            "store",
+            ("store", "initiator"),
+        ),
+        Option("chap_user", "the CHAP account of the targets, by which we read", ""),
+        Option("chap_password_file", "the file that holds its secret", ""),
+        Option("known_hosts", "the file of known host keys of the appliances; without it, OpenSSH's own", ""),
+        Option("ssh_key", "the private key for the appliances; without it, the agent's and the user's own", ""),
+        Option("pause_seconds", "how long one command may take while the guest stands still", "4"),
+    )
+
+    def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
+        super().__init__(context, options)
+        self._options = {option.name: option.default or "" for option in self.options} | dict(options)
+        settings = SshSettings(self._options["known_hosts"], self._options["ssh_key"])
+        self._places = Places(self._options["appliances"], self._options["control_port"], settings)
+        self._exports = Exports(context.state_dir / self.name)
+        self._kinds = self._places.of("").kinds
+
+    def handles(self, disk: Disk) -> bool:
+        """Say whether the disk is a raw LUN of a place that is known."""
+        lun = parse(disk.address)
+        return disk.format == "raw" and lun is not None and self._places.serves(lun)
+
+    def disk_at(self, device: str, address: str) -> Disk:
+        """See `SnapshotMechanism.disk_at`; the target is asked."""
+        lun = parse(address)
+        if lun is None or not self._places.serves(lun):
+            raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
+        return Disk(device, address, self._origin(lun).size_bytes)
+
+    def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
+        """See `SnapshotMechanism.plan`.
+
+        :raises SnapshotError: a disk is no LUN that is served, what lies behind it cannot be snapshotted, or a name is
+            taken
+        :raises UsageError: an option is wrong
+        :raises DriverUnavailable: tgtadm is not installed
+        """
+        self._seconds()
+        found = tuple(self._names(disk, tag, index) for index, disk in enumerate(disks))
+        return SnapshotPlan(self.name, tag, vm, tuple(disks), window, to_data(found))
+
+    def prepare(self, plan: SnapshotPlan) -> None:
+        """See `SnapshotMechanism.prepare`."""
+        for names in names_of(plan, self._kinds):
+            self._stores(names).prepare(names.origin, names.snapshot)
+
+    def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
+        """See `SnapshotMechanism.snapshot`. One command a disk, all at once.
+
+        :raises SnapshotError: one failed, or took too long
+        """
+        seconds = self._seconds()
+
+        def take(names: LunNames) -> Moment:
+            self._stores(names).snapshot(names.origin, names.snapshot, plan.tag, seconds)
+            return Moment.now("snapshot")
+
+        found = names_of(plan, self._kinds)
+        with ThreadPoolExecutor(min(len(found), _MOST_AT_ONCE) or 1) as pool:
+            instants = list(pool.map(take, found))
+        return tuple(DiskSnapshot(plan, disk, instant) for disk, instant in zip(plan.disks, instants, strict=True))
+
+    def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
+        """See `SnapshotMechanism.settle`. Exports them, each under a name of its own.
+
+        :raises SnapshotError: the name is taken, or the target could not be made
+        """
+        for snapshot in snapshots:
+            names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
+            self._stores(names).settle(names.snapshot)
+            self._export(names.lun, names.target, names.snapshot, read_only=True)
+
+    def reader(self, snapshot: DiskSnapshot) -> DiskReader:
+        """See `SnapshotMechanism.reader`. Needs `settle` before."""
+        names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
+        return self._read(names, names.exported, names.snapshot, snapshot.disk.size_bytes, "the snapshot")
+
+    def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
+        """See `SnapshotMechanism.plan_clone`: beside the disk's backing store, lasting or not. No files here."""
+        index = index_of(snapshot)
+        names = names_of(snapshot.plan, self._kinds)[index]
+        path = self._stores(names).beside(names.origin, snapshot.plan.tag, index, name)
+        target = clone_target_of(names.lun, name, index)
+        if self._place(names.lun).tgt.find(target) is not None:
+            raise taken(target)
+        data = {"index": index, "path": path, "target": target}
+        return ClonePlan(self.name, snapshot.plan, snapshot.disk.device, name, folder, lasting, data)
+
+    def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
+        """See `SnapshotMechanism.clone`. Made at once: it shares with the snapshot what is not overwritten."""
+        names, source = self._clone(plan)
+        self._stores(source).clone(source.snapshot, names.path, plan.snapshot.tag)
+        self._export(source.lun, names.target, names.path, read_only=False)
+        return Disk(snapshot.disk.device, str(source.lun.beside(names.target)), snapshot.disk.size_bytes)
+
+    def delete_clone(self, plan: ClonePlan) -> None:
+        """See `SnapshotMechanism.delete_clone`.
+
+        :raises SnapshotError: a VM uses it, or it cannot be removed or reached
+        """
+        names, source = self._clone(plan)
+        place = self._place(source.lun)
+        self._exports.remove(place, names.target, names.path, force=False)
+        self._stores(source).remove(names.path, plan.snapshot.tag)
+
+    def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
+        """See `SnapshotMechanism.clone_reader`."""
+        names, source = self._clone(plan)
+        return self._read(source, source.lun.beside(names.target), names.path, disk.size_bytes, "the clone")
+
+    def delete(self, plan: SnapshotPlan) -> None:
+        """See `SnapshotMechanism.delete`.
+
+        :raises SnapshotError: something could not be removed or reached
+        """
+        failed: SnapshotError | None = None
+        for names in names_of(plan, self._kinds):
+            try:
+                self._exports.remove(self._place(names.lun), names.target, names.snapshot, force=True)
+                self._stores(names).remove(names.snapshot, plan.tag)
+            except SnapshotError as e:
+                failed = failed or e
+        if failed is not None:
+            raise failed
+
+    def list_owned(self) -> Sequence[OwnedResource]:
+        """See `SnapshotMechanism.list_owned`: what lies beside the backing stores of targets, in all places.
+
+        :raises SnapshotError: an appliance cannot be reached
+        """
+        return [
+            OwnedResource(owned.kind, _shown(place, owned), owned.tag, self.name)
+            for place in self._places.all()
+            for _, owned in self._owned(place)
+        ]
+
+    def remove_owned(self, owned: OwnedResource) -> None:
+        """See `SnapshotMechanism.remove_owned`; with it goes the target that exports it.
+
+        :raises SnapshotError: it is in use, or an appliance cannot be reached
+        """
+        for place in self._places.all():
+            for stores, found in self._owned(place):
+                if (found.kind, _shown(place, found), found.tag) != (owned.kind, owned.name, owned.tag):
+                    continue
+                for target in place.tgt.targets():
+                    if [lun.path for lun in target.disks] == [found.path]:
+                        self._exports.remove(place, target.name, found.path, force=found.kind == "snapshot")
+                stores.remove(found.path, found.tag)
+
+    def doctor(self) -> Sequence[Finding]:
+        """See `SnapshotMechanism.doctor`."""
+        return examine(self._places)
+
+    def close(self) -> None:
+        """See `SnapshotMechanism.close`."""
+        self._places.close()
+
+    # -- within
+
+    def _names(self, disk: Disk, tag: str, index: int) -> LunNames:
+        lun = parse(disk.address)
+        if lun is None or not self.handles(disk):
+            raise SnapshotError(f"{disk.device} at {disk.address} is no raw LUN of a place that is known")
+        origin = self._origin(lun)
+        if origin.size_bytes != disk.size_bytes:
+            raise SnapshotError(
+                f"{disk.address} has {disk.size_bytes} bytes for the VM, and {origin.size_bytes} where it lies"
+            )
+        place = self._place(lun)
+        stores = place.kinds[origin.kind]
+        snapshot, target = stores.beside(origin.path, tag, index), target_of(lun, tag, index)
+        if stores.exists(snapshot):
+            raise SnapshotError(f"there is {snapshot} on {place.name} already")
+        if place.tgt.find(target) is not None:
+            raise taken(target)
+        return LunNames(disk.address, origin.kind, origin.path, snapshot, target)
+
+    def _origin(self, lun: LunAddress) -> Origin:
+        place = self._place(lun)
+        target = place.tgt.find(lun.target)
+        found = next((each for each in target.disks if each.number == lun.lun), None) if target is not None else None
+        if found is None:
+            raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
+        return place.look(found.path)
+
+    def _place(self, lun: LunAddress) -> Place:
+        return self._places.of(lun.portal)
+
+    def _stores(self, names: LunNames) -> Stores:
+        return self._place(names.lun).kinds[names.kind]
+
+    def _clone(self, plan: ClonePlan) -> tuple[CloneNames, LunNames]:
+        names = clone_names_of(plan, self._kinds)
+        return names, names_of(plan.snapshot, self._kinds)[names.index]
+
+    def _export(self, lun: LunAddress, target: str, path: str, *, read_only: bool) -> None:
+        place, initiators = self._place(lun), self._options["initiators"].split()
+        for initiator in initiators:
+            if not is_iqn(initiator) and not initiator.replace(".", "").replace(":", "").isalnum():
+                raise UsageError(f"initiators: {initiator!r} is neither an address nor a name")
+            if initiator.upper() == "ALL":
+                raise UsageError("initiators: everybody is nobody that may use a snapshot", cure="name addresses")
+        self._exports.make(
+            place, target, path, lun.target, initiators or [own_address_towards(lun)], read_only=read_only
+        )
+
+    def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
+        if not self._place(names.lun).here or self._options["reading"] == "initiator":
+            account = Account(self._options["chap_user"], self._options["chap_password_file"])
+            return InitiatorReader(exported, size_bytes, f"{what} {exported}", account)
+        if names.kind == Files.kind:
+            return FileReader(Path(path), size_bytes, what)
+        return DeviceReader(path, size_bytes, f"{what} {path}")
+
+    def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
+        origins = [lun.path for target in place.tgt.targets() for lun in target.disks if lun.path.startswith("/")]
+        return [(stores, owned) for stores in place.kinds.values() for owned in stores.owned(origins)]
+
+    def _seconds(self) -> int:
+        text = self._options["pause_seconds"]
+        if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _LONGEST_PAUSE_SECONDS:
+            raise UsageError(f"pause_seconds={text!r} is no whole number from 1 to {_LONGEST_PAUSE_SECONDS}")
+        return int(text)
+
+
+def _shown(place: Place, owned: Owned) -> str:
+    return owned.path if place.here else f"{owned.path} at {place.name}"

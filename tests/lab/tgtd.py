@@ -1,0 +1,139 @@
+"""A real tgtd on loopback, with a port of its own: the iSCSI target that install.sh unpacked. Needs root."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+from .machine import LabError
+from .qemus import cache_folder
+
+_START_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+_SOCKETS = Path("/var/run/tgtd")
+ADDRESS = "127.0.0.1"
+
+
+def programs() -> Path:
+    """The folder that has ``tgtd`` and ``tgtadm``.
+
+    :raise LookupError: when install.sh has not been run.
+    """
+    folder = cache_folder() / "tgt"
+    if not (folder / "complete").exists():
+        raise LookupError("no tgt in the cache: run tests/lab/install.sh as root")
+    return folder / "bin"
+
+
+class TargetServer:
+    """One such server, for a ``with``. Several can run beside each other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = _free_port()
+        self.control_port = self.port % 32767 + 1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._numbers = 0
+
+    @property
+    def portal(self) -> str:
+        """Where it listens."""
+        return f"{ADDRESS}:{self.port}"
+
+    def address(self, target: str) -> str:
+        """The address of a target's first disk."""
+        return f"iscsi://{self.portal}/{target}/1"
+
+    def start(self) -> None:
+        """Start it, and return when it answers.
+
+        :raise LabError: when it does not.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "tgtd.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(programs() / "tgtd"), "-f", "--iscsi", f"portal={self.portal}", "-C", str(self.control_port)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + _START_SECONDS
+        while self._ask("--mode", "target", "--op", "show").returncode:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                said = (self.folder / "tgtd.log").read_text(errors="replace")
+                self.kill()
+                raise LabError(f"tgtd does not come up: {said}")
+            time.sleep(_POLL_SECONDS)
+
+    def kill(self) -> None:
+        """End it now; all its targets are forgotten. Killing twice is fine."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        for left in _SOCKETS.glob(f"socket.{self.control_port}*"):
+            left.unlink()
+
+    def __enter__(self) -> TargetServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def tell(self, *words: str) -> str:
+        """Give ``tgtadm`` a command.
+
+        :raise LabError: when it fails.
+        """
+        done = self._ask(*words)
+        if done.returncode:
+            raise LabError(f"tgtadm {' '.join(words)}: {done.stderr}")
+        return done.stdout
+
+    def add(self, target: str, path: Path | None, *, user: str = "", password: str = "") -> int:
+        """Make a target whose disk is that file (None: a target without one), for this host; returns its number."""
+        self._numbers += 1
+        number = 100 + self._numbers
+        tid = ("--tid", str(number))
+        self.tell("--mode", "target", "--op", "new", *tid, "--targetname", target)
+        if path is not None:
+            self.tell("--mode", "logicalunit", "--op", "new", *tid, "--lun", "1", "--backing-store", str(path))
+        if user:
+            self.tell("--mode", "account", "--op", "new", "--user", user, "--password", password)
+            self.tell("--mode", "account", "--op", "bind", *tid, "--user", user)
+        self.tell("--mode", "target", "--op", "bind", *tid, "--initiator-address", ADDRESS)
+        return number
+
+    def remove(self, target: str) -> None:
+        """Remove a target, whoever uses it."""
+        (number,) = (tid for tid, name, _ in self._shown() if name == target)
+        self.tell("--mode", "target", "--op", "delete", "--tid", number, "--force")
+
+    def targets(self) -> dict[str, list[str]]:
+        """All targets, each with its backing stores."""
+        return {name: re.findall(r"Backing store path: (/\S+)", text) for _, name, text in self._shown()}
+
+    def about(self, target: str) -> str:
+        """All that is shown of one target."""
+        (text,) = (text for _, name, text in self._shown() if name == target)
+        return text
+
+    def _shown(self) -> list[tuple[str, str, str]]:
+        text = self.tell("--mode", "target", "--op", "show")
+        parts = re.split(r"^Target (\d+): (\S+)$", text, flags=re.MULTILINE)[1:]
+        return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
+
+    def _ask(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [str(programs() / "tgtadm"), "--control-port", str(self.control_port), "--lld", "iscsi", *words]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind((ADDRESS, 0))
+        return int(trial.getsockname()[1])

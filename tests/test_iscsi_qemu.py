@@ -1,0 +1,122 @@
+"""The patent's scenario on a tgtd of the host: a real guest whose disks are LUNs that its QEMU reaches by its own
+initiator, backed up with the snapshots exported as targets of their own, and its duplicate on LUNs of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import disk_records, ext4, find_qemu
+from tests.lab.tgtd import TargetServer, programs
+from tests.qemu_stage import MIB, Stage, read_ledger, staged
+from tests.test_failover_qemu import goes_on
+from tests.test_file_mechanism import xfs
+from tests.test_live_backup_qemu import block_graph, processes_of
+from vmsnap.model import VmState
+
+__all__ = ["xfs"]
+pytestmark = [pytest.mark.qemu, pytest.mark.lab, pytest.mark.timeout(900)]
+
+TARGETS = ("iqn.2009-12.com.example:001", "iqn.2009-12.com.example:001-data")
+
+
+class Bench:
+    """A guest on LUNs, the server of these, and the folder of their backing stores."""
+
+    def __init__(self, stage: Stage, server: TargetServer, images: Path) -> None:
+        self.stage = stage
+        self.server = server
+        self.images = images
+
+    def see_that_nothing_is_left(self) -> None:
+        assert sorted(self.server.targets()) == sorted(TARGETS)
+        assert sorted(path.name for path in self.images.iterdir()) == ["disk0.img", "disk1.img"]
+        assert self.stage.left() == []
+        assert self.stage.controller.journal.unfinished() == []
+
+    def row(self, vm: str) -> dict[str, str]:
+        """The VM table's virtual disk identifiers and physical disk addresses."""
+        rows = {row.vm: row for row in self.stage.controller.table.rows()}
+        return {disk.device: disk.address for disk in rows[vm].disks}
+
+
+@pytest.fixture(scope="module")
+def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    images = xfs / "luns"
+    images.mkdir()
+    with (images / "disk0.img").open("wb") as file:
+        file.truncate(256 * MIB)
+    ext4.make_ext4(images / "disk1.img", 64 * MIB)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{programs()}:{path}"
+    try:
+        with TargetServer(tmp_path_factory.mktemp("tgtd")) as server:
+            for index, target in enumerate(TARGETS):
+                server.add(target, images / f"disk{index}.img")
+            first, second = map(server.address, TARGETS)
+            options = {"iscsi": {"control_port": str(server.control_port), "reading": "initiator"}}
+            with staged(find_qemu("7.2"), (first, second), options) as stage:
+                yield Bench(stage, server, images)
+    finally:
+        os.environ["PATH"] = path
+    shutil.rmtree(images)
+
+
+def test_a_live_backup_is_read_from_targets_of_its_own_and_comes_to_life_beside_the_original(bench: Bench) -> None:
+    stage, machine = bench.stage, bench.stage.machine
+    graph, processes, stops = block_graph(machine), processes_of(stage.place), stage.stops()
+    result = stage.controller.backup("vm001", stage.repository)
+    assert [disk.mechanism for disk in stage.controller.table.get("vm001").disks] == ["iscsi", "iscsi"]
+    assert bench.row("vm001") == {"disk0": bench.server.address(TARGETS[0]), "disk1": bench.server.address(TARGETS[1])}
+    assert stage.stops()[len(stops) :] == ["STOP", "RESUME"]
+    assert block_graph(machine) == graph and processes_of(stage.place) == processes
+    bench.see_that_nothing_is_left()
+    verified = stage.controller.verify_boot(stage.repository, result.backup, timeout_seconds=200)
+    assert "serial" in verified.life
+    machine.wait_for_check(machine.latest_check() + 1)
+    assert machine.faults() == [] and stage.bridge.repeated() == set()
+
+
+def test_a_consistent_backup_runs_its_duplicate_on_writable_luns(bench: Bench) -> None:
+    stage, machine = bench.stage, bench.stage.machine
+    entries, count, processes = stage.entries(), machine.latest_count(), processes_of(stage.place)
+    result = stage.controller.backup("vm001", stage.repository, mode="consistent", timeout_seconds=200)
+    assert result.mode == "consistent" and result.warnings == ()
+    bench.see_that_nothing_is_left()
+    assert processes_of(stage.place) == processes
+    image = stage.disk(result.backup, "disk1")
+    assert not ext4.needs_recovery(image) and ext4.complaints(image) == ""
+    kept = read_ledger(image)
+    assert kept.integrity == "ok" and kept.buffered == kept.entries and kept.entries >= entries
+    flushed = disk_records.flushed_count(stage.disk(result.backup, "disk0"))
+    assert flushed is not None and flushed >= count
+    machine.wait_for_count(machine.latest_count() + 20)
+    assert machine.faults() == [] and stage.bridge.repeated() == set()
+
+
+def test_the_vm_table_shows_both_and_the_duplicate_takes_over_on_its_own_luns(bench: Bench) -> None:
+    stage, machine = bench.stage, bench.stage.machine
+    held = stage.controller.backup("vm001", stage.repository, keep_duplicate=True)
+    duplicate = f"iqn.2009-12.com.example:{held.duplicate}"
+    addresses = {"disk0": bench.server.address(duplicate), "disk1": bench.server.address(f"{duplicate}.1")}
+    assert bench.row("vm001") == {"disk0": bench.server.address(TARGETS[0]), "disk1": bench.server.address(TARGETS[1])}
+    assert bench.row(held.duplicate) == addresses
+    assert sorted(bench.server.targets()) == sorted([*TARGETS, duplicate, f"{duplicate}.1"])
+    assert "Readonly: Yes" not in bench.server.about(duplicate)
+    assert "ACL information:\n        127.0.0.1\n" in bench.server.about(duplicate)
+    after = machine.wait_for_count(machine.latest_count() + 20)
+    stage.kill_vm()
+    begun = len(machine.serial_text())
+    result = stage.controller.failover("vm001")
+    assert result.duplicate == held.duplicate
+    counts = goes_on(stage, begun)
+    assert counts[0] <= after + 20
+    assert bench.row("vm001") == addresses
+    assert stage.controller.vm("vm001").state == VmState.EXECUTING.value
+    assert "Initiator: " in bench.server.about(duplicate), "it reaches its LUN over iSCSI"
+    assert "Initiator: " not in bench.server.about(TARGETS[0])
