@@ -2,7 +2,7 @@
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2, a C compiler, SQLite, busybox, cpio,
 # iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm, Chromium and libvirt (its daemons, which nothing starts, and
 # what its Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the
-# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, LVM with the
+# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, Prometheus' promtool, QEMU's guest agent, LVM with the
 # kernel that it needs, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
 # nothing when all is there; says nothing unless it fails.
 #
@@ -94,6 +94,18 @@ unpack_lighttpd() {
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$lighttpd" download $needed
     touch "$lighttpd/complete"
+}
+
+# Unpacked, not installed: of Prometheus the tool alone that checks rules and metrics.
+unpack_promtool() {
+    promtool=$cache/promtool
+    [ -e "$promtool/complete" ] && return
+    refresh_lists
+    rm -rf "$promtool"
+    fetch_into "$promtool/whole" download prometheus
+    mv "$promtool/whole/usr/bin/promtool" "$promtool/promtool"
+    rm -rf "$promtool/whole"
+    touch "$promtool/complete"
 }
 
 # Unpacked, not installed: it is for guests.
@@ -196,6 +208,7 @@ add_user
 unpack_kernel
 unpack_sshd
 unpack_lighttpd
+unpack_promtool
 unpack_agent
 unpack_storage
 unpack_backported_qemu
