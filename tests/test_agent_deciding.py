@@ -201,6 +201,19 @@ def test_vms_come_as_the_patterns_stand_and_then_by_name_each_once() -> None:
     assert names(schedule(vms=["web?"])) == ["web1", "web2"] and names(schedule(vms=["nobody"])) == []
 
 
+def test_vms_are_meant_by_the_tags_that_their_hypervisor_gives_them_too() -> None:
+    tags = {"web1": {"gold", "shop"}, "db1": {"gold"}, "elsewhere": {"gold"}}
+
+    def meant(*patterns: str, known: Mapping[str, set[str]] | None = tags) -> list[str]:
+        found = jobs_of_run(schedule(vms=list(patterns)), SLOT, SLOT, VMS, {}, [], tags=known)
+        return [new.vm for new in found]
+
+    assert meant("tag:gold") == ["db1", "web1"] and meant("tag:shop", "tag:gold") == ["web1", "db1"]
+    assert meant("tag:g*", "web2") == ["db1", "web1", "web2"] and meant("tag:") == meant("gold") == []
+    assert meant("tag:gold", known=None) == []
+    assert schedule(vms=["tag:gold"]).names_tags and not schedule(vms=["gold"]).names_tags
+
+
 def test_the_one_whose_last_success_is_oldest_comes_first_and_one_without_any_before_it() -> None:
     assert names(schedule(order="least-recent"), web1=30, db1=10, web10=20) == ["web2", "db1", "web10", "web1"]
 
@@ -329,13 +342,14 @@ _JOBS = st.builds(
 )
 
 
-@given(st.lists(_JOBS, max_size=14), st.integers(1, 6), st.integers(1, 4))
+@given(st.lists(_JOBS, max_size=14), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
 def test_no_limit_is_ever_passed_and_nothing_waits_without_a_reason(
-    wanted: list[dict[str, object]], at_once: int, per_repository: int
+    wanted: list[dict[str, object]], at_once: int, per_repository: int, per_pool: int
 ) -> None:
+    pools = {"a": {"/srv"}, "b": {"/srv", "/dev/vg0"}, "c": {"/dev/vg0"}}
     jobs = [job(n, **fields) for n, fields in enumerate(wanted)]
     schedules = {"one": replace(schedule(), name="one"), "two": replace(schedule(), name="two", at_once=2)}
-    chosen, wake = startable(SLOT, jobs, Limits(at_once, per_repository), schedules)
+    chosen, wake = startable(SLOT, jobs, Limits(at_once, per_repository, per_pool), schedules, pools=pools)
     was = [each for each in jobs if each.state == RUNNING]
     runs_then = was + chosen
     assert not chosen or len(runs_then) <= at_once
@@ -343,6 +357,8 @@ def test_no_limit_is_ever_passed_and_nothing_waits_without_a_reason(
         assert moment(new.not_before_ns) <= SLOT
         assert not new.vm or sum(each.vm == new.vm for each in runs_then) == 1
         assert sum(each.repository == new.repository for each in runs_then) <= per_repository
+        for pool in pools.get(new.vm, ()):
+            assert sum(pool in pools.get(each.vm, ()) for each in runs_then) <= per_pool
         if new.schedule:
             assert sum(each.schedule == new.schedule for each in runs_then) <= schedules[new.schedule].at_once
     late = [each for each in jobs if each.state == QUEUED and moment(each.not_before_ns) > SLOT]

@@ -48,8 +48,12 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     path = tmp_path / "db"
     Database(path).close()
     with sqlite3.connect(path) as old:
-        for table in ("held", "repository", "schedule", "schedule_state", "job", "notice", "token", "catalogue"):
+        later = ("held", "repository", "schedule", "schedule_state", "job", "notice", "token", "catalogue")
+        for table in (*later, "counter", "vm_tag"):
             old.execute(f"DROP TABLE {table}")
+        for trigger in ("operation_counted", "failure_counted", "deed_counted"):
+            old.execute(f"DROP TRIGGER {trigger}")
+        old.execute("DROP INDEX operation_by_vm")
         old.execute("PRAGMA user_version = 1")
     old.close()
     database = Database(path)

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vmsnap import counters
 from vmsnap.errors import VmsnapError
 
 FILE_NAME = "vmsnap.db"
 """What it is called in the state folder."""
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -147,6 +148,18 @@ CREATE TABLE catalogue (
 CREATE INDEX catalogue_by_time ON catalogue (time, backup);
 CREATE INDEX catalogue_by_vm ON catalogue (vm, time, backup);
 """
+_SINCE_VERSION_5 = (
+    *counters.SCHEMA,
+    """
+CREATE TABLE vm_tag (
+    vm            TEXT NOT NULL REFERENCES vm ON DELETE CASCADE ON UPDATE CASCADE,
+    tag           TEXT NOT NULL,              -- as its hypervisor last said
+    PRIMARY KEY (vm, tag)
+) STRICT, WITHOUT ROWID
+""",
+    "CREATE INDEX operation_by_vm ON operation (vm, begun_ns)",
+    "CREATE INDEX catalogue_by_backup ON catalogue (backup)",
+)
 
 
 class Database:
@@ -188,6 +201,9 @@ class Database:
                 connection.execute(_SINCE_VERSION_3)
             if version in (0, 1, 2, 3):
                 for statement in _SINCE_VERSION_4.split(";\n"):
+                    connection.execute(statement)
+            if version in (0, 1, 2, 3, 4):
+                for statement in _SINCE_VERSION_5:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:

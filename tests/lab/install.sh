@@ -2,8 +2,9 @@
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2 with its iSCSI initiator, a C compiler, SQLite, busybox, cpio,
 # iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm, Chromium and libvirt (its daemons, which nothing starts, and
 # what its Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs run as; and, in the
-# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, QEMU's guest agent, LVM with the
-# kernel that it needs, the iSCSI target tgt, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
+# cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, Prometheus' promtool, QEMU's guest
+# agent, LVM with the kernel that it needs, the iSCSI target tgt, and QEMU 10.0 from bookworm-backports, unpacked beside
+# the installed one. Run as root. Does
 # nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
@@ -117,6 +118,18 @@ WRAPPER
     touch "$tgt/complete"
 }
 
+# Unpacked, not installed: of Prometheus the tool alone that checks rules and metrics.
+unpack_promtool() {
+    promtool=$cache/promtool
+    [ -e "$promtool/complete" ] && return
+    refresh_lists
+    rm -rf "$promtool"
+    fetch_into "$promtool/whole" download prometheus
+    mv "$promtool/whole/usr/bin/promtool" "$promtool/promtool"
+    rm -rf "$promtool/whole"
+    touch "$promtool/complete"
+}
+
 # Unpacked, not installed: it is for guests.
 unpack_agent() {
     agent=$cache/agent
@@ -217,6 +230,7 @@ add_user
 unpack_kernel
 unpack_sshd
 unpack_lighttpd
+unpack_promtool
 unpack_agent
 unpack_storage
 unpack_tgt

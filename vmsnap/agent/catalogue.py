@@ -52,13 +52,18 @@ class Catalogue:
         return [_document(row) for row in self._database.rows(query, *values, limit)]
 
     def get(self, backup: str) -> dict[str, Any]:
-        """One backup, by its whole id.
+        """One backup, by its id, or by a beginning of it that no other has.
 
         :raises UnknownBackup: it is not known here
         """
         rows = self._database.rows("SELECT repository, data FROM catalogue WHERE backup = ? LIMIT 1", backup)
-        if not rows:
-            raise UnknownBackup(f"no backup {backup[:200]!r} is known", cure="see: vmsnap agent refresh")
+        if not rows and backup:
+            # A range, and not LIKE: one look at the index, whatever is in the name.
+            query = "SELECT repository, data FROM catalogue WHERE backup >= ? AND backup < ? GROUP BY backup LIMIT 2"
+            rows = self._database.rows(query, backup, backup + "\U0010ffff")
+        if len(rows) != 1:
+            number = "no backup" if not rows else "more than one backup"
+            raise UnknownBackup(f"{number} {backup[:200]!r} is known", cure="see: vmsnap list, vmsnap agent refresh")
         return _document(rows[0])
 
     def newest(self, vms: Collection[str] | None = None, repository: str = "") -> dict[str, dict[str, Any]]:

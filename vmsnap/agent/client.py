@@ -85,6 +85,14 @@ class AgentClient:
         except _Unreached:
             return self._ask("POST", path, body, key)
 
+    def put(self, path: str, body: Mapping[str, Any]) -> Any:
+        """What it answers to PUT; see `get`."""
+        return self._ask("PUT", path, body)
+
+    def delete(self, path: str) -> None:
+        """Send DELETE; see `get`."""
+        self._ask("DELETE", path, None)
+
     def pages(self, path: str, cursor: str, **query: object) -> Iterator[dict[str, Any]]:
         """All items of a list, page by page; `cursor` is the parameter that takes ``next``.
 

@@ -33,10 +33,11 @@ _SCHEDULED = "schedule"
 
 @dataclass(frozen=True)
 class Limits:
-    """How many jobs run at once on this host, and for each repository."""
+    """How many jobs run at once on this host, for each repository, and on VMs with a disk in each storage pool."""
 
     at_once: int = 2
     per_repository: int = 2
+    per_pool: int = 2
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def jobs_of_run(
     schedule: Schedule,
     slot: datetime,
     now: datetime,
-    vms: Mapping[str, object],
+    vms: Collection[str],
     last_done_ns: Mapping[str, int],
     open_jobs: Sequence[Job],
     *,
     newest_backup: Mapping[str, str] | None = None,
+    tags: Mapping[str, Collection[str]] | None = None,
     default_repository: str = "",
     requester: str = _SCHEDULED,
 ) -> list[NewJob]:
@@ -96,9 +98,10 @@ def jobs_of_run(
 
     :param last_done_ns: when each VM last had such a job done
     :param newest_backup: for ``verify``: of each VM
+    :param tags: of the VMs that have any
     """
     busy = {job.vm for job in open_jobs if job.schedule == schedule.name and job.verb == schedule.verb}
-    chosen = schedule.chosen(vms)
+    chosen = schedule.chosen(vms, tags)
     if schedule.order == "random":
         _dice(schedule, slot, "order").shuffle(chosen)
     elif schedule.order == "least-recent":
@@ -140,6 +143,7 @@ def startable(
     limits: Limits,
     schedules: Mapping[str, Schedule],
     paused: Collection[str] = (),
+    pools: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[list[Job], datetime | None]:
     """The queued jobs that may start now, in order, and when the next one may that waits for a time alone; None where
     each waits for another to end.
@@ -149,6 +153,7 @@ def startable(
 
     :param jobs: all that have not ended
     :param paused: the schedules that rest; their jobs do so too
+    :param pools: the storage pools of each VM
     """
     running = [job for job in jobs if job.state != QUEUED]
     recoveries = [job for job in jobs if job.verb == "recover" and not job.vm]
@@ -158,6 +163,8 @@ def startable(
         return recoveries[:1], None
     vms = {job.vm for job in running if job.vm}
     repositories = Counter(job.repository for job in running)
+    pools_of = pools or {}
+    in_pool = Counter(pool for job in running for pool in pools_of.get(job.vm, ()))
     of_schedule = Counter(job.schedule for job in running if job.schedule)
     room = limits.at_once - len(running)
     chosen: list[Job] = []
@@ -176,12 +183,14 @@ def startable(
             len(chosen) >= room
             or (job.vm and job.vm in vms)
             or repositories[job.repository] >= limits.per_repository
+            or any(in_pool[pool] >= limits.per_pool for pool in pools_of.get(job.vm, ()))
             or (job.schedule and of_schedule[job.schedule] >= at_once)
         ):
             continue
         chosen.append(job)
         vms.add(job.vm)
         repositories[job.repository] += 1
+        in_pool.update(pools_of.get(job.vm, ()))
         of_schedule[job.schedule] += 1
     return chosen, min(wake, default=None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,9 +11,11 @@ from pathlib import Path
 from vmsnap.agent.catalogue import Catalogue
 from vmsnap.agent.deciding import jobs_of_run
 from vmsnap.agent.jobs import Job, Jobs, NewJob
+from vmsnap.agent.pools import mount_points, pool_of
 from vmsnap.agent.schedule import Schedule
 from vmsnap.agent.schedules import Schedules
 from vmsnap.agent.settings import AgentSettings
+from vmsnap.agent.tags import VmTags
 from vmsnap.agent.tokens import Tokens
 from vmsnap.database import FILE_NAME, Database
 from vmsnap.errors import UsageError
@@ -46,15 +48,29 @@ class House:
         self.schedules = Schedules(self.database, blueprint.schedules)
         self.catalogue = Catalogue(self.database)
         self.tokens = Tokens(self.database)
+        self.tags = VmTags(self.database)
 
     @cached_property
     def vms(self) -> VmTable:
         """The VM table."""
         return VmTable(self.database)
 
-    def working_vms(self) -> dict[str, object]:
+    def working_vms(self) -> list[str]:
         """The names of the VMs that can be backed up."""
-        return {row["vm"]: row for row in self.database.rows("SELECT vm FROM vm WHERE kind = ?", _WORKING)}
+        return [row["vm"] for row in self.database.rows("SELECT vm FROM vm WHERE kind = ?", _WORKING)]
+
+    def pools(self, vms: Collection[str]) -> dict[str, frozenset[str]]:
+        """The storage pools in which each of those VMs has disks."""
+        names = sorted(set(vms) - {""})
+        marks = ",".join("?" * len(names))
+        rows = self.database.rows(f"SELECT vm, address FROM disk WHERE vm IN ({marks})", *names)
+        mounts = mount_points() if rows else frozenset()
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            pool = pool_of(row["address"], mounts)
+            if pool:
+                found.setdefault(row["vm"], set()).add(pool)
+        return {vm: frozenset(pools) for vm, pools in found.items()}
 
     def repositories(self) -> list[str]:
         """The repositories that jobs may use: the configured one first, those of schedules, those of the settings."""
@@ -76,6 +92,7 @@ class House:
             self.jobs.last_done_ns(schedule.verb),
             self.jobs.open(),
             newest_backup=newest,
+            tags=self.tags.all() if schedule.names_tags else None,
             default_repository=self.blueprint.repository,
             requester=requester,
         )

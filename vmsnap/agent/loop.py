@@ -30,6 +30,8 @@ LONGEST_SLEEP_SECONDS = 5.0
 """The clock may be set, another process may queue a job, and systemd wants to hear of us."""
 REFRESH_SECONDS = 3600
 """How often the catalogue is brought up to date, for backups that others make in the same repository."""
+TAGS_SECONDS = 900
+"""How often hypervisors are asked for the tags of VMs, where schedules name tags."""
 
 _CHANGES_BACKUPS = ("backup", "prune", "forget", "consolidate", "copy", "repair")
 
@@ -53,6 +55,9 @@ class Loop:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
         self._told_unusable: frozenset[str] = frozenset()
+        self._tags_asked: datetime | None = None
+        self._tags_job = 0
+        self._tags_known = False
 
     # -- the whole
 
@@ -85,8 +90,10 @@ class Loop:
         schedules = {row.schedule.name: row.schedule for row in rows}
         for job in self._house.jobs.unsettled():
             self._settle(job, schedules, now)
+        tags_are_known = self._ask_for_tags(rows, now)
         for row in rows:
-            self._look_at(row, now)
+            if tags_are_known or not row.schedule.names_tags:
+                self._look_at(row, now)
         self._refresh(now)
         wake = self._start(now, rows, schedules)
         slot = next_wake(now, rows)
@@ -159,11 +166,28 @@ class Loop:
         for new in self._house.refreshes(self._house.repositories()):
             self._house.jobs.add(new)
 
+    def _ask_for_tags(self, rows: list[ScheduleRow], now: datetime) -> bool:
+        """See to it that hypervisors are asked for the tags of VMs from time to time, where a schedule names any, by a
+        job: they may hang. Returns whether they have been asked since we began; until then such schedules wait.
+        """
+        if not any(row.schedule.names_tags for row in rows):
+            return True
+        asked = self._tags_asked
+        if asked is None or not timedelta(0) <= now - asked < timedelta(seconds=TAGS_SECONDS):
+            self._tags_asked = now
+            new = NewJob(verb="tags", arguments=("agent", "tags"), requester="agent")
+            self._tags_job = self._house.jobs.add(new)[0].job
+        if not self._tags_known:
+            self._tags_known = self._house.jobs.get(self._tags_job).ended
+        return self._tags_known
+
     def _start(self, now: datetime, rows: list[ScheduleRow], schedules: Mapping[str, Schedule]) -> datetime | None:
         settings = self._house.blueprint.settings
-        limits = Limits(settings.jobs_at_once, settings.jobs_per_repository)
+        limits = Limits(settings.jobs_at_once, settings.jobs_per_repository, settings.jobs_per_pool)
         paused = {row.schedule.name for row in rows if row.paused}
-        chosen, wake = startable(now, self._house.jobs.open(), limits, schedules, paused)
+        jobs = self._house.jobs.open()
+        pools = self._house.pools([job.vm for job in jobs])
+        chosen, wake = startable(now, jobs, limits, schedules, paused, pools)
         for job in chosen:
             self._processes.start(job)
         return wake

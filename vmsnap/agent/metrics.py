@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from vmsnap import __version__
 from vmsnap.agent.house import House
+from vmsnap.agent.jobs import DONE
 from vmsnap.agent.schedule import next_slot
+from vmsnap.counters import PAUSE_BUCKETS_SECONDS, read_counters
+from vmsnap.journal import Journal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_RECENT_SECONDS = 30 * 86400
+FAILURE_KINDS = {
+    "": "broken off",
+    "1": "failed",
+    "2": "wrong use",
+    "3": "not found",
+    "4": "damage",
+    "5": "busy",
+    "6": "driver unavailable",
+    "130": "interrupted",
+}
+"""What the exit code of a job says, see `vmsnap.errors`; without one its process ended without a word."""
+
+_FROM_ORDER_TO_ORDER = """
+SELECT o.vm, (resumed.ended_ns - paused.begun_ns) / 1e9 AS seconds, max(o.begun_ns)
+FROM operation o
+JOIN entry paused ON paused.operation = o.operation AND paused.instruction = 'pause'
+JOIN entry resumed ON resumed.operation = o.operation AND resumed.instruction = 'resume' AND resumed.status = 'done'
+WHERE o.begun_ns > ? AND o.outcome = 'done'
+GROUP BY o.vm
+"""
+_STALL_DAYS = 2
 
 
 def metrics_text(house: House) -> bytes:
@@ -40,6 +63,7 @@ class _Collector(Collector):
         yield from self._jobs()
         yield from self._schedules()
         yield from self._journal()
+        yield from self._counted()
 
     def _backups(self) -> Iterator[Metric]:
         newest = self._house.catalogue.newest()
@@ -50,9 +74,12 @@ class _Collector(Collector):
             ("vmsnap_last_backup_stored_bytes", "What it added to the repository"),
             ("vmsnap_last_backup_seconds", "How long it took"),
             ("vmsnap_last_backup_lost_bytes", "What repair could not save of it"),
+            ("vmsnap_last_backup_size_bytes", "What it is of: memory and disks"),
+            ("vmsnap_last_backup_dedup_ratio", "Bytes of the machine for each byte that was new in the repository"),
         ]
         families = [GaugeMetricFamily(name, text, labels=["vm"]) for name, text in per_vm]
         for vm, backup in newest.items():
+            size = (backup.get("memory_bytes") or 0) + sum(disk["size_bytes"] for disk in backup.get("disks", ()))
             values = (
                 datetime.fromisoformat(backup["time"]).timestamp(),
                 backup.get("pause_seconds"),
@@ -60,6 +87,8 @@ class _Collector(Collector):
                 backup.get("stored_bytes"),
                 backup.get("seconds"),
                 backup.get("lost_bytes"),
+                size,
+                size / max(1, backup.get("stored_bytes") or 0),
             )
             for family, value in zip(families, values, strict=True):
                 if value is not None:
@@ -113,29 +142,85 @@ class _Collector(Collector):
         left = database.rows("SELECT kind, count(*) AS number FROM resource WHERE gone = 0 GROUP BY kind")
         leftovers = GaugeMetricFamily(
             "vmsnap_resources",
-            "What is made outside of vmsnap and not removed: held, at work, or left",
+            "What is made outside of vmsnap and not removed: at work, or left",
             labels=["kind"],
         )
         for row in left:
             leftovers.add_metric([row["kind"]], row["number"])
         yield leftovers
-        since = time.time_ns() - _RECENT_SECONDS * 10**9
-        deeds = database.rows(
-            "SELECT instruction, count(*) AS number FROM entry WHERE instruction IN ('guardian', 'recover')"
-            " AND begun_ns > ? GROUP BY instruction",
-            since,
+        abandoned = GaugeMetricFamily(
+            "vmsnap_leftovers", "What nobody works on and is still there: vmsnap recover removes it", labels=["kind"]
         )
-        interventions = GaugeMetricFamily(
-            "vmsnap_interventions", "What a guardian or a recovery did in the last 30 days", labels=["by"]
+        for kind, number in self._leftovers().items():
+            abandoned.add_metric([kind], number)
+        yield abandoned
+        stalls = GaugeMetricFamily(
+            "vmsnap_last_backup_stall_seconds",
+            "From the order to stop to the end of the order to go on: the longest that the guest can have noticed",
+            labels=["vm"],
         )
-        numbers = {row["instruction"]: row["number"] for row in deeds}
-        for by in ("guardian", "recover"):
-            interventions.add_metric([by], numbers.get(by, 0))
-        yield interventions
+        since = time.time_ns() - _STALL_DAYS * 86400 * 10**9
+        for row in database.rows(_FROM_ORDER_TO_ORDER, since):
+            stalls.add_metric([row["vm"]], row["seconds"])
+        yield stalls
         owed = database.rows("SELECT count(*) AS number FROM operation WHERE executing = 1 AND outcome IS NOT NULL")
         yield GaugeMetricFamily(
             "vmsnap_guests_owed", "VMs that must execute again and do not yet, after a failure", owed[0]["number"]
         )
+
+    def _leftovers(self) -> Counter[str]:
+        journal = Journal(self._house.database)
+        found: Counter[str] = Counter()
+        for operation in journal.unfinished():
+            if operation.outcome is not None or not operation.worker_alive():
+                found.update(each.kind for each in journal.open_operation(operation.operation).resources())
+        return found
+
+    def _counted(self) -> Iterator[Metric]:
+        counts = read_counters(self._house.database)
+        jobs = CounterMetricFamily("vmsnap_jobs", "Jobs that ended", labels=["verb", "state"])
+        failures = CounterMetricFamily(
+            "vmsnap_failures", "Jobs that ended otherwise than done, by the kind of failure", labels=["verb", "kind"]
+        )
+        by_state: Counter[tuple[str, str]] = Counter()
+        for (verb, state, code), number in counts.get("jobs", {}).items():
+            by_state[verb, state] += int(number)
+            if state != DONE:
+                failures.add_metric([verb, FAILURE_KINDS.get(code, f"exit code {code}")], number)
+        for (verb, state), ended in by_state.items():
+            jobs.add_metric([verb, state], ended)
+        yield from (jobs, failures)
+        for name, text, labels in (
+            ("operations", "Runs of protocols that ended, by whoever began them", ["protocol", "outcome"]),
+            ("failed_instructions", "Instructions of protocols that failed", ["protocol", "instruction"]),
+        ):
+            family = CounterMetricFamily(f"vmsnap_{name}", text, labels=labels)
+            for values, number in counts.get(name, {}).items():
+                family.add_metric(values, number)
+            yield family
+        interventions = CounterMetricFamily(
+            "vmsnap_interventions", "What a guardian or a recovery did to set things right", labels=["by"]
+        )
+        for by in ("guardian", "recover"):
+            interventions.add_metric([by], counts.get("interventions", {}).get((by,), 0))
+        yield interventions
+        for name, text in (
+            ("read_bytes", "What the agent's backups read"),
+            ("stored_bytes", "What of it was new in the repository"),
+        ):
+            yield CounterMetricFamily(f"vmsnap_backup_{name}", text, counts.get(name, {}).get((), 0))
+        yield _pauses(counts)
+
+
+def _pauses(counts: Mapping[str, Mapping[tuple[str, ...], float]]) -> HistogramMetricFamily:
+    in_bucket, total = counts.get("pauses", {}), 0.0
+    buckets = []
+    for edge in (*map(repr, PAUSE_BUCKETS_SECONDS), "+Inf"):
+        total += in_bucket.get((edge,), 0)
+        buckets.append((edge, total))
+    found = HistogramMetricFamily("vmsnap_backup_pause_seconds", "How long guests stood still for the agent's backups")
+    found.add_metric([], buckets, counts.get("pause_seconds", {}).get((), 0))
+    return found
 
 
 def _info() -> GaugeMetricFamily:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from fnmatch import fnmatchcase
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from vmsnap.agent.tags import PREFIX as TAG_PREFIX
 from vmsnap.agent.windows import Window, parse_window
 from vmsnap.errors import UsageError
 from vmsnap.model import check_name
@@ -35,7 +36,8 @@ class Schedule:
     reads them when clocks go forward or back: what falls into the hour that is left out runs right after it, what falls
     into the hour that comes twice runs once, and what has a ``*`` in its hours or minutes just goes on.
 
-    `vms` are names or patterns (``web*``) of registered VMs. In one slot they come in this `order`: ``fixed`` (as
+    `vms` are names or patterns (``web*``) of registered VMs, or ``tag:`` and a tag (or a pattern of tags) that their
+    hypervisor gives them, see `vmsnap.roles.Hypervisor.tags`. In one slot they come in this `order`: ``fixed`` (as
     the patterns stand, then by name), ``random``, or ``least-recent`` (whose last success is the oldest first), at most
     `at_once` of them together. Each waits a random time up to `jitter_seconds`. They start inside of one of the `only`
     windows, where there are any, and never inside of a `never` window; what is due then waits. Slots that were missed
@@ -139,11 +141,23 @@ class Schedule:
         """The tag that its backups carry."""
         return f"schedule:{self.name}"
 
-    def chosen(self, vms: Mapping[str, object]) -> list[str]:
-        """Those of the VMs that it means: in the order of its patterns, then by name; each once."""
+    @property
+    def names_tags(self) -> bool:
+        """Whether it means VMs by their tags."""
+        return any(pattern.startswith(TAG_PREFIX) for pattern in self.vms)
+
+    def chosen(self, vms: Iterable[str], tags: Mapping[str, Collection[str]] | None = None) -> list[str]:
+        """Those of the VMs that it means: in the order of its patterns, then by name; each once.
+
+        :param tags: of the VMs that have any
+        """
         found: dict[str, None] = {}
+        names = sorted(vms)
         for pattern in self.vms:
-            found.update((vm, None) for vm in sorted(vms) if fnmatchcase(vm, pattern))
+            for vm in names:
+                texts = (tags or {}).get(vm, ()) if pattern.startswith(TAG_PREFIX) else (vm,)
+                if any(fnmatchcase(text, pattern.removeprefix(TAG_PREFIX)) for text in texts):
+                    found[vm] = None
         return list(found)
 
     def retry_after(self, attempt: int) -> timedelta:

@@ -5,6 +5,7 @@
     [agent]
     jobs_at_once = 2                     # on this host
     jobs_per_repository = 2
+    jobs_per_pool = 2                    # on VMs with a disk in one mount point, volume group, zpool or server
     socket = "/run/vmsnap/agent.sock"    # default: agent.sock in the state folder
     listen = "0.0.0.0:8443"              # TCP too; only with certificate and key, and only with tokens
     certificate = "/etc/vmsnap/agent.crt"
@@ -60,6 +61,7 @@ class AgentSettings:
 
     jobs_at_once: int = 2
     jobs_per_repository: int = 2
+    jobs_per_pool: int = 2
     socket: Path | None = None
     listen: str = ""
     certificate: Path | None = None
@@ -87,7 +89,7 @@ def read_settings(table: Mapping[str, Any]) -> AgentSettings:
         if isinstance(target, Mapping):
             _refuse_unknown(f"agent.notify.{name}", target, NoticeTarget)
     settings = _converted("agent", table, AgentSettings)
-    for key in ("jobs_at_once", "jobs_per_repository"):
+    for key in ("jobs_at_once", "jobs_per_repository", "jobs_per_pool"):
         if not 1 <= getattr(settings, key) <= 1000:
             raise UsageError(f"agent.{key} must be from 1 to 1000")
     if settings.address and not (settings.certificate and settings.key):

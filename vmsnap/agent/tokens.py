@@ -7,7 +7,9 @@ import secrets
 import sqlite3
 import time
 from dataclasses import dataclass
+from typing import Any
 
+from vmsnap.agent.times import utc_time
 from vmsnap.database import Database
 from vmsnap.errors import AlreadyExists, NotFound, UsageError
 from vmsnap.model import check_name
@@ -85,6 +87,17 @@ class Tokens:
         with self._database.transaction() as db:
             if not db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount:
                 raise NotFound(f"there is no token named {name!r}", cure="see: vmsnap agent token list")
+
+
+def token_document(token: Token) -> dict[str, Any]:
+    """A token as JSON shows it, without what it is."""
+    return {
+        "name": token.name,
+        "role": token.role,
+        "created": utc_time(token.created_ns),
+        "expires": utc_time(token.expires_ns),
+        "expired": token.expired,
+    }
 
 
 def _digest(token: str) -> str:

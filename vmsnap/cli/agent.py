@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import duration_option
+from vmsnap.cli.remote import agent_option, by_agent, client_of
 from vmsnap.cli.session import Session, SessionGroup, pass_session
-from vmsnap.errors import DamageFound, DriverUnavailable, UsageError
+from vmsnap.errors import DamageFound, DriverUnavailable, UsageError, VmsnapError
 
 if TYPE_CHECKING:
     from vmsnap.agent.house import Blueprint
@@ -53,8 +56,11 @@ def job_environment(session: Session, state_dir: Path) -> dict[str, str]:
     from vmsnap.secret import environment_with_secrets
 
     found = {**environment_with_secrets(), "VMSNAP_STATE_DIR": str(state_dir)}
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "VMSNAP_REPOSITORY", "VMSNAP_AGENT_TOKEN"):
-        found.pop(name, None)
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "VMSNAP_REPOSITORY")
+    for name in list(found):
+        # A job that found an agent's URL would ask us to do it instead.
+        if name in ours or name.startswith("VMSNAP_AGENT"):
+            del found[name]
     if session.configuration.source is not None:
         found["VMSNAP_CONFIG"] = str(session.configuration.source.absolute())
     return found
@@ -84,6 +90,7 @@ def agent(ctx: click.Context, session: Session) -> None:
 
 @agent.command(short_help="Bring the catalogue of backups up to date.", epilog="vmsnap agent refresh -r /srv/backups")
 @click.option("--all", "everything", is_flag=True, help="Read every manifest again, not those alone that are new.")
+@by_agent("refresh", dict)
 @pass_session
 def refresh(session: Session, everything: bool) -> None:
     """Bring the agent's catalogue of backups up to date with the repository."""
@@ -114,6 +121,32 @@ def refresh(session: Session, everything: bool) -> None:
         session.note(str(damage))
     if damaged:
         raise damaged[0]
+
+
+@agent.command(short_help="Ask hypervisors for the tags of VMs.", epilog="vmsnap agent tags")
+@by_agent("tags", dict)
+@pass_session
+def tags(session: Session) -> None:
+    """Ask the hypervisors for the tags of all registered VMs, by which schedules may mean them (--vm tag:gold).
+
+    A VM whose hypervisor does not answer keeps the tags that it had. The agent does this by itself from time to time.
+    """
+    from vmsnap.agent.tags import VmTags
+
+    with session.controller() as controller:
+        known = VmTags(controller.table.database)
+        for row in controller.vms():
+            if row.kind == "duplicate":
+                continue
+            try:
+                with closing(controller.drivers.hypervisor(row.hypervisor, row.vm, row.options)) as driver:
+                    known.enter(row.vm, driver.tags())
+            except VmsnapError as e:
+                session.note(f"{row.vm} keeps the tags that it had: {e}")
+        document = [{"vm": vm, "tags": sorted(found)} for vm, found in sorted(known.all().items())]
+    session.emit(
+        document, lambda: output.table(("vm", "tags"), [(each["vm"], ", ".join(each["tags"])) for each in document])
+    )
 
 
 @agent.command(short_help="Write the systemd units.", epilog="vmsnap agent units --output /etc/systemd/system")
@@ -161,35 +194,33 @@ def token() -> None:
 @click.argument("name")
 @click.option("--role", type=click.Choice(["read", "operate", "admin"]), default="read", show_default=True)
 @duration_option("--expires", help="How long it is good for, such as 90d; without it, until it is removed.")
+@agent_option
 @pass_session
 def add_token(session: Session, name: str, role: str, expires: int | None) -> None:
     """Make the token NAME and show it, this once: what is kept is a digest."""
     from vmsnap.agent.tokens import Tokens
 
-    with session.controller() as controller:
-        made = Tokens(controller.table.database).add(name, role, expires)
+    if session.agent:
+        asked = {"name": name, "role": role, "expires_seconds": expires}
+        made = client_of(session).post("/tokens", asked)["token"]
+    else:
+        with session.controller() as controller:
+            made = Tokens(controller.table.database).add(name, role, expires)
     session.emit({"name": name, "role": role, "token": made}, lambda: click.echo(made))
 
 
 @token.command("list", short_help="List the tokens.")
+@agent_option
 @pass_session
 def list_tokens(session: Session) -> None:
     """List the tokens, without what they are."""
-    from vmsnap.agent.times import utc_time
-    from vmsnap.agent.tokens import Tokens
+    from vmsnap.agent.tokens import Tokens, token_document
 
-    with session.controller() as controller:
-        rows = Tokens(controller.table.database).rows()
-    document = [
-        {
-            "name": row.name,
-            "role": row.role,
-            "created": utc_time(row.created_ns),
-            "expires": utc_time(row.expires_ns),
-            "expired": row.expired,
-        }
-        for row in rows
-    ]
+    if session.agent:
+        document = client_of(session).get("/tokens")["items"]
+    else:
+        with session.controller() as controller:
+            document = [token_document(token) for token in Tokens(controller.table.database).rows()]
 
     def people() -> None:
         output.table(
@@ -205,13 +236,17 @@ def list_tokens(session: Session) -> None:
 
 @token.command("remove", short_help="Remove a token.")
 @click.argument("name")
+@agent_option
 @pass_session
 def remove_token(session: Session, name: str) -> None:
     """Remove the token NAME: what is asked with it from now on is refused."""
     from vmsnap.agent.tokens import Tokens
 
-    with session.controller() as controller:
-        Tokens(controller.table.database).remove(name)
+    if session.agent:
+        client_of(session).delete(f"/tokens/{quote(name, safe='')}")
+    else:
+        with session.controller() as controller:
+            Tokens(controller.table.database).remove(name)
     session.emit({"name": name}, lambda: click.echo(f"{name} is removed"))
 
 

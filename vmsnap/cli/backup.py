@@ -8,9 +8,8 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import duration_option, limit_rate, shutdown_timeout
-from vmsnap.cli.remote import agent_option, run_job
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
-from vmsnap.errors import UsageError
 
 if TYPE_CHECKING:
     from vmsnap.controller import BackupResult
@@ -62,7 +61,15 @@ if TYPE_CHECKING:
 )
 @duration_option("--keep-for", help="With --keep-duplicate: discard it after so long, such as 12h or 30min.")
 @limit_rate
-@agent_option
+@by_agent(
+    "backup",
+    lambda max_pause, timeout, keep_for, **same: {
+        "max_pause_seconds": max_pause,
+        "timeout_seconds": timeout,
+        "keep_for_seconds": keep_for,
+        **same,
+    },
+)
 @pass_session
 def backup(
     session: Session,
@@ -87,23 +94,6 @@ def backup(
     """
     from vmsnap.cli.progress import progress_bar
 
-    if session.agent:
-        if accept_unencrypted or session.limits:
-            raise UsageError("--accept-unencrypted and --limit-rate are not for agents", cure="run it on that host")
-        asked = {
-            "vm": vm,
-            "mode": mode,
-            "max_pause_seconds": max_pause,
-            "tags": list(tags),
-            "timeout_seconds": timeout,
-            "on_timeout": on_timeout,
-            "keep_duplicate": keep_duplicate,
-            "keep_for_seconds": keep_for,
-            "repository": session.repository,
-        }
-        done = run_job(session, "backup", asked)
-        session.emit(done, lambda: output.fields([(key, done[key]) for key in ("backup", "vm", "mode", "seconds")]))
-        return
     with session.controller() as controller:
         controller.table.get(vm)  # told before anybody is asked for a passphrase
         repository = session.open_repository()

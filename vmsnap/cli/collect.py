@@ -9,6 +9,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import duration_option, limit_rate
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     help="Whoever was not heard of for so long is taken for dead, and no longer waited for. Default: 24h.",
 )
 @limit_rate
+@by_agent("gc", dict)
 @pass_session
 def gc(session: Session, dry_run: bool, dead_after_seconds: int | None) -> None:
     """Delete what no backup needs any more, and write packs anew of which little is needed.

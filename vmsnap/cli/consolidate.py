@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import accept_loss, driver_options, limit_rate, shutdown_timeout
+from vmsnap.cli.remote import by_agent, host_path
 from vmsnap.cli.session import DriverCommand, Session, pass_session
 
 
@@ -31,6 +32,10 @@ from vmsnap.cli.session import DriverCommand, Session, pass_session
 @accept_loss
 @driver_options
 @limit_rate
+@by_agent(
+    "consolidate",
+    lambda target, timeout, **same: {"target": host_path(target), "timeout_seconds": timeout, **same},
+)
 @pass_session
 def consolidate(
     session: Session,

@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import limit_rate
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "--accept-unencrypted", is_flag=True, help="Go on where an unencrypted repository took an encrypted one's place."
 )
 @limit_rate
+@by_agent("copy", lambda source_url, target_url, **same: {**_source(source_url), "to": target_url, **same})
 @pass_session
 def copy(
     session: Session,
@@ -77,6 +79,10 @@ def copy(
     }
     session.emit(document, lambda: _show(report))
     report.raise_if_damaged()
+
+
+def _source(url: str | None) -> dict[str, str]:
+    return {"repository": url} if url else {}
 
 
 def _show(report: CopyReport) -> None:

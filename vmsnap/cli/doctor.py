@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 from vmsnap.errors import VmsnapError
 
@@ -20,6 +21,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 
 @click.command(cls=SessionCommand, epilog="vmsnap doctor\nvmsnap doctor web1")
 @click.argument("vm", required=False)
+@by_agent("doctor", dict)
 @pass_session
 def doctor(session: Session, vm: str | None) -> None:
     """Look at this host and its drivers, or whether a backup of VM would work. Changes nothing.

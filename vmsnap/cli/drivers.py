@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import agent_option, by_agent, report_job
 from vmsnap.cli.session import Session, SessionGroup, pass_session
 from vmsnap.errors import DriverUnavailable
 
@@ -18,6 +19,7 @@ CAPABILITIES = ("clones", "changes", "remote", "reopens")
 
 
 @click.group(cls=SessionGroup, invoke_without_command=True, epilog="vmsnap drivers\nvmsnap drivers show qemu")
+@agent_option
 @click.pass_context
 def drivers(ctx: click.Context) -> None:
     """List the installed drivers: what each can, and whether it can be used here or what is missing.
@@ -30,12 +32,16 @@ def drivers(ctx: click.Context) -> None:
     from vmsnap.registry import installed
 
     session = ctx.ensure_object(Session)
+    if session.agent:
+        report_job(session, "drivers", {})
+        return
     found = installed()
     session.emit([_document(driver) for driver in found], lambda: _list(found))
 
 
 @drivers.command()
 @click.argument("name")
+@by_agent("drivers-show", lambda name: {"driver": name})
 @pass_session
 def show(session: Session, name: str) -> None:
     """Show the driver NAME: what it does and which options it takes with -o."""

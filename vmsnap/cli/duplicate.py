@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, SessionGroup, pass_session
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def duplicate() -> None:
 
 
 @duplicate.command("list", short_help="List the duplicates that are held in memory.", epilog="vmsnap duplicate list")
+@by_agent("duplicate-list", dict)
 @pass_session
 def list_duplicates(session: Session) -> None:
     """List the duplicates that are held in memory, the oldest first, with the memory that they really take.
@@ -54,6 +56,7 @@ def list_duplicates(session: Session) -> None:
 
 @duplicate.command(short_help="Remove a duplicate from memory.", epilog="vmsnap duplicate discard bk-0123456789")
 @click.argument("name")
+@by_agent("duplicate-discard", lambda name: {"duplicate": name})
 @pass_session
 def discard(session: Session, name: str) -> None:
     """Remove the duplicate NAME from memory, and its disks; its VM and its backup stay."""
@@ -68,6 +71,7 @@ def discard(session: Session, name: str) -> None:
 @click.command(cls=SessionCommand, epilog="vmsnap failover web1\nvmsnap failover web1 --fence --json")
 @click.argument("vm")
 @click.option("--fence", is_flag=True, help="Kill VM first if it lives; without it, one that lives is left alone.")
+@by_agent("failover", dict)
 @pass_session
 def failover(session: Session, vm: str, fence: bool) -> None:
     """Let the duplicate of VM that is held in memory go on in its place.

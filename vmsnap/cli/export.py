@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import accept_loss, limit_rate
+from vmsnap.cli.remote import by_agent, host_path
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 from vmsnap.errors import UsageError
 
@@ -49,6 +50,16 @@ from vmsnap.errors import UsageError
 )
 @accept_loss
 @limit_rate
+@by_agent(
+    "export",
+    lambda folder, target, image_format, devices, **same: {
+        "output": host_path(folder),
+        "onto": host_path(target),
+        "format": image_format,
+        "disks": devices,
+        **same,
+    },
+)
 @pass_session
 def export(
     session: Session,

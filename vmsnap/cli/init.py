@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 
@@ -13,6 +14,7 @@ from vmsnap.cli.session import Session, SessionCommand, pass_session
     type=click.Choice(["none", "aes256-gcm"]),
     help="Default: aes256-gcm when a passphrase is given.",
 )
+@by_agent("init", dict)
 @pass_session
 def init(session: Session, encryption: str | None) -> None:
     """Make a repository in an empty place.

@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import driver_options, limit_rate, shutdown_timeout
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import DriverCommand, Session, SessionCommand, pass_session
 from vmsnap.errors import DamageFound, UsageError
 
@@ -36,6 +37,14 @@ _RANGES_SHOWN = 8
 @shutdown_timeout
 @driver_options
 @limit_rate
+@by_agent(
+    "verify",
+    lambda alive_within, timeout, **same: {
+        "alive_within_seconds": alive_within,
+        "timeout_seconds": timeout,
+        **same,
+    },
+)
 @pass_session
 def verify(
     session: Session, backup: str, boot: bool, alive_within: float, timeout: float, options: dict[str, str]
@@ -99,6 +108,7 @@ def _boot(
     help="With --read-data: read a share of the packs alone. 2/7 is the second of seven, P% (such as 5%) a random one.",
 )
 @limit_rate
+@by_agent("check", dict)
 @pass_session
 def check(session: Session, read_data: bool, subset: str | None) -> None:
     """Check the repository: that all that its backups name is there.
@@ -125,6 +135,7 @@ def check(session: Session, read_data: bool, subset: str | None) -> None:
     "--forget-damaged", is_flag=True, help="Delete the manifests that cannot be read: nobody can restore them any more."
 )
 @limit_rate
+@by_agent("repair", dict)
 @pass_session
 def repair(session: Session, dry_run: bool, forget_damaged: bool) -> None:
     """Save all that can be saved of a damaged repository, and note in each backup what it has lost.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, SessionGroup, pass_session
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def add(session: Session, label: str) -> None:
 
 
 @key.command("list", cls=SessionCommand, short_help="List the keys.", epilog="vmsnap key list -r /srv/backups")
+@by_agent("key-list", dict)
 @pass_session
 def list_keys(session: Session) -> None:
     """List the keys; a star marks the one that your passphrase opens."""
@@ -55,6 +57,7 @@ def list_keys(session: Session) -> None:
     cls=SessionCommand, short_help="Remove a key.", epilog="vmsnap key remove 0123456789abcdef -r /srv/backups"
 )
 @click.argument("key_id", metavar="ID")
+@by_agent("key-remove", lambda key_id: {"key": key_id})
 @pass_session
 def remove(session: Session, key_id: str) -> None:
     """Remove the key ID: its passphrase opens the repository no longer.

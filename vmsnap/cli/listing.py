@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -29,9 +30,17 @@ def list_backups(session: Session, vm: str | None) -> None:
 
 @click.command(cls=SessionCommand, epilog="vmsnap show web1-20260101T120000Z-1a2b3c -r /srv/backups")
 @click.argument("backup")
+@agent_option
 @pass_session
 def show(session: Session, backup: str) -> None:
     """Show BACKUP (its id, or the beginning of it): what is in it, and the evidence that it is of one instant."""
+    if session.agent:
+        from vmsnap.cli.document import show_document
+        from vmsnap.cli.remote import client_of
+
+        found = client_of(session).get(f"/backups/{quote(backup, safe='')}")
+        session.emit(found, lambda: show_document(found))
+        return
     manifest = session.open_repository().manifest(backup)
     session.emit(full_document(manifest), lambda: _show(manifest))
 

@@ -9,6 +9,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import duration_option
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _COLOURS = {"failed": "red", "broken off": "red", "recovered": "yellow", "going 
 @click.argument("vm", required=False)
 @duration_option("--since", "since_seconds", help="Only what began that long ago at most, such as 12h or 7d.")
 @click.option("--failed", is_flag=True, help="Only operations that failed, were broken off or had to be recovered.")
+@by_agent("log", dict)
 @pass_session
 def log(session: Session, vm: str | None, since_seconds: int | None, failed: bool) -> None:
     """Show what was done, of VM or of all VMs: every instruction with its duration and what came of it.

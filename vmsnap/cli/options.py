@@ -43,7 +43,8 @@ def limit_rate(function: F) -> F:
         rate = parse_size(value.removesuffix("/s"))
         if rate < 1:
             raise UsageError(f"{value!r} lets nothing through", cure="write --limit-rate 10M")
-        ctx.ensure_object(Session).limits = (RateLimit(rate), RateLimit(rate))
+        session = ctx.ensure_object(Session)
+        session.limit_rate_bytes, session.limits = rate, (RateLimit(rate), RateLimit(rate))
 
     return click.option(
         "--limit-rate",

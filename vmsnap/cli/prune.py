@@ -9,6 +9,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import duration_option
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 if TYPE_CHECKING:
@@ -46,6 +47,17 @@ def _counted_options(function: F) -> F:
 @click.option("--vm", metavar="NAME", help="Look at the backups of this VM alone.")
 @click.option("--tag", "tags", metavar="TAG", multiple=True, help="Look at backups with one of these tags alone.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed, and why the others are kept.")
+@by_agent(
+    "prune",
+    lambda within_seconds, keep_tags, vm, tags, dry_run, **counted: {
+        **{f"keep_{rule}": count for rule, count in counted.items()},
+        "keep_within_seconds": within_seconds,
+        "keep_tags": keep_tags,
+        "vm": vm,
+        "tags": tags,
+        "dry_run": dry_run,
+    },
+)
 @pass_session
 def prune(
     session: Session,
@@ -76,6 +88,7 @@ def prune(
 
 @click.command(cls=SessionCommand, epilog="vmsnap forget web1-20260101T120000Z-1a2b3c -r /srv/backups")
 @click.argument("backups", metavar="BACKUP...", nargs=-1, required=True)
+@by_agent("forget", dict)
 @pass_session
 def forget(session: Session, backups: tuple[str, ...]) -> None:
     """Remove single backups, each named by its whole id.

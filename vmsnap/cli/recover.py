@@ -5,11 +5,13 @@ from __future__ import annotations
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 
 @click.command(cls=SessionCommand, epilog="vmsnap recover\nvmsnap recover web1")
 @click.argument("vm", required=False)
+@by_agent("recover", dict)
 @pass_session
 def recover(session: Session, vm: str | None) -> None:
     """Finish or undo what a crash left, of VM or of all VMs.

@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import accept_loss, driver_options, limit_rate
+from vmsnap.cli.remote import by_agent, host_path
 from vmsnap.cli.session import DriverCommand, Session, pass_session
 
 
@@ -30,6 +31,7 @@ from vmsnap.cli.session import DriverCommand, Session, pass_session
 @accept_loss
 @driver_options
 @limit_rate
+@by_agent("restore", lambda target, **same: {"target": host_path(target), **same})
 @pass_session
 def restore(
     session: Session,

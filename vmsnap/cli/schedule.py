@@ -7,16 +7,18 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
 from vmsnap.cli import output
 from vmsnap.cli.agent import absolute, blueprint_of
 from vmsnap.cli.options import duration_option
+from vmsnap.cli.remote import agent_option, client_of
 from vmsnap.cli.session import Session, SessionGroup, pass_session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from vmsnap.agent.house import House
@@ -89,6 +91,7 @@ def _house(session: Session) -> AbstractContextManager[House]:
     "--retries", type=int, metavar="N", default=3, show_default=True, help="How often a failure is tried again."
 )
 @duration_option("--retry-after", help="How long after the first failure; then twice as long each time. Default: 1min.")
+@agent_option
 @pass_session
 def add(session: Session, /, name: str, jitter: int | None, retry_after: int | None, **given: Any) -> None:
     """Add the schedule NAME. The agent carries it out; its first slot is the first from now on.
@@ -101,47 +104,58 @@ def add(session: Session, /, name: str, jitter: int | None, retry_after: int | N
 
     keep = {rule: given.pop(f"keep_{rule}") for rule in _KEEPS}
     refuse_secrets(session.repository or "")
-    made = schedule_from(
-        {
-            "name": name,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in given.items()},
-            "vms": list(given["vms"]) or ["*"],
-            "keep": {rule: count for rule, count in keep.items() if count is not None},
-            "jitter_seconds": jitter or 0,
-            "retry_seconds": 60 if retry_after is None else retry_after,
-            "repository": absolute(session.repository or ""),
-        }
-    )
-    with _house(session) as house:
-        house.schedules.add(made)
-        row = house.schedules.get(name)
-    _note_agent(session)
-    session.emit(_document(row), lambda: _table([row]))
+    fields = {
+        "name": name,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in given.items()},
+        "vms": list(given["vms"]) or ["*"],
+        "keep": {rule: count for rule, count in keep.items() if count is not None},
+        "jitter_seconds": jitter or 0,
+        "retry_seconds": 60 if retry_after is None else retry_after,
+        "repository": session.repository or "",
+    }
+    if session.agent:
+        document = _told(client_of(session).post("/schedules", fields))
+    else:
+        made = schedule_from({**fields, "repository": absolute(session.repository or "")})
+        with _house(session) as house:
+            house.schedules.add(made)
+            document = _document(house.schedules.get(name))
+        _note_agent(session)
+    session.emit(document, lambda: _table([document]))
 
 
 @schedule.command("list", short_help="List the schedules.", epilog="vmsnap schedule list")
+@agent_option
 @pass_session
 def list_schedules(session: Session) -> None:
     """List the schedules, those of the configuration file too, each with its next slot."""
-    with _house(session) as house:
-        rows = house.schedules.rows()
-        for name, why in house.schedules.unusable.items():
-            session.note(f"schedule {name} cannot be used: {why}")
-    session.emit([_document(row) for row in rows], lambda: _table(rows))
+    if session.agent:
+        documents = [_told(each) for each in client_of(session).get("/schedules")["items"]]
+    else:
+        with _house(session) as house:
+            documents = [_document(row) for row in house.schedules.rows()]
+            for name, why in house.schedules.unusable.items():
+                session.note(f"schedule {name} cannot be used: {why}")
+    session.emit(documents, lambda: _table(documents))
 
 
 @schedule.command(short_help="Remove a schedule.", epilog="vmsnap schedule remove nightly")
 @click.argument("name")
+@agent_option
 @pass_session
 def remove(session: Session, name: str) -> None:
     """Remove the schedule NAME; its backups stay, its queued jobs are taken back."""
-    with _house(session) as house:
-        house.schedules.remove(name)
+    if session.agent:
+        client_of(session).delete(_path(name))
+    else:
+        with _house(session) as house:
+            house.schedules.remove(name)
     session.emit({"name": name}, lambda: click.echo(f"{name} is removed"))
 
 
 @schedule.command(short_help="Let a schedule rest.", epilog="vmsnap schedule pause nightly")
 @click.argument("name")
+@agent_option
 @pass_session
 def pause(session: Session, name: str) -> None:
     """Let the schedule NAME rest, until vmsnap schedule resume. What runs goes on."""
@@ -150,6 +164,7 @@ def pause(session: Session, name: str) -> None:
 
 @schedule.command(short_help="Let a schedule go on.", epilog="vmsnap schedule resume nightly")
 @click.argument("name")
+@agent_option
 @pass_session
 def resume(session: Session, name: str) -> None:
     """Let the schedule NAME go on; what fell into its rest is not caught up."""
@@ -158,22 +173,29 @@ def resume(session: Session, name: str) -> None:
 
 @schedule.command("run-now", short_help="Run a schedule now.", epilog="vmsnap schedule run-now nightly")
 @click.argument("name")
+@agent_option
 @pass_session
 def run_now(session: Session, name: str) -> None:
     """Let the agent run the schedule NAME now, whatever its slots and windows are."""
     from vmsnap.agent.notices import job_document
 
-    with _house(session) as house:
-        jobs = house.run_now(name, "command line")
-    _note_agent(session)
-    numbers = ", ".join(str(job.job) for job in jobs)
-    session.emit([job_document(job) for job in jobs], lambda: click.echo(f"queued: job {numbers}"))
+    if session.agent:
+        jobs = client_of(session).post(f"{_path(name)}/run", {})["items"]
+    else:
+        with _house(session) as house:
+            jobs = [job_document(job) for job in house.run_now(name, "command line")]
+        _note_agent(session)
+    numbers = ", ".join(str(job["job"]) for job in jobs)
+    session.emit(jobs, lambda: click.echo(f"queued: job {numbers}"))
 
 
 def _set_paused(session: Session, name: str, paused: bool) -> None:
-    with _house(session) as house:
-        row = house.schedules.pause(name, paused)
-    session.emit(_document(row), lambda: click.echo(f"{name} {'rests' if paused else 'goes on'}"))
+    if session.agent:
+        document = _told(client_of(session).put(f"{_path(name)}/paused", {"paused": paused}))
+    else:
+        with _house(session) as house:
+            document = _document(house.schedules.pause(name, paused))
+    session.emit(document, lambda: click.echo(f"{name} {'rests' if paused else 'goes on'}"))
 
 
 def _note_agent(session: Session) -> None:
@@ -206,7 +228,16 @@ def _document(row: ScheduleRow) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[ScheduleRow]) -> None:
+def _told(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_document`, of what an agent answered."""
+    return {**answer["schedule"], **{key: answer[key] for key in ("paused", "configured", "next")}}
+
+
+def _path(name: str) -> str:
+    return f"/schedules/{quote(name, safe='')}"
+
+
+def _table(documents: Sequence[Mapping[str, Any]]) -> None:
     output.table(
         ("schedule", "what", "when", "vms", "keep", "next", "from"),
         [
@@ -219,6 +250,6 @@ def _table(rows: Sequence[ScheduleRow]) -> None:
                 "rests" if found["paused"] else output.local_time(found["next"] or "-"),
                 "file" if found["configured"] else "",
             )
-            for found in map(_document, rows)
+            for found in documents
         ],
     )

@@ -41,6 +41,7 @@ class Session:
     json: bool = False
     debug: bool = False
     limits: tuple[RateLimit, RateLimit] | None = None
+    limit_rate_bytes: int | None = None
     agent: str | None = None
 
     @cached_property

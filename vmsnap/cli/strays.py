@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from vmsnap.cli import output
+from vmsnap.cli.remote import by_agent
 from vmsnap.cli.session import Session, SessionCommand, pass_session
 
 
@@ -12,6 +13,7 @@ from vmsnap.cli.session import Session, SessionCommand, pass_session
     cls=SessionCommand, epilog="vmsnap strays\nvmsnap strays --remove bk-20260101T120000Z-1a2b3c --remove /srv/x"
 )
 @click.option("--remove", "names", metavar="NAME", multiple=True, help="Remove the stray of that name; several times.")
+@by_agent("strays", lambda names: {"remove": names})
 @pass_session
 def strays(session: Session, names: tuple[str, ...]) -> None:
     """List what carries our tag on this host and what its database does not know, or remove what you name.

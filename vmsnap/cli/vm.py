@@ -8,6 +8,7 @@ import click
 
 from vmsnap.cli import output
 from vmsnap.cli.options import driver_options, mechanism_choices
+from vmsnap.cli.remote import agent_option, by_agent, client_of, report_job
 from vmsnap.cli.session import DriverCommand, Session, SessionGroup, pass_session
 from vmsnap.errors import UsageError
 
@@ -31,6 +32,7 @@ def vm() -> None:
 @click.option("--hypervisor", metavar="DRIVER", help="The driver that reaches it; see: vmsnap drivers.")
 @driver_options
 @mechanism_choices
+@agent_option
 @pass_session
 def add(
     session: Session, name: str, hypervisor: str | None, options: dict[str, str], mechanisms: dict[str, str]
@@ -42,29 +44,48 @@ def add(
     driver = hypervisor or session.hypervisor
     if not driver:
         raise UsageError("no hypervisor was named", cure="give --hypervisor DRIVER; see: vmsnap drivers")
+    if session.agent:
+        asked = {"vm": name, "hypervisor": driver, "options": options, "mechanisms": mechanisms}
+        report_job(session, "vm-add", asked)
+        return
     with session.controller() as controller:
         row = controller.add_vm(name, driver, options, mechanisms)
     session.emit(vm_document(row), lambda: click.echo(f"{row.vm} is registered: {row.state}, {_disks(row)}"))
 
 
 @vm.command("list", short_help="List the registered VMs.")
+@agent_option
 @pass_session
 def list_vms(session: Session) -> None:
     """List the registered VMs and duplicates, as they were when last seen."""
-    with session.controller() as controller:
-        rows = [row for row in controller.vms() if session.hypervisor in (None, row.hypervisor)]
+    if session.agent:
+        found = list(client_of(session).pages("/vms", "after"))
+    else:
+        with session.controller() as controller:
+            found = [vm_document(row) for row in controller.vms()]
+    shown = [each for each in found if session.hypervisor in (None, each["hypervisor"])]
 
     def people() -> None:
         output.table(
             ("vm", "hypervisor", "state", "disks", "kind"),
-            [(row.vm, row.hypervisor, row.state, _disks(row), _kind(row)) for row in rows],
+            [
+                (
+                    each["vm"],
+                    each["hypervisor"],
+                    each["state"],
+                    ", ".join(disk["device"] for disk in each["disks"]) or "no disks",
+                    f"{each['kind']} (from {each['duplicate_of']})" if each["duplicate_of"] else each["kind"],
+                )
+                for each in shown
+            ],
         )
 
-    session.emit([vm_document(row) for row in rows], people)
+    session.emit(shown, people)
 
 
 @vm.command(short_help="Show one VM, its state asked now.")
 @click.argument("name")
+@by_agent("vm-show", lambda name: {"vm": name})
 @pass_session
 def show(session: Session, name: str) -> None:
     """Show the VM NAME; its hypervisor is asked for its state."""
@@ -75,6 +96,7 @@ def show(session: Session, name: str) -> None:
 
 @vm.command(short_help="Strike a VM out of the table.")
 @click.argument("name")
+@by_agent("vm-remove", lambda name: {"vm": name})
 @pass_session
 def remove(session: Session, name: str) -> None:
     """Strike the VM NAME out of the table; the VM itself and its backups stay."""

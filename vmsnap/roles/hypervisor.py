@@ -134,6 +134,14 @@ class Hypervisor(ABC):
     def list_vms(self) -> Sequence[str]:
         """Names of the VMs that this driver can see with these options, without being told of them; may be empty."""
 
+    def tags(self) -> Sequence[str]:
+        """The tags that its user gave this VM in the hypervisor, for schedules that mean VMs by them: words of
+        letters, digits, ``.``, ``_`` and ``-``. None where the hypervisor has no such thing.
+
+        :raises HypervisorError: it could not be asked
+        """
+        return ()
+
     @abstractmethod
     def doctor(self) -> Sequence[Finding]:
         """Look whether this driver works on this host, and for this VM if it exists; name the cure where not.

@@ -192,6 +192,10 @@ class FaultyHypervisor(Hypervisor):
         """See the role."""
         return self._call(self.driver.state)
 
+    def tags(self) -> Sequence[str]:
+        """Hand on."""
+        return self._call(self.driver.tags)
+
     def list_vms(self) -> Sequence[str]:
         """See the role."""
         return self._call(self.driver.list_vms)

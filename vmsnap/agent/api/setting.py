@@ -22,8 +22,7 @@ from vmsnap.agent.api.shapes import (
 from vmsnap.agent.api.working import job_list
 from vmsnap.agent.schedule import fields_of, next_slot, schedule_from
 from vmsnap.agent.schedules import ScheduleRow
-from vmsnap.agent.times import utc_time
-from vmsnap.agent.tokens import ADMIN, OPERATE, READ
+from vmsnap.agent.tokens import ADMIN, OPERATE, READ, token_document
 
 router = APIRouter(prefix="/api/v1")
 NamePath = Annotated[str, Path(max_length=200)]
@@ -97,18 +96,7 @@ def run_schedule(request: Request, name: NamePath) -> JobList:
 def list_tokens(request: Request) -> TokenList:
     """All tokens, without what they are."""
     rows = context_of(request).house().tokens.rows()
-    return TokenList(
-        items=[
-            TokenShape(
-                name=token.name,
-                role=token.role,
-                created=utc_time(token.created_ns),
-                expires=utc_time(token.expires_ns),
-                expired=token.expired,
-            )
-            for token in rows
-        ]
-    )
+    return TokenList(items=[TokenShape(**token_document(token)) for token in rows])
 
 
 @router.post("/tokens", status_code=201, response_model=MadeToken, dependencies=[needs(ADMIN)])

@@ -11,9 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from vmsnap.agent.api.context import Context, caller_of, context_of, needs, require
+from vmsnap.agent.api.request import Request as VerbRequest
 from vmsnap.agent.api.shapes import JobDetail, JobList, JobPage, JobShape
 from vmsnap.agent.api.verbs import VERBS
-from vmsnap.agent.api.verbs import Request as VerbRequest
 from vmsnap.agent.house import House
 from vmsnap.agent.jobs import Job, NewJob
 from vmsnap.agent.notices import job_document

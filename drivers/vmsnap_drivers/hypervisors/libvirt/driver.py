@@ -12,6 +12,7 @@ from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run
 from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, logs_of
 from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_libvirt
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
+from vmsnap_drivers.hypervisors.libvirt.tags import tags_of
 from vmsnap_drivers.qemu import doctor, life, own_disks, process
 from vmsnap_drivers.qemu.capture import duplicates, learned
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
@@ -60,6 +61,10 @@ class LibvirtHypervisor(MonitoredHypervisor):
     def list_vms(self) -> Sequence[str]:
         with reached(self._uri) as domains:
             return sorted(domain.name for domain in domains.all())
+
+    def tags(self) -> Sequence[str]:
+        with reached(self._uri) as domains:
+            return tags_of(domains.find(self._domain).tree())
 
     def doctor(self) -> Sequence[Finding]:
         findings = [*doctor.look_at_host(self.context), *look_at_libvirt(self._uri)]
