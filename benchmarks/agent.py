@@ -27,6 +27,8 @@ PAGES = {
     "VMs, last page": "/api/v1/vms?after=vm09899",
     "VMs by a part of the name": "/api/v1/vms?match=999",
     "one VM": "/api/v1/vms/vm05000",
+    "timeline of 50 VMs": "/api/v1/timeline?after=vm05000&days=400",
+    "one backup": "/api/v1/backups/vm09999-20260110T",
     "backups, first page": "/api/v1/backups?limit=100",
     "backups, in the middle": "/api/v1/backups?limit=100&before=2026-01-05T12:00:00Z,",
     "backups of one VM": "/api/v1/backups?vm=vm05000&limit=200",

@@ -31,7 +31,7 @@ from vmsnap.agent.jobs import NewJob
 from vmsnap.agent.metrics import metrics_text
 from vmsnap.agent.settings import AgentSettings
 from vmsnap.agent.tokens import ROLES
-from vmsnap.agent.vmpage import vm_page
+from vmsnap.agent.vmpage import timeline_page, vm_page
 from vmsnap.errors import Busy, NotFound, UsageError, VmsnapError
 
 TRUSTED = Door("http", frozenset({"localhost", "testserver"}), trusted=True)
@@ -149,6 +149,7 @@ ASKED: list[tuple[str, str, dict[str, Any] | None, str]] = [
     ("GET", "/api/v1/summary", None, "read"),
     ("GET", "/api/v1/vms", None, "read"),
     ("GET", "/api/v1/vms/vm001", None, "read"),
+    ("GET", "/api/v1/timeline", None, "read"),
     ("GET", "/api/v1/backups", None, "read"),
     ("GET", "/api/v1/backups/x", None, "read"),
     ("GET", "/api/v1/jobs", None, "read"),
@@ -475,11 +476,12 @@ def test_a_page_takes_little_work_however_much_there_is_and_wherever_it_begins(
     looks: dict[str, Callable[[], Any]] = {
         "VMs, first": lambda: vm_page(crowd, limit=100),
         "VMs, last": lambda: vm_page(crowd, after="vm09899", limit=100),
+        "timeline, middle": lambda: timeline_page(crowd, "2026-01-02T00:00:00Z", after="vm05000", limit=50),
         "backups, first": lambda: crowd.catalogue.page(limit=500),
         "backups, middle": lambda: crowd.catalogue.page(before=("2026-01-05T12:00:00Z", ""), limit=500),
         "backups, last": lambda: crowd.catalogue.page(before=("2026-01-01T00:10:00Z", ""), limit=500),
         "backups of one VM": lambda: crowd.catalogue.page(vm="vm05000", limit=500),
-        "one backup": lambda: crowd.catalogue.get("vm00000-20260101T000000Z-000000"),
+        "one backup": lambda: crowd.catalogue.get("vm09999-20260110T"),
         "jobs, first": lambda: crowd.jobs.page(limit=500),
         "jobs, middle": lambda: crowd.jobs.page(before=JOBS // 2, limit=500),
         "jobs of one VM": lambda: crowd.jobs.page(vm="vm05000", limit=500),
@@ -490,6 +492,7 @@ def test_a_page_takes_little_work_however_much_there_is_and_wherever_it_begins(
     steps = {name: work.of(look) for name, look in looks.items()}
     assert len(looks["VMs, first"]()) == 100 and len(looks["backups, middle"]()) == 500
     assert max(steps.values()) < 60_000, steps
+    assert [len(row["backups"]) for row in looks["timeline, middle"]()] == [BACKUPS_EACH - 1] * 50
     find = work.of(lambda: vm_page(crowd, match="9999", limit=100))
     assert find < 200_000, "a look at each name, no more"
     counted(f"steps of SQLite for a page: {max(steps.values())} at most; to find a name among {VMS}: {find}")
@@ -652,7 +655,6 @@ def test_what_the_agent_refuses_the_library_raises(wire: AgentHouse) -> None:
 
 
 def test_units_are_what_systemd_takes(wire: AgentHouse, tmp_path: Path) -> None:
-    import shutil
     import subprocess
 
     made = wire.json("agent", "units", "--output", str(tmp_path))
@@ -660,11 +662,21 @@ def test_units_are_what_systemd_takes(wire: AgentHouse, tmp_path: Path) -> None:
     assert "exists" in wire.error(2, "agent", "units", "--output", str(tmp_path))
     service = (tmp_path / "vmsnap-agent.service").read_text()
     assert "KillMode=process" in service and "/usr/bin/vmsnap" not in service
-    if shutil.which("systemd-analyze"):
-        done = subprocess.run(
-            ["systemd-analyze", "verify", *(each["path"] for each in made)], capture_output=True, text=True, timeout=60
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+    for words in (
+        ["verify", *(each["path"] for each in made)],
+        # Its score times ten: what the unit gives up is never given back unseen.
+        ["security", "--offline=true", "--threshold=82", made[0]["path"]],
+    ):
+        done = subprocess.run(["systemd-analyze", "--no-pager", *words], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), done
+
+
+def test_a_loop_that_hangs_is_told_to_a_load_balancer(served: Served) -> None:
+    assert ask(served.client(), "GET", "/api/v1/health").status_code == 200
+    served.context.loop_age = lambda: 1000.0
+    answer = ask(served.client(), "GET", "/api/v1/health")
+    assert answer.status_code == 503 and answer.json()["status"] == "the loop hangs"
+    assert ask(served.client(), "GET", "/metrics").status_code == 401
 
 
 # -- what the documentation says

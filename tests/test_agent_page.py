@@ -177,6 +177,26 @@ def test_a_backup_is_proved_by_booting_and_its_duplicate_takes_a_dead_vms_place(
     assert served.executes("vm002")
 
 
+def test_the_timeline_shows_every_vm_and_those_without_a_backup_too(
+    served: AgentHouse, token: str, window: Browser
+) -> None:
+    count = backed_up(served, "vm002", 2)
+    served.json("start", "vm-new", "--memory", "4M", "--disk", "4M", script="vmsnap-sim")
+    enter(window, served, token, "#/timeline")
+    row = "//li[.//a='{}']"
+    assert window.find(f"{row.format('vm002')}//*[name()='svg'][contains(@aria-label, '{count} backups, the last')]")
+    assert "none" in window.find(row.format("vm-new")).text
+    dashes = window.driver.find_elements(By.XPATH, f"{row.format('vm002')}//*[contains(@class, 'dash')]")
+    assert len(dashes) == count
+    picture(window, "timeline")
+    window.find("//input[@type='search']").send_keys("new")
+    window.until(lambda driver: len(driver.find_elements(By.CSS_SELECTOR, ".timeline li")) == 1, "the one that fits")
+    link = window.find("//li//a[.='vm-new']")
+    link.send_keys(Keys.ENTER)
+    window.until_text("Hypervisor")
+    assert window.errors() == []
+
+
 def test_schedules_and_the_doctor_by_keyboard_alone(served: AgentHouse, token: str, window: Browser) -> None:
     enter(window, served, token, "#/schedules")
     field = window.field("Name")
@@ -219,7 +239,7 @@ def test_on_a_phone_in_the_dark_nothing_runs_over_the_edge(served: AgentHouse, t
     with browser(tmp_path, width=390, height=844, dark=True) as phone:
         enter(phone, served, token)
         phone.until_text("vm001")
-        for page in ("#/vms", "#/vms/vm001", "#/jobs", "#/schedules", "#/backups"):
+        for page in ("#/vms", "#/vms/vm001", "#/timeline", "#/jobs", "#/schedules", "#/backups", "#/doctor"):
             phone.driver.get(f"{served.https}/{page}")
             phone.find("//main//h1")
             over = phone.driver.execute_script(

@@ -81,6 +81,22 @@ class Catalogue:
         )
         return {row["vm"]: _document(row) for row in self._database.rows(query, *values, *values)}
 
+    def since(self, vms: Collection[str], time: str, most: int) -> dict[str, list[dict[str, Any]]]:
+        """The backups of each of those VMs from a time (UTC, RFC 3339) on, the newest first, at most so many of each:
+        what a timeline shows of them.
+        """
+        query = (
+            "SELECT backup, time, json_extract(data, '$.mode') AS mode, json_extract(data, '$.pause_seconds') AS pause"
+            " FROM catalogue WHERE vm = ? AND time >= ? ORDER BY time DESC LIMIT ?"
+        )
+        return {
+            vm: [
+                {"backup": row["backup"], "time": row["time"], "mode": row["mode"], "pause_seconds": row["pause"]}
+                for row in self._database.rows(query, vm, time, most)
+            ]
+            for vm in vms
+        }
+
     def counts(self) -> dict[str, int]:
         """How many backups each VM has."""
         rows = self._database.rows("SELECT vm, count(*) AS number FROM catalogue GROUP BY vm")

@@ -12,6 +12,9 @@ from vmsnap.agent.house import House
 from vmsnap.agent.notices import job_document
 from vmsnap.errors import UnknownVm
 
+DOTS_EACH = 100
+"""So many backups of one VM are in a timeline at most, the newest."""
+
 
 def vm_page(house: House, *, after: str = "", limit: int = 100, match: str = "") -> list[dict[str, Any]]:
     """At most `limit` VMs behind the name `after`, by name; those whose name holds `match`."""
@@ -19,6 +22,20 @@ def vm_page(house: House, *, after: str = "", limit: int = 100, match: str = "")
         "SELECT * FROM vm WHERE vm > ? AND instr(vm, ?) > 0 ORDER BY vm LIMIT ?", after, match, limit
     )
     return _documents(house, rows)
+
+
+def timeline_page(
+    house: House, since: str, *, after: str = "", limit: int = 50, match: str = ""
+) -> list[dict[str, Any]]:
+    """At most `limit` VMs as in `vm_page`, without duplicates, each with its backups from `since` on."""
+    rows = house.database.rows(
+        "SELECT vm FROM vm WHERE vm > ? AND kind = 'working' AND instr(vm, ?) > 0 ORDER BY vm LIMIT ?",
+        after,
+        match,
+        limit,
+    )
+    found = house.catalogue.since([row["vm"] for row in rows], since, DOTS_EACH)
+    return [{"vm": vm, "backups": backups} for vm, backups in found.items()]
 
 
 def one_vm(house: House, vm: str) -> dict[str, Any]:

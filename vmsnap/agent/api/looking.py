@@ -10,9 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from vmsnap import __version__
 from vmsnap.agent.api.context import caller_of, context_of, needs
-from vmsnap.agent.api.shapes import BackupPage, BackupShape, Health, Summary, VmPage, VmShape
+from vmsnap.agent.api.shapes import BackupPage, BackupShape, Health, Summary, TimelinePage, VmPage, VmShape
+from vmsnap.agent.times import utc_time
 from vmsnap.agent.tokens import READ
-from vmsnap.agent.vmpage import one_vm, vm_page
+from vmsnap.agent.vmpage import one_vm, timeline_page, vm_page
 
 LOOP_MAY_TAKE_SECONDS = 90.0
 """A loop that has not gone round for so long hangs: it sleeps 5 s at most, and waits 10 s for the database."""
@@ -61,6 +62,22 @@ def list_vms(request: Request, after: Text = "", match: Text = "", limit: Limit 
     """The VMs of the VM table as they were when last seen, by name, a page at a time."""
     found = vm_page(context_of(request).house(), after=after, limit=limit + 1, match=match)
     return {"items": found[:limit], "next": found[limit - 1]["vm"] if len(found) > limit else None}
+
+
+@router.get("/timeline", response_model=TimelinePage, dependencies=[needs(READ)])
+def timeline(
+    request: Request,
+    days: Annotated[int, Query(ge=1, le=400)] = 7,
+    after: Text = "",
+    match: Text = "",
+    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+) -> dict[str, Any]:
+    """The backups of all VMs in the last days, by the VMs' names, a page at a time; of each VM the newest hundred."""
+    now = time.time_ns()
+    since = utc_time(now - days * 86400 * 10**9) or ""
+    found = timeline_page(context_of(request).house(), since, after=after, limit=limit + 1, match=match)
+    following = found[limit - 1]["vm"] if len(found) > limit else None
+    return {"since": since, "until": utc_time(now), "items": found[:limit], "next": following}
 
 
 @router.get("/vms/{vm}", response_model=VmShape, dependencies=[needs(READ)])

@@ -101,6 +101,31 @@ class VmPage(BaseModel):
     next: str | None = None
 
 
+class Dot(BaseModel):
+    """A backup in a timeline."""
+
+    backup: str
+    time: str
+    mode: str
+    pause_seconds: float | None
+
+
+class TimelineRow(BaseModel):
+    """A VM in a timeline, with its newest backups in that stretch of time."""
+
+    vm: str
+    backups: list[Dot]
+
+
+class TimelinePage(BaseModel):
+    """VMs by name, with what they have from `since` to `until`; `next` is what `after` takes to go on."""
+
+    since: str
+    until: str
+    items: list[TimelineRow]
+    next: str | None = None
+
+
 class ScheduleShape(BaseModel):
     """A schedule as it stands; `schedule` has its fields. `next` is its next slot, UTC, without jitter."""
 

@@ -7,11 +7,13 @@ import { arrive, h, show, visit } from "./dom.js";
 import * as jobs from "./jobs.js";
 import * as live from "./live.js";
 import * as schedules from "./schedules.js";
+import * as timeline from "./timeline.js";
 import * as vms from "./vms.js";
 
 const PAGES = {
   vms: (name, role) => (name ? vms.one(name, role) : vms.list(role)),
   backups: (name, role) => (name ? backups.one(name, role) : backups.list(role)),
+  timeline: () => timeline.page(),
   jobs: (name) => (name ? jobs.one(Number(name)) : jobs.list()),
   schedules: (_, role) => schedules.list(role),
   doctor: (_, role) => doctor.page(role),
