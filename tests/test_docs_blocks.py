@@ -78,8 +78,8 @@ LINES = {
     ("agent.md", "vmsnap agent units"): "writes below /etc; the units are read by test_packaging.py",
     ("agent.md", "vmsnap schedule run-now"): ELSEWHERE + "test_agent_loop.py, with an agent that runs",
     ("agent.md", "vmsnap backup web1"): ELSEWHERE + "test_agent_api.py, over a socket and over TLS",
-    ("agent.md", "vmsnap list"): ELSEWHERE + "test_agent_api.py, over a socket and over TLS",
-    ("agent.md", "vmsnap jobs"): ELSEWHERE + "test_agent_api.py, over a socket and over TLS",
+    ("agent.md", "virsh"): "of a libvirt that has a domain web1, which there is not",
+    ("agent.md", "vmsnap agent tags"): "asks that libvirt",
     ("agent.md", "export VMSNAP_AGENT"): "the address of a host that there is not",
     ("retention.md", "vmsnap key remove"): "shown being refused; test_cli_key.py does it",
 }
