@@ -28,6 +28,7 @@ check: $(VENV)/.development
 	$(BIN)/mypy vmsnap drivers storage_backends
 	$(BIN)/mypy tests/lab benchmarks docs
 	$(BIN)/python docs/make_protocols.py --check
+	$(BIN)/python docs/make_pause_figure.py --check
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 
 docs: $(VENV)/.development

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from docs import generate, transcripts
+from docs import generate, make_pause_figure, transcripts
 from vmsnap.roles import Hypervisor, SnapshotMechanism, StorageBackend
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,17 @@ def test_a_transcript_is_filled_with_what_is_really_printed(tmp_path: Path) -> N
     with pytest.raises(transcripts.TranscriptError, match=r"^false"):
         transcripts.run("```console\n$ echo ok\n$ false\n$ echo later\n```\n", tmp_path, {})
     assert transcripts.plain("took 1.5 s") == transcripts.plain("took 20 ms") != transcripts.plain("took long")
+
+
+def test_the_figure_of_the_pause_is_that_of_the_backup_beside_it() -> None:
+    data = json.loads(make_pause_figure.DATA.read_text())
+    assert make_pause_figure.FIGURE.read_text() == make_pause_figure.figure(data)
+    steps, moments = make_pause_figure.timeline(data)
+    assert [name for name, _ in moments] == ["pause", "disks", "duplicate", "resume"]
+    assert [seconds for _, seconds in moments] == sorted(seconds for _, seconds in moments)
+    assert 0 < moments[-1][1] < min(step.seconds for step in steps if step.name == "prepare")
+    drawn = make_pause_figure.FIGURE.read_text()
+    assert "prefers-color-scheme: dark" in drawn and f"stands still for {moments[-1][1] * 1e3:.1f} ms" in drawn
 
 
 def test_the_man_page_is_built_from_the_same_source(tmp_path: Path) -> None:

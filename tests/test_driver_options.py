@@ -123,4 +123,15 @@ def test_every_option_that_is_no_text_refuses_what_is_none(kind: str, name: str,
 
 def test_every_built_in_driver_says_what_its_numbers_are() -> None:
     texts = {param.values[2].name for param in BUILT_IN if param.values[2].type is TEXT and not param.values[2].choices}  # type: ignore[attr-defined]
-    assert texts == {"domain", "endpoint", "profile", "qemu_img", "region", "storage_class", "uri"}
+    assert texts == {
+        "appliances",
+        "chap_user",
+        "domain",
+        "endpoint",
+        "initiators",
+        "profile",
+        "qemu_img",
+        "region",
+        "storage_class",
+        "uri",
+    }

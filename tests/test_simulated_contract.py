@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, Duplicate
-from vmsnap.roles import DriverContext, Hypervisor
+from vmsnap.roles import DriverContext, Hypervisor, LoadedVm, LoadRequest
 from vmsnap.testing.crashes import HypervisorCrashes
 from vmsnap.testing.figures import HypervisorFigures
 from vmsnap.testing.hypervisor import HypervisorContract
@@ -175,3 +176,25 @@ def test_a_driver_that_leaves_something_after_a_crash_is_caught(monkeypatch: pyt
         suite = HypervisorCrashes()
         with pytest.raises(AssertionError, match="nothing is left"):
             suite.test_killed_at_this_call_the_guest_goes_on_and_nothing_is_left(rig, "finish_duplicate")
+
+
+def test_a_driver_that_does_not_destroy_what_a_killed_restore_loaded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedHypervisor, "destroy", lambda driver: None)
+    for rig in simulated_rig():
+        rig.patience_seconds = 2.0
+        with pytest.raises(AssertionError, match="nothing is left after kill-after load"):
+            HypervisorCrashes().test_a_restore_that_is_killed_leaves_nothing_and_works_again(rig, "load")
+
+
+def test_a_driver_that_uses_a_duplicate_up_in_a_killed_failover_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    rightly = SimulatedHypervisor.load
+
+    def load(driver: SimulatedHypervisor, request: LoadRequest) -> LoadedVm:
+        loaded = rightly(driver, request)
+        request.images[0].path.unlink()
+        return loaded
+
+    monkeypatch.setattr(SimulatedHypervisor, "load", load)
+    for rig in simulated_rig():
+        with pytest.raises(HypervisorError, match="has lost"):
+            HypervisorCrashes().test_a_failover_that_is_killed_loses_no_duplicate(rig, "load")

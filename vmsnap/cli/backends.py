@@ -203,10 +203,9 @@ vmsnap_lvm = MechanismCommandLine(
 )
 """The entry point ``vmsnap-lvm``."""
 
-vmsnap_iscsi = CommandLine(
+vmsnap_iscsi = MechanismCommandLine(
     "vmsnap-iscsi",
-    _MECHANISM_COMMANDS,
-    params=[version_option(__version__)],
+    "iscsi",
     help="Snapshots of LUNs, taken where they lie and exported anew, as vmsnap takes them of the disks of VMs.",
     epilog="""\
         vmsnap-iscsi doctor

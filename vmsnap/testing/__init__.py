@@ -13,6 +13,8 @@ if "pytest" in sys.modules:
         "vmsnap.testing.bringing_back",
         "vmsnap.testing.cloning",
         "vmsnap.testing.crashes",
+        "vmsnap.testing.crashing",
+        "vmsnap.testing.crashing_verbs",
         "vmsnap.testing.figures",
         "vmsnap.testing.hypervisor",
         "vmsnap.testing.rigs",

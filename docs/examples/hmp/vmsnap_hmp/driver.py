@@ -311,7 +311,9 @@ class HmpHypervisor(Hypervisor):
         loading.check_disks(self.vm, definition.line, request.disks)
         if len(request.images) != 1:
             raise HypervisorError(f"{self.vm}: {len(request.images)} RAM images instead of one")
-        record = LoadedRecord(self.vm, self._address, request.definition, tuple(request.disks))
+        record = LoadedRecord(
+            self.vm, self._address, request.definition, tuple(request.disks), takeover=request.takeover
+        )
         self._place.remove()  # what a VM left that died
         try:
             self._place.keep(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,14 @@ def duplicates(context: DriverContext) -> Iterator[tuple[DuplicatePlace, Duplica
 
 @dataclass(frozen=True)
 class LoadedRecord:
-    """What is kept of a VM that was loaded; `process` is None until QEMU runs."""
+    """What is kept of a VM that was loaded; `process` is None until QEMU runs. `takeover`: in place of another."""
 
     vm: str
     monitor: Path
     definition: Json
     disks: tuple[Disk, ...]
     process: Process | None = None
+    takeover: bool = False
 
 
 class LoadedPlace:
@@ -124,13 +126,26 @@ class LoadedPlace:
             return None
 
     def remove(self) -> None:
-        """Remove folder and RAM; idempotent."""
+        """Remove folder and RAM; idempotent.
+
+        The socket of a VM whose place was taken stays, dead, as it was found: that nobody listens on it is what shows
+        that the VM does not run.
+        """
         self.ram.unlink(missing_ok=True)
         record = self.record()
-        if record is not None and record.monitor != self.monitor:
+        if record is not None and record.takeover:
+            _leave_dead(record.monitor)
+        elif record is not None and record.monitor != self.monitor:
             record.monitor.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def _leave_dead(path: Path) -> None:
+    """See that there is a socket on which nobody listens; QEMU removes its own when it is told to end."""
+    if not path.exists():
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
 
 
 def loaded(context: DriverContext) -> Iterator[tuple[LoadedPlace, LoadedRecord]]:

@@ -18,7 +18,7 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
-from vmsnap.roles import DiskReader, DriverContext, Option, SnapshotMechanism
+from vmsnap.roles import PATH, DiskReader, DriverContext, Option, SnapshotMechanism, whole_number
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.runner_ssh import SshSettings
@@ -62,7 +62,7 @@ class IscsiMechanism(SnapshotMechanism):
             " that is not named is one of this host",
             "",
         ),
-        Option("control_port", "the control port of the tgtd on this host", "0"),
+        Option("control_port", "the control port of the tgtd on this host", "0", type=whole_number(0, 65535)),
         Option(
             "initiators",
             "who may use what is exported: addresses, or names (iqn.…), several with spaces; without it, this host's"
@@ -76,10 +76,15 @@ class IscsiMechanism(SnapshotMechanism):
             ("store", "initiator"),
         ),
         Option("chap_user", "the CHAP account of the targets, by which we read", ""),
-        Option("chap_password_file", "the file that holds its secret", ""),
-        Option("known_hosts", "the file of known host keys of the appliances; without it, OpenSSH's own", ""),
-        Option("ssh_key", "the private key for the appliances; without it, the agent's and the user's own", ""),
-        Option("pause_seconds", "how long one command may take while the guest stands still", "4"),
+        Option("chap_password_file", "the file that holds its secret", type=PATH),
+        Option("known_hosts", "the file of known host keys of the appliances; without it, OpenSSH's own", type=PATH),
+        Option("ssh_key", "the private key for the appliances; without it, the agent's and the user's own", type=PATH),
+        Option(
+            "pause_seconds",
+            "how long one command may take while the guest stands still",
+            "4",
+            type=whole_number(1, _LONGEST_PAUSE_SECONDS),
+        ),
     )
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
