@@ -97,7 +97,8 @@ class SshRunner(Runner):
             raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
         output = Output(status, said[True].decode(errors="replace"), said[False].decode(errors="replace"))
         if status == _NOT_FOUND:
-            raise DriverUnavailable(f"the program {argv[0]} is not installed on {self.url}")
+            missing = "sudo" if self._user != "root" and "sudo" in output.stderr else argv[0]
+            raise DriverUnavailable(f"the program {missing} is not installed on {self.url}")
         return output
 
     def lines(self, argv: Sequence[str], seconds: float) -> Iterator[str]:

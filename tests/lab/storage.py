@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,9 @@ _NEEDED = ("virtio_pci", "9p", "9pnet_virtio", "overlay")
 _MEMORY_MIB = 1024
 _BOOT_SECONDS = 180.0
 _POLL_SECONDS = 0.05
+ADDRESS = "10.0.2.15"
+"""The guest's on its network, and `HOST_ADDRESS` that from which whatever comes through a forward comes."""
+HOST_ADDRESS = "10.0.2.2"
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,14 @@ class Ended:
 class StorageGuest:
     """One such guest. Use with ``with``; ``results`` is the folder that both sides see, ``/run/results`` in there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forwards: Mapping[int, int] | None = None) -> None:
+        """Describe it; nothing is started.
+
+        :param forwards: for ports of the host's loopback, the guest's ports to which they lead. Without any it has no
+            network; with, it has `ADDRESS` on its first interface, which a script must set, and reaches nobody.
+        """
         self.folder = folder
+        self.forwards = dict(forwards or {})
         self.results = folder / "results"
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None
@@ -84,8 +94,16 @@ class StorageGuest:
             "-virtfs", f"{shared},path={cache_folder() / 'storage/root'},mount_tag=packages,readonly=on",
             "-virtfs", f"{shared},path={_CHECKOUT},mount_tag=checkout,readonly=on",
             "-virtfs", f"{shared},path={self.results},mount_tag=results",
+            *self._network(),
         )
         # fmt: on
+
+    def _network(self) -> list[str]:
+        if not self.forwards:
+            return []
+        forwards = [f"hostfwd=tcp:127.0.0.1:{port}-{ADDRESS}:{inner}" for port, inner in self.forwards.items()]
+        network = ",".join(["user", "id=net0", "restrict=on", *forwards])
+        return ["-netdev", network, "-device", "virtio-net-pci,netdev=net0,romfile="]
 
     def begin(self, name: str, script: str) -> None:
         """Let a shell in the guest begin with `script`; `name` is that of its file. One at a time."""

@@ -30,7 +30,8 @@ class Files(Stores):
         system = self._run(["stat", "--file-system", "--format=%T", "--", folder]).strip()
         if system not in _CAN_REFLINK:
             raise SnapshotError(
-                f"{path} lies on {system}, where a file cannot be snapshotted", cure="use XFS, btrfs or a thin volume"
+                f"{path} lies on {system}, where a file cannot be snapshotted",
+                cure="use XFS, btrfs or a thin volume, or choose --mechanism DISK=qcow2",
             )
         return Origin(self.kind, path, int(size))
 

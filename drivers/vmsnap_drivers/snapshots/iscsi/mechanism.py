@@ -18,7 +18,7 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
-from vmsnap.roles import PATH, DiskReader, DriverContext, Option, SnapshotMechanism, whole_number
+from vmsnap.roles import PATH, DiskReader, DriverContext, Option, SnapshotMechanism, whole_number, with_defaults
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.runner_ssh import SshSettings
@@ -42,7 +42,8 @@ from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.tgt import taken
 
 _MOST_AT_ONCE: Final = 8
-_LONGEST_PAUSE_SECONDS: Final = 3600
+_PAUSE_SECONDS: Final = whole_number(1, 3600)
+_CONTROL_PORT: Final = whole_number(0, 32767)
 
 
 class IscsiMechanism(SnapshotMechanism):
@@ -62,7 +63,7 @@ class IscsiMechanism(SnapshotMechanism):
             " that is not named is one of this host",
             "",
         ),
-        Option("control_port", "the control port of the tgtd on this host", "0", type=whole_number(0, 65535)),
+        Option("control_port", "the control port of the tgtd on this host", "0", type=_CONTROL_PORT),
         Option(
             "initiators",
             "who may use what is exported: addresses, or names (iqn.…), several with spaces; without it, this host's"
@@ -79,19 +80,15 @@ class IscsiMechanism(SnapshotMechanism):
         Option("chap_password_file", "the file that holds its secret", type=PATH),
         Option("known_hosts", "the file of known host keys of the appliances; without it, OpenSSH's own", type=PATH),
         Option("ssh_key", "the private key for the appliances; without it, the agent's and the user's own", type=PATH),
-        Option(
-            "pause_seconds",
-            "how long one command may take while the guest stands still",
-            "4",
-            type=whole_number(1, _LONGEST_PAUSE_SECONDS),
-        ),
+        Option("pause_seconds", "how long one command may take while the guest stands still", "4", type=_PAUSE_SECONDS),
     )
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         super().__init__(context, options)
-        self._options = {option.name: option.default or "" for option in self.options} | dict(options)
-        settings = SshSettings(self._options["known_hosts"], self._options["ssh_key"])
-        self._places = Places(self._options["appliances"], self._options["control_port"], settings)
+        self._options = with_defaults(self.options, options)
+        settings = SshSettings(self._options.get("known_hosts", ""), self._options.get("ssh_key", ""))
+        control_port = _CONTROL_PORT.read(self._options["control_port"])
+        self._places = Places(self._options["appliances"], control_port, settings)
         self._exports = Exports(context.state_dir / self.name)
         self._kinds = self._places.of("").kinds
 
@@ -112,10 +109,8 @@ class IscsiMechanism(SnapshotMechanism):
 
         :raises SnapshotError: a disk is no LUN that is served, what lies behind it cannot be snapshotted, or a name is
             taken
-        :raises UsageError: an option is wrong
         :raises DriverUnavailable: tgtadm is not installed
         """
-        self._seconds()
         found = tuple(self._names(disk, tag, index) for index, disk in enumerate(disks))
         return SnapshotPlan(self.name, tag, vm, tuple(disks), window, to_data(found))
 
@@ -129,7 +124,7 @@ class IscsiMechanism(SnapshotMechanism):
 
         :raises SnapshotError: one failed, or took too long
         """
-        seconds = self._seconds()
+        seconds = _PAUSE_SECONDS.read(self._options["pause_seconds"])
 
         def take(names: LunNames) -> Moment:
             self._stores(names).snapshot(names.origin, names.snapshot, plan.tag, seconds)
@@ -287,7 +282,7 @@ class IscsiMechanism(SnapshotMechanism):
 
     def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
         if not self._place(names.lun).here or self._options["reading"] == "initiator":
-            account = Account(self._options["chap_user"], self._options["chap_password_file"])
+            account = Account(self._options["chap_user"], self._options.get("chap_password_file", ""))
             return InitiatorReader(exported, size_bytes, f"{what} {exported}", account)
         if names.kind == Files.kind:
             return FileReader(Path(path), size_bytes, what)
@@ -296,12 +291,6 @@ class IscsiMechanism(SnapshotMechanism):
     def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
         origins = [lun.path for target in place.tgt.targets() for lun in target.disks if lun.path.startswith("/")]
         return [(stores, owned) for stores in place.kinds.values() for owned in stores.owned(origins)]
-
-    def _seconds(self) -> int:
-        text = self._options["pause_seconds"]
-        if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _LONGEST_PAUSE_SECONDS:
-            raise UsageError(f"pause_seconds={text!r} is no whole number from 1 to {_LONGEST_PAUSE_SECONDS}")
-        return int(text)
 
 
 def _shown(place: Place, owned: Owned) -> str:

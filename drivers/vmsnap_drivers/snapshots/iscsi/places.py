@@ -19,7 +19,6 @@ from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
 
 HERE: Final = "this host"
 _SOCKETS: Final = Path("/var/run/tgtd")
-_HIGHEST_CONTROL_PORT: Final = 32767
 _BLOCK_DEVICE: Final = "block special file"
 
 
@@ -60,14 +59,12 @@ class Place:
 class Places:
     """All of them that are configured, made when they are asked for."""
 
-    def __init__(self, appliances: str, control_port: str, ssh: SshSettings) -> None:
+    def __init__(self, appliances: str, control_port: int, ssh: SshSettings) -> None:
         """Remember what is configured; no I/O.
 
         :raises UsageError: it is none
         """
-        if not control_port.isascii() or not control_port.isdecimal() or int(control_port) > _HIGHEST_CONTROL_PORT:
-            raise UsageError(f"control_port={control_port!r} is no port of a tgtd")
-        self._control_port = int(control_port)
+        self._control_port = control_port
         self._settings = ssh
         self._urls = dict(_entry(word) for word in appliances.replace(",", " ").split())
         self._made: dict[str, Place] = {}

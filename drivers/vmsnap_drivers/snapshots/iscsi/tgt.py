@@ -139,7 +139,7 @@ class Tgt:
         try:
             done = self._runner.run([*argv, *more], _SECONDS, changes=operation != "show")
         except DriverUnavailable as e:
-            raise DriverUnavailable(e.message, cure=INSTALL) from e
+            raise DriverUnavailable(e.message, cure=INSTALL if "tgtadm" in e.message else "install it there") from e
         if not done.status:
             return done.stdout
         said = one_line(done.stderr).removeprefix("tgtadm: ") or f"status {done.status}"

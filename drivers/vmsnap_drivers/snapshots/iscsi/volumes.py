@@ -35,7 +35,9 @@ class Volumes(Stores):
         """See `Stores.look`."""
         (found,) = self._lvs(path)
         if not found["pool_lv"]:
-            raise SnapshotError(f"{path} is no thin volume", cure="put it into a thin pool")
+            raise SnapshotError(
+                f"{path} is no thin volume", cure="put it into a thin pool, or choose --mechanism DISK=qcow2"
+            )
         (pool,) = self._lvs(f"{found['vg_name']}/{found['pool_lv'].strip('[]')}")
         for what in ("data", "metadata"):
             used = float(pool[f"{what}_percent"] or 0)

@@ -1,0 +1,228 @@
+"""The patent's scenario whole: a storage appliance with thin volumes behind tgt, reached over SSH and iSCSI alone, and
+a working VM on the host whose disk is ``iqn.2009-12.com.example:001``; and what is left where the appliance vanishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import pytest
+
+from tests.lab import Disk, LabMachine, disk_records, find_qemu, serial
+from tests.lab.appliance import USER, Appliance, add_known_hosts
+from tests.lab.qmp import seconds_between
+from tests.lab.sshd import make_key
+from tests.proxy import Proxy
+from tests.qemu_stage import MIB, end_all, until
+from tests.test_live_backup_qemu import processes_of
+from vmsnap.controller import Controller, Drivers
+from vmsnap.errors import SnapshotError, VmsnapError
+from vmsnap.host import HostFolders
+from vmsnap.model import Disk as ModelDisk
+from vmsnap.model import VmState, Window
+from vmsnap.places import create_repository
+from vmsnap.repository import Repository
+from vmsnap.roles import DriverContext, SnapshotMechanism
+from vmsnap.testing.faults import FaultPlan, FaultySnapshotMechanism
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
+
+pytestmark = [pytest.mark.qemu, pytest.mark.storage, pytest.mark.timeout(900)]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+TARGET = "iqn.2009-12.com.example:001"
+SIZE_MIB = 80
+PAUSE_SECONDS = 100.0
+"""Commands take seconds in an emulated appliance; in a real one they do not."""
+
+
+class Site:
+    """The appliance, the VM on the host, and vmsnap's state there."""
+
+    def __init__(self, place: Path, appliance: Appliance, machine: LabMachine) -> None:
+        self.place = place
+        self.appliance = appliance
+        self.machine = machine
+        self.folders = HostFolders.find(place / "state")
+        self.repository: Repository = create_repository(str(place / "repository"))
+
+    def options(self, port: int = 0, user: str = "root") -> dict[str, str]:
+        """The mechanism's, its SSH behind another port where one is given."""
+        portal = f"127.0.0.1:{self.appliance.iscsi_port}"
+        return {
+            "appliances": f"{portal}=ssh://{user}@127.0.0.1:{port or self.appliance.ssh_port}",
+            "known_hosts": str(self.appliance.known_hosts),
+            "ssh_key": str(self.appliance.key),
+            "initiators": self.appliance.initiator,
+            "pause_seconds": "90",
+        }
+
+    @contextlib.contextmanager
+    def controller(self, options: Mapping[str, str] | None = None) -> Iterator[Controller]:
+        drivers = Drivers(self.folders.context(), {"iscsi": options or self.options()})
+        with Controller(self.folders, drivers=drivers) as made:
+            yield made
+
+    def see_that_the_guest_runs(self) -> None:
+        self.machine.wait_for_count(self.machine.latest_count() + 20)
+        assert self.machine.faults() == []
+        assert self.machine.oracle.status() == "running"
+
+    def see_that_nothing_is_left(self) -> None:
+        assert self.appliance.traces() == {"pool", "vm001", TARGET}
+        with self.controller() as controller:
+            assert controller.journal.unfinished() == []
+
+    def disk(self, backup: str) -> Path:
+        """The disk of a backup, as a raw image."""
+        path = self.place / f"{backup}.raw"
+        with self.repository.reader(self.repository.manifest(backup).disks[0].image, "disk0") as reader:
+            reader.restore_to_file(path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, place)
+        appliance = stack.enter_context(Appliance(place / "appliance"))
+        appliance.add(TARGET, "vm001", SIZE_MIB)
+        machine = LabMachine(
+            place / "vm001",
+            find_qemu("7.2"),
+            memory_mib=256,
+            disks=(Disk("raw", SIZE_MIB * MIB, appliance.address(TARGET)),),
+            settings={"slots": 64, "pause_us": 20000},
+        )
+        stack.enter_context(machine)
+        stack.callback(end_all, place)
+        made = Site(place, appliance, machine)
+        stack.callback(shutil.rmtree, made.folders.memory_dir, ignore_errors=True)
+        machine.wait_for_check(1, timeout_seconds=200)
+        with made.controller() as controller:
+            controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+        yield made
+
+
+def test_a_live_backup_is_read_from_a_snapshot_that_the_appliance_exports(site: Site) -> None:
+    with site.controller() as controller:
+        result = controller.backup("vm001", site.repository, max_pause_seconds=PAUSE_SECONDS)
+        assert [disk.mechanism for disk in controller.table.get("vm001").disks] == ["iscsi"]
+        stop, resume = [e for e in site.machine.oracle.events() if e["event"] in ("STOP", "RESUME")][-2:]
+        assert seconds_between(stop, resume) == pytest.approx(result.pause_seconds, abs=0.01)
+        site.see_that_the_guest_runs()
+        site.see_that_nothing_is_left()
+    assert site.repository.verify(result.backup).findings == ()
+    assert disk_records.newest_record(site.disk(result.backup), 0, slots=64) > 0
+
+
+def test_a_consistent_backup_runs_its_duplicate_on_a_lun_of_the_appliance(site: Site) -> None:
+    count, processes = site.machine.latest_count(), processes_of(site.place)
+    with site.controller() as controller:
+        result = controller.backup(
+            "vm001", site.repository, mode="consistent", timeout_seconds=300, max_pause_seconds=PAUSE_SECONDS
+        )
+    assert result.mode == "consistent" and result.warnings == ()
+    flushed = disk_records.flushed_count(site.disk(result.backup))
+    assert flushed is not None and flushed >= count
+    assert processes_of(site.place) == processes
+    site.see_that_the_guest_runs()
+    site.see_that_nothing_is_left()
+
+
+class Vanishing(FaultySnapshotMechanism):
+    """The real mechanism; once it has done `after`, its SSH is cut off and stays away. No calls fail by themselves."""
+
+    def __init__(self, driver: SnapshotMechanism, after: str, proxy: Proxy) -> None:
+        super().__init__(driver, FaultPlan())
+        self._after = after
+        self._proxy = proxy
+
+    def _call(self, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        done = super()._call(target, *args, **kwargs)
+        if target.__name__ == self._after:
+            self._proxy.refusing = True
+            self._proxy.cut_all()
+        return done
+
+
+class VanishingDrivers(Drivers):
+    """Drivers whose mechanism vanishes."""
+
+    def __init__(self, context: DriverContext, options: Mapping[str, str], after: str, proxy: Proxy) -> None:
+        super().__init__(context, {"iscsi": options})
+        self._after = after
+        self._proxy = proxy
+
+    def mechanism(self, name: str) -> SnapshotMechanism:
+        made = super().mechanism(name)
+        return Vanishing(made, self._after, self._proxy) if name == "iscsi" else made
+
+
+def test_what_is_left_in_an_appliance_that_vanished_is_removed_when_it_is_back(site: Site) -> None:
+    before = len(site.repository.list())
+    with Proxy(("127.0.0.1", site.appliance.ssh_port)) as proxy:
+        add_known_hosts(site.appliance, proxy.port)
+        drivers = VanishingDrivers(site.folders.context(), site.options(proxy.port), "snapshot", proxy)
+        with Controller(site.folders, drivers=drivers) as controller:
+            with pytest.raises(SnapshotError, match=r"ssh://root@127.0.0.1:\d+ cannot be reached"):
+                controller.backup("vm001", site.repository, max_pause_seconds=PAUSE_SECONDS)
+            assert len(site.repository.list()) == before
+            site.see_that_the_guest_runs()
+            kept = controller.recover().kept
+            assert kept and all("\n" not in line for line in kept)
+    left = site.appliance.traces() - {"pool", "vm001", TARGET}
+    assert left and all("vmsnap-" in name for name in left)
+    with site.controller() as controller:
+        assert controller.journal.unfinished()
+        assert controller.recover().kept == ()
+    site.see_that_nothing_is_left()
+    site.see_that_the_guest_runs()
+
+
+def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(site: Site) -> None:
+    machine = site.machine
+    with site.controller() as controller:
+        held = controller.backup("vm001", site.repository, keep_duplicate=True, max_pause_seconds=PAUSE_SECONDS)
+        duplicate = f"iqn.2009-12.com.example:{held.duplicate}"
+        rows = {row.vm: row.disks[0].address for row in controller.table.rows()}
+        assert rows == {"vm001": site.appliance.address(TARGET), held.duplicate: site.appliance.address(duplicate)}
+        after = machine.wait_for_count(machine.latest_count() + 20)
+        machine.kill()
+        begun = len(machine.serial_text())
+        controller.failover("vm001")
+        until(lambda: bool(serial.checks(machine.serial_text()[begun:])), "it goes on and checks itself", 200)
+        text = machine.serial_text()[begun:]
+        assert serial.faults(text) == [] and serial.counts(text)[0] <= after + 20
+        assert controller.vm("vm001").state == VmState.EXECUTING.value
+        assert [disk.address for disk in controller.table.get("vm001").disks] == [site.appliance.address(duplicate)]
+    assert {duplicate, TARGET} <= site.appliance.traces()
+
+
+def test_somebody_without_rights_and_a_machine_that_is_another_are_one_clear_line(site: Site, tmp_path: Path) -> None:
+    context = DriverContext(tmp_path / "state", tmp_path / "memory")
+    disk = ModelDisk("disk0", site.appliance.address(TARGET), SIZE_MIB * MIB)
+
+    def problem(options: Mapping[str, str]) -> str:
+        mechanism = IscsiMechanism(context, options)
+        with pytest.raises(VmsnapError) as refused:
+            mechanism.plan("vm001", [disk], "vmsnap-x", Window.FREE)
+        mechanism.close()
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "sudo" in problem(site.options(user=USER))
+    nobody = tmp_path / "nobody"
+    nobody.write_text("")
+    assert "is not known" in problem({**site.options(), "known_hosts": str(nobody)})
+    make_key(tmp_path / "key")
+    public = " ".join((tmp_path / "key.pub").read_text().split()[:2])
+    nobody.write_text(f"[127.0.0.1]:{site.appliance.ssh_port} {public}\n")
+    assert "HAS CHANGED" in problem({**site.options(), "known_hosts": str(nobody)})
+    assert "does not let root in" in problem({**site.options(), "ssh_key": str(tmp_path / "key")})

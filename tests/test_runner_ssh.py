@@ -1,0 +1,129 @@
+"""Commands on another machine, over a real SSH server: what is said is what runs, and every failure is one line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.sshd import USER, SshServer, make_key
+from tests.proxy import Proxy
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
+from vmsnap_drivers.runner_ssh import SshRunner, SshSettings
+
+pytestmark = [pytest.mark.lab, pytest.mark.sshd]
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    with SshServer(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+def runner_of(server: SshServer, port: int = 0, user: str = "root", **settings: str) -> SshRunner:
+    known = {"known_hosts": str(server.known_hosts), "key": str(server.key), **settings}
+    return SshRunner(f"ssh://{user}@127.0.0.1:{port or server.port}", SshSettings(**known))
+
+
+@pytest.fixture
+def runner(sshd: SshServer) -> Iterator[SshRunner]:
+    made = runner_of(sshd)
+    yield made
+    made.close()
+    made.close()
+
+
+def test_words_arrive_as_they_are_and_nothing_in_them_is_a_command(runner: SshRunner) -> None:
+    words = ["a b", "$HOME", "`id`", "'", '"', ";id", "*", "--", "\n", "é"]
+    done = runner.run(["printf", "%s|", *words], 30)
+    assert done.status == 0 and done.stdout == "".join(f"{word}|" for word in words)
+
+
+def test_status_and_complaints_come_back(runner: SshRunner) -> None:
+    done = runner.run(["ls", "/nowhere/at/all"], 30)
+    assert done.status == 2 and "No such file" in done.stderr and done.stdout == ""
+    assert len(runner.run(["head", "-c", "3000000", "/dev/zero"], 30).stdout) == 3_000_000
+    assert list(runner.lines(["printf", "a\\nb"], 30)) == ["a\n", "b"]
+    with pytest.raises(SnapshotError, match="failed"):
+        list(runner.lines(["ls", "/nowhere/at/all"], 30))
+
+
+def test_programs_and_devices_are_looked_for_there(runner: SshRunner) -> None:
+    assert runner.find("mke2fs") and runner.find("no-such-program") is None
+    assert runner.may_use(Path("/dev/null")) and not runner.may_use(Path("/dev/nowhere"))
+    with pytest.raises(DriverUnavailable, match="no-such-program is not installed on ssh://root@"):
+        runner.run(["no-such-program"], 30)
+
+
+def test_one_that_takes_too_long_is_given_up(runner: SshRunner) -> None:
+    with pytest.raises(SnapshotError, match=r"did not end within 0.5 s, and may go on"):
+        runner.run(["sleep", "5"], 0.5)
+    assert runner.run(["true"], 30).status == 0
+
+
+def test_several_run_side_by_side(runner: SshRunner) -> None:
+    said: list[str] = []
+    threads = [
+        threading.Thread(target=lambda n=n: said.append(runner.run(["echo", str(n)], 60).stdout)) for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(said) == [f"{n}\n" for n in range(6)]
+
+
+def test_a_connection_that_is_cut_is_told_and_made_anew(sshd: SshServer) -> None:
+    with Proxy(("127.0.0.1", sshd.port)) as proxy:
+        known = sshd.folder / "known_too"
+        known.write_text(sshd.known_hosts.read_text().replace(f":{sshd.port} ", f":{proxy.port} "))
+        known.write_text(known.read_text().replace(f"]:{sshd.port}", f"]:{proxy.port}"))
+        runner = runner_of(sshd, proxy.port, known_hosts=str(known))
+        assert runner.run(["true"], 30).status == 0
+        cutter = threading.Timer(0.5, proxy.cut_all)
+        cutter.start()
+        begun = time.monotonic()
+        with pytest.raises(SnapshotError, match="was lost during sleep, which may go on"):
+            runner.run(["sleep", "60"], 60)
+        assert time.monotonic() - begun < 50
+        cutter.join()
+        assert runner.run(["true"], 30).status == 0
+        proxy.refusing = True
+        proxy.cut_all()
+        with pytest.raises(SnapshotError, match=r"cannot be (reached|told to run true)"):
+            runner.run(["true"], 30)
+        runner.close()
+
+
+def test_a_machine_that_is_not_known_or_is_another_is_refused(sshd: SshServer, tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    known.write_text("")
+    with pytest.raises(SnapshotError, match=r"the host key of .* is not known"):
+        runner_of(sshd, known_hosts=str(known)).run(["true"], 30)
+    make_key(tmp_path / "other")
+    public = " ".join((tmp_path / "other.pub").read_text().split()[:2])
+    known.write_text(f"[127.0.0.1]:{sshd.port} {public}\n")
+    with pytest.raises(SnapshotError, match="HAS CHANGED"):
+        runner_of(sshd, known_hosts=str(known)).run(["true"], 30)
+    with pytest.raises(SnapshotError, match="does not let root in"):
+        runner_of(sshd, key=str(tmp_path / "other")).run(["true"], 30)
+
+
+def test_whoever_is_not_root_needs_sudo(sshd: SshServer) -> None:
+    try:
+        done = runner_of(sshd, user=USER).run(["true"], 30)
+    except DriverUnavailable as e:
+        assert "the program sudo is not installed on" in e.message
+    else:
+        assert done.status == 1 and "sudo: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ssh://", "ssh://a b@host", "ssh://host/path", "http://host", "ssh://-oProxy@host"]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="no address of a machine"):
+        SshRunner(url, SshSettings())
