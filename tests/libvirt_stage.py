@@ -56,8 +56,13 @@ class Stage:
     def at_rest(self) -> tuple[Any, ...]:
         """All that a backup, a restore or a duplicate could leave on this host."""
         state, ask = self.controller.folders.state_dir, self.machine.oracle.execute
-        folders = (self.controller.folders.memory_dir, state / "duplicates", state / "libvirt" / "run", state / "vms")
-        folders = (*folders, state / "libvirt" / "captures", self.place / "lv" / "lib" / "qemu" / "save")
+        folders: tuple[Path, ...] = (self.controller.folders.memory_dir, state / "duplicates", state / "vms")
+        folders = (
+            *folders,
+            state / "libvirt" / "run",
+            state / "libvirt" / "captures",
+            self.place / "lv" / "lib" / "qemu" / "save",
+        )
         left = {str(path) for folder in folders for path in folder.rglob("*")}
         nodes = {(node["node-name"], node["drv"], node["file"], node["ro"]) for node in ask("query-named-block-nodes")}
         tops = sorted((entry["qdev"], entry["inserted"]["node-name"]) for entry in ask("query-block"))
@@ -73,15 +78,17 @@ class Stage:
 
 
 @contextmanager
-def staged(**settings: int) -> Iterator[Stage]:
-    """The guest, registered as ``vm001``, under load, its card on a bridge."""
+def staged(*, usb_bus: bool = False, memory_mib: int = 256, own_mib: int = 0, **settings: int) -> Iterator[Stage]:
+    """The guest, registered as ``vm001``, under load, its card on a bridge. Its kernel uses only `own_mib` of its
+    memory, where that is given.
+    """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     # QEMU's user has to get to the disks.
     place.chmod(0o755)
     folders = HostFolders.find(place / "state")
     with (
         userfaultfd_for_all(),
-        Libvirtd(place / "lv") as libvirtd,
+        Libvirtd(place / "lv", usb_bus=usb_bus) as libvirtd,
         Controller(folders) as controller,
         Bridge(next(_numbers)) as bridge,
     ):
@@ -91,6 +98,8 @@ def staged(**settings: int) -> Iterator[Stage]:
             libvirtd,
             settings={"packets": 1, **settings},
             interface=f"<interface type='bridge'><source bridge='{bridge.name}'/>{{}}</interface>",
+            memory_mib=memory_mib,
+            own_mib=own_mib,
         )
         machine.start()
         controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri})

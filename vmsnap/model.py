@@ -141,6 +141,24 @@ class VmDescription:
     hypervisor_version: str = ""
 
 
+@dataclass(frozen=True)
+class SeenVm:
+    """A VM that a driver sees without having been told of it, and what could be done with it, as far as that can be
+    said without touching it.
+
+    `state` is None where the driver looks at nothing but names. `captures` are the ways in which its memory could be
+    captured now, empty where it cannot be; `why_not` says why not, or why not in the other ways, one line each; `notes`
+    are what else people should know. The disks' handles are good enough to ask mechanisms whether they handle them.
+    """
+
+    vm: str
+    state: VmState | None = None
+    captures: tuple[str, ...] = ()
+    why_not: tuple[str, ...] = ()
+    disks: tuple[Disk, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 class Window(enum.Enum):
     """What a snapshot mechanism may do inside the pause window; the hypervisor's capture decides."""
 

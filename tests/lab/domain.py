@@ -64,15 +64,18 @@ class LabDomain(LabMachine):
         settings: Mapping[str, int] | None = None,
         interface: str = "<interface type='user'>{}</interface>",
         more_devices: str = "",
+        own_mib: int = 0,
     ) -> None:
         """Describe it; nothing is started.
 
+        :param own_mib: so much of its memory its kernel uses, where it is not to use all.
         :param interface: the NIC's element; its address and model are put where the braces are.
         """
         super().__init__(folder, qemu, name=name, memory_mib=memory_mib, disks=disks, settings=settings)
         self.libvirtd = libvirtd
         self._interface = interface.format("<mac address='52:54:00:12:34:56'/><model type='virtio'/>")
         self._more_devices = more_devices
+        self._own_mib = own_mib
         self._pid = 0
 
     @property
@@ -94,6 +97,7 @@ class LabDomain(LabMachine):
         """The domain's XML."""
         options = [f"vmsnap.{name}={value}" for name, value in self.settings.items()]
         words = " ".join(["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", *options])
+        words += f" mem={self._own_mib}M" if self._own_mib else ""
         disks = "".join(
             f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}'/>"
             f"<source file='{self.disk_path(index)}'/><target dev='vd{'abcdef'[index]}' bus='virtio'/></disk>"
@@ -132,6 +136,10 @@ class LabDomain(LabMachine):
             connection.defineXML(self.definition()).create()
         finally:
             connection.close()
+        self.note_process()
+
+    def note_process(self) -> None:
+        """Look which process it is, when libvirt has started it."""
         (self._pid,) = [
             int(process.name)
             for process in Path("/proc").glob("[0-9]*")

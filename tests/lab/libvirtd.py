@@ -47,9 +47,13 @@ log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 class Libvirtd:
     """Use with ``with``: afterwards its domains, daemons and namespace are gone. Needs root."""
 
-    def __init__(self, folder: Path) -> None:
-        """Nothing is started; `folder` must be open to all users, and have a short name."""
+    def __init__(self, folder: Path, *, usb_bus: bool = False) -> None:
+        """Nothing is started; `folder` must be open to all users, and have a short name.
+
+        :param usb_bus: in the namespace the host has a USB bus, with nothing plugged in, as this machine has none
+        """
         self.folder = folder
+        self._usb_bus = usb_bus
         self.socket = folder / "run" / "libvirt-sock"
         self.uri = f"qemu:///system?socket={self.socket}"
         self._holder: subprocess.Popen[bytes] | None = None
@@ -151,6 +155,8 @@ class Libvirtd:
             Path(outside).mkdir(parents=True, exist_ok=True)
         ready = self.folder / "ready"
         mounts = [f"mount --bind {self.folder}/{name} {place}" for name, place in _FOLDERS.items()]
+        if self._usb_bus:
+            mounts += ["mount -t tmpfs none /sys/bus", "mkdir -p /sys/bus/usb/devices"]
         script = " && ".join([*mounts, f"touch {ready}", "exec sleep infinity"])
         self._holder = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script])
         self._await_file(ready)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmsnap import __version__
-from vmsnap.cli import output
 from vmsnap.cli.lazy import CommandLine, LazyCommand
 from vmsnap.cli.main import BACKUPS, COMMANDS
 from vmsnap.cli.options import driver_options
@@ -16,6 +15,8 @@ from vmsnap.cli.version import version_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vmsnap.model import SeenVm
 
 MACHINES = "Machines"
 PLACES = "Commands"
@@ -67,16 +68,15 @@ class MechanismCommandLine(CommandLine):
 @pass_session
 def list_vms(session: Session, options: dict[str, str]) -> None:
     """List the VMs that the driver sees on this host, registered or not."""
+    from vmsnap.cli.seenvms import entries, show
+
     with session.controller() as controller:
         registered = {row.vm for row in controller.vms() if row.hypervisor == session.hypervisor}
-        seen = _seen(session, options)
-    names = sorted({*seen, *registered})
-    document = [{"vm": name, "seen": name in seen, "registered": name in registered} for name in names]
-    rows = [(e["vm"], "yes" if e["seen"] else "no", "yes" if e["registered"] else "no") for e in document]
-    session.emit(document, lambda: output.table(("vm", "seen", "registered"), rows))
+        document = entries(_seen(session, options), registered, controller.drivers)
+    session.emit(document, lambda: show(document))
 
 
-def _seen(session: Session, options: dict[str, str]) -> Sequence[str]:
+def _seen(session: Session, options: dict[str, str]) -> Sequence[SeenVm]:
     from dataclasses import replace
 
     from vmsnap import registry
@@ -87,7 +87,7 @@ def _seen(session: Session, options: dict[str, str]) -> Sequence[str]:
     declared = [replace(option, required=False) for option in driver.options]
     instance = driver("list-vms", session.folders().context(), check_options(driver.name, declared, options))
     try:
-        return instance.list_vms()
+        return instance.see_vms()
     finally:
         instance.close()
 

@@ -20,6 +20,7 @@ from vmsnap.model import (
     Nic,
     OwnedResource,
     RamImage,
+    SeenVm,
     VmDescription,
     VmState,
 )
@@ -141,6 +142,12 @@ class Hypervisor(ABC):
         :raises HypervisorError: it could not be asked
         """
         return ()
+
+    def see_vms(self) -> Sequence[SeenVm]:
+        """The VMs of `list_vms` with what could be done with each; by default only their names. Changes nothing, and
+        touches none of them.
+        """
+        return [SeenVm(name) for name in self.list_vms()]
 
     @abstractmethod
     def doctor(self) -> Sequence[Finding]:

@@ -34,6 +34,7 @@ from vmsnap.model import (
     Moment,
     Nic,
     OwnedResource,
+    SeenVm,
     SnapshotPlan,
     VmDescription,
     VmState,
@@ -199,6 +200,10 @@ class FaultyHypervisor(Hypervisor):
     def list_vms(self) -> Sequence[str]:
         """See the role."""
         return self._call(self.driver.list_vms)
+
+    def see_vms(self) -> Sequence[SeenVm]:
+        """See the role."""
+        return self._call(self.driver.see_vms)
 
     def doctor(self) -> Sequence[Finding]:
         """See the role."""

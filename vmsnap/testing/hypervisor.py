@@ -135,6 +135,7 @@ class AskingScenarios(Scenarios):
             for finding in driver.doctor():
                 assert finding.severity in ("ok", "note", "missing") and "\n" not in finding.message
             assert set(driver.list_vms()) <= {rig.vm, rig.foreign_vm}
+            assert {seen.vm for seen in driver.see_vms()} == set(driver.list_vms())
             driver.list_owned()
             driver.state()
             driver.close()

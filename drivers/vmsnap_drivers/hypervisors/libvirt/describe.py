@@ -9,6 +9,7 @@ from vmsnap.errors import VmGone
 from vmsnap.model import Disk, Nic, VmDescription
 from vmsnap_drivers.hypervisors.libvirt.definition import FORMAT, NVRAM, DefinedDisk, Definition
 from vmsnap_drivers.hypervisors.libvirt.domain import Domain, disks_of
+from vmsnap_drivers.hypervisors.libvirt.refusals import of_definition
 from vmsnap_drivers.qemu import commandline
 from vmsnap_drivers.qemu.image_names import absolute, image_name
 from vmsnap_drivers.qemu.libvirt.calls import binding
@@ -28,7 +29,9 @@ def describe(vm: str, domain: Domain, monitor: Monitor) -> VmDescription:
     :raises VmGone: it does not run
     """
     if not domain.is_active():
-        raise VmGone(f"domain {domain.name!r} does not run", cure=f"virsh start {domain.name}")
+        raise VmGone(
+            f"domain {domain.name!r} does not run ({domain.why_shut_off()})", cure=f"virsh start {domain.name}"
+        )
     lib = binding()
     tree = domain.tree()
     peer = look_at(monitor.peer_pid)
@@ -36,7 +39,9 @@ def describe(vm: str, domain: Domain, monitor: Monitor) -> VmDescription:
     arguments = [argument for argument in commandline.parse(peer.argv) if argument.name != "add-fd"]
     disks = _disks(tree, monitor, peer.cwd)
     problems = refusals(monitor, arguments, peer.cwd)
-    problems += _refusals(domain, tree)
+    problems += of_definition(tree)
+    if job := domain.job():
+        problems.append(f"{job} is going on (virsh domjobinfo; virsh domjobabort ends it)")
     if not any(not disk.read_only for disk in disks):
         problems.append("the domain has no disk that could be backed up")
     definition = Definition(
@@ -126,14 +131,3 @@ def _nics(tree: ET.Element, monitor: Monitor) -> list[Nic]:
         for network in networks(monitor)
         if network.nic
     ]
-
-
-def _refusals(domain: Domain, tree: ET.Element) -> list[str]:
-    found = []
-    if job := domain.job():
-        found.append(f"{job} is going on")
-    for element in tree.iterfind("devices/hostdev"):
-        found.append(f"a device of the host is passed through ({element.get('type')}), whose state cannot be captured")
-    if tree.find("devices/tpm") is not None:
-        found.append("the domain has a TPM, which this driver does not carry yet")
-    return found

@@ -10,6 +10,7 @@ from vmsnap.errors import VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.hypervisors.libvirt.domain import Domains, reached
 from vmsnap_drivers.hypervisors.libvirt.reach import qemu_user
+from vmsnap_drivers.hypervisors.libvirt.remote import is_remote
 from vmsnap_drivers.qemu.capture.plan import why_no_userfaultfd_for
 
 _CONFINED: Final = {
@@ -18,6 +19,14 @@ _CONFINED: Final = {
     "selinux": "let QEMU open the files that vmsnap makes beside disks: label their folder svirt_image_t, or give the"
     " domain <seclabel type='none' model='selinux'/>",
 }
+_LET_USE_USERFAULTFD: Final = (
+    "sysctl vm.unprivileged_userfaultfd=1; or, for QEMU 8.0 and later, give its user /dev/userfaultfd, and name that in"
+    " cgroup_device_acl of /etc/libvirt/qemu.conf, as libvirt's QEMU has a /dev of its own; else pre-copy is used"
+)
+_SANDBOX: Final = (
+    "libvirt starts QEMU with -sandbox on, which lets it use userfaultfd and open files (tried with QEMU 7.2); where a"
+    " capture is refused all the same, set seccomp_sandbox = 0 in /etc/libvirt/qemu.conf and start the domain anew"
+)
 _FILES_OVER_MONITOR: Final = 8_002_000
 """libvirt's version from which descriptors go through the passthrough (``virDomainQemuMonitorCommandWithFiles``)."""
 
@@ -32,6 +41,12 @@ def look_at_libvirt(uri: str) -> Iterator[Finding]:
 
 
 def _look(domains: Domains) -> Iterator[Finding]:
+    domains.check_kind()
+    if is_remote(domains.uri):
+        message = (
+            "captures need a libvirt of this host: a remote one passes QEMU no descriptors, and its disks lie there"
+        )
+        yield Finding("libvirt's URI", "missing", message, "run vmsnap on that host with -o uri=qemu:///system")
     version = domains.call("its version", lambda connection: int(connection.getLibVersion()))
     text = f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000} at {domains.uri}"
     if version < _FILES_OVER_MONITOR:
@@ -43,11 +58,12 @@ def _look(domains: Domains) -> Iterator[Finding]:
         "note",
         "captures go through it; libvirt calls it unsupported and marks the domain as tainted (custom-monitor)",
     )
+    yield Finding("QEMU's sandbox", "note", _SANDBOX)
     capabilities = domains.call("its capabilities", lambda connection: str(connection.getCapabilities()))
     user = qemu_user(capabilities)
     if user is not None:
         if why_not := why_no_userfaultfd_for(user):
-            yield Finding("userfaultfd for libvirt's QEMU", "note", why_not, "sysctl vm.unprivileged_userfaultfd=1")
+            yield Finding("userfaultfd for libvirt's QEMU", "note", why_not, _LET_USE_USERFAULTFD)
         else:
             yield Finding("userfaultfd for libvirt's QEMU", "ok", f"user {user} may use it")
     for model in ET.fromstring(capabilities).iterfind("host/secmodel"):

@@ -6,13 +6,20 @@ import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from vmsnap.errors import UnknownVm, VmsnapError
+from vmsnap.errors import HypervisorError, UnknownVm, UsageError, VmsnapError
+from vmsnap.model import VmState
 from vmsnap_drivers.qemu.libvirt.calls import CALL_SECONDS, binding, within
 from vmsnap_drivers.qemu.libvirt.link import OPEN_SECONDS, open_connection
 
 T = TypeVar("T")
+_OPERATIONS: Final = {
+    1: "start", 2: "save", 3: "restore", 4: "incoming migration", 5: "migration", 6: "snapshot", 7: "revert",
+    8: "dump", 9: "backup", 10: "deletion of a snapshot",
+}  # fmt: skip
+"""``virDomainJobOperation`` (``include/libvirt/libvirt-domain.h``)."""
+_QEMU: Final = "QEMU"
 
 
 class Domains:
@@ -39,6 +46,21 @@ class Domains:
             except UnknownVm:
                 continue
         return Domain(within(CALL_SECONDS, f"domain {name!r} at {self.uri}", lookups[-1]), name, self.uri)
+
+    def kind(self) -> str:
+        """Which hypervisor this libvirt drives: ``QEMU`` (KVM too), ``TEST``, …"""
+        return self.call("its kind", lambda connection: str(connection.getType()))
+
+    def check_kind(self) -> None:
+        """See that its domains are QEMU's, which alone can be captured.
+
+        :raises UsageError: they are another hypervisor's
+        """
+        if (kind := self.kind()) != _QEMU:
+            raise UsageError(
+                f"libvirt at {self.uri} drives {kind} and not QEMU, whose domains alone can be captured",
+                cure="see -o uri=…, such as qemu:///system",
+            )
 
     def all(self) -> list[Domain]:
         """All that are defined or run."""
@@ -87,6 +109,19 @@ class Domain:
         state, reason = self.call("its state", lambda domain: domain.state(0))
         return bool(state == lib.VIR_DOMAIN_SHUTOFF and reason == lib.VIR_DOMAIN_SHUTOFF_MIGRATED)
 
+    def why_shut_off(self) -> str:
+        """Why it does not run, in a word or two."""
+        lib = binding()
+        words = {
+            lib.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "shut down",
+            lib.VIR_DOMAIN_SHUTOFF_DESTROYED: "destroyed",
+            lib.VIR_DOMAIN_SHUTOFF_CRASHED: "crashed",
+            lib.VIR_DOMAIN_SHUTOFF_MIGRATED: "migrated",
+            lib.VIR_DOMAIN_SHUTOFF_SAVED: "saved",
+            lib.VIR_DOMAIN_SHUTOFF_FAILED: "failed",
+        }
+        return words.get(self.call("its state", lambda domain: domain.state(0))[1], "for an unknown reason")
+
     def xml(self, flags: int = 0) -> str:
         """Its XML; secrets are not in it."""
         return str(self.call("its XML", lambda domain: domain.XMLDesc(flags)))
@@ -98,7 +133,35 @@ class Domain:
     def job(self) -> str:
         """The job that is going on, by somebody; empty where there is none."""
         kind = self.call("its job", lambda domain: domain.jobInfo())[0]
-        return "" if kind == binding().VIR_DOMAIN_JOB_NONE else "a job of libvirt's (virsh domjobinfo)"
+        if kind == binding().VIR_DOMAIN_JOB_NONE:
+            return ""
+        stats = self.call("its job", lambda domain: domain.jobStats())
+        return f"libvirt's job {_OPERATIONS.get(stats.get('operation'), 'of an unknown kind')!r} of somebody else"
+
+    def has_block_job(self, device: str) -> bool:
+        """Whether libvirt knows of a block job on a disk, named by its target."""
+        try:
+            return bool(self.call(f"the block job of {device}", lambda domain: domain.blockJobInfo(device, 0)))
+        except HypervisorError:
+            # An empty drive, or a domain that has just ended.
+            return False
+
+    def disk_bytes(self, device: str) -> int:
+        """What the guest sees as the size of a disk, named by its target; 0 where libvirt cannot tell."""
+        try:
+            return int(self.call(f"the size of {device}", lambda domain: domain.blockInfo(device, 0))[0])
+        except HypervisorError:
+            return 0
+
+    def life(self) -> VmState:
+        """What libvirt says that it does."""
+        lib = binding()
+        state = self.call("its state", lambda domain: domain.state(0))[0]
+        if state in (lib.VIR_DOMAIN_SHUTOFF, lib.VIR_DOMAIN_NOSTATE):
+            return VmState.ABSENT
+        if state in (lib.VIR_DOMAIN_SHUTDOWN, lib.VIR_DOMAIN_CRASHED):
+            return VmState.ENDED
+        return VmState.EXECUTING if state in (lib.VIR_DOMAIN_RUNNING, lib.VIR_DOMAIN_BLOCKED) else VmState.STOPPED
 
 
 @contextmanager

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vmsnap.errors import HypervisorError, VmsnapError
-from vmsnap.model import Disk, Finding, Moment, Nic, OwnedResource, VmDescription, VmState
-from vmsnap.roles import YES_NO, DriverContext, LoadedVm, LoadRequest, Module, Option, with_defaults
-from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    Duplicate,
+    Finding,
+    Moment,
+    Nic,
+    OwnedResource,
+    SeenVm,
+    VmDescription,
+    VmState,
+)
+from vmsnap.roles import (
+    YES_NO,
+    CaptureRequest,
+    DriverContext,
+    LoadedVm,
+    LoadRequest,
+    Module,
+    Option,
+    with_defaults,
+)
+from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run, snapshot_capture
 from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, logs_of
 from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_libvirt
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
+from vmsnap_drivers.hypervisors.libvirt.remote import check_passes_descriptors
+from vmsnap_drivers.hypervisors.libvirt.seeing import see_all
+from vmsnap_drivers.hypervisors.libvirt.shape import Shape, check_unchanged
 from vmsnap_drivers.hypervisors.libvirt.tags import tags_of
 from vmsnap_drivers.qemu import doctor, life, own_disks, process
-from vmsnap_drivers.qemu.capture import duplicates, learned
+from vmsnap_drivers.qemu.capture import duplicates, learned, plan
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
 from vmsnap_drivers.qemu.capture.revive import make_run
+from vmsnap_drivers.qemu.capture.session import Capture, Session
 from vmsnap_drivers.qemu.capture.turn import kept_free
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress, is_libvirt_address
 from vmsnap_drivers.qemu.libvirt.calls import INSTALL, Unreachable
 from vmsnap_drivers.qemu.libvirt.process import monitor_socket, process_of
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.peer import mapped_memory
 from vmsnap_drivers.qemu.status import vm_state
 
 
@@ -34,6 +59,12 @@ class LibvirtHypervisor(MonitoredHypervisor):
         Option("domain", "the domain's name or UUID (default: the VM's name)"),
         Option("define", "whether a restored domain is persistent", "no", type=YES_NO),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
+        Option(
+            "memory",
+            "whether memory is captured through the monitor, in milliseconds, or by libvirt's own snapshot",
+            "monitor",
+            ("monitor", "supported"),
+        ),
     )
     needs = (Module("libvirt", INSTALL), doctor.QEMU)
 
@@ -43,6 +74,8 @@ class LibvirtHypervisor(MonitoredHypervisor):
         self._uri = given["uri"]
         self._domain = options.get("domain") or vm
         self._define = YES_NO.read(given["define"])
+        self._shape: Shape | None = None
+        self._supported = given["memory"] == "supported"
         self._folder = run.run_folder(self._state_folder, vm)
 
     # -- asking
@@ -66,6 +99,10 @@ class LibvirtHypervisor(MonitoredHypervisor):
         with reached(self._uri) as domains:
             return tags_of(domains.find(self._domain).tree())
 
+    def see_vms(self) -> Sequence[SeenVm]:
+        with reached(self._uri) as domains:
+            return see_all(domains)
+
     def doctor(self) -> Sequence[Finding]:
         findings = [*doctor.look_at_host(self.context), *look_at_libvirt(self._uri)]
         known = learned.factors(self._state_folder, self.vm)
@@ -74,6 +111,27 @@ class LibvirtHypervisor(MonitoredHypervisor):
         return findings
 
     # -- capturing
+
+    def plan_capture(self, request: CaptureRequest) -> CapturePlan:
+        if not self._supported:
+            check_passes_descriptors(self.vm, self._uri)
+        return self._plan_snapshot(request) if self._supported else super().plan_capture(request)
+
+    def pause(self) -> Moment:
+        """See the role. A domain that was changed meanwhile is left running."""
+        if self._capture is not None:
+            self._check_unchanged()
+        return super().pause()
+
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        # The guest goes on already, so that asking costs it nothing.
+        self._check_unchanged()
+        self._shape = None
+        return super().finish_duplicate(duplicate, progress)
+
+    def abandon(self) -> None:
+        self._shape = None
+        super().abandon()
 
     def resume(self) -> Moment:
         """See the role. Where libvirtd is gone, its QEMU is told directly: it serves somebody else then."""
@@ -134,6 +192,29 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     # -- within
 
+    def _plan_snapshot(self, request: CaptureRequest) -> CapturePlan:
+        description = self.describe()
+        plan.check(description)
+        mapped = mapped_memory(self.monitor.peer_pid)
+        factor = learned.factors(self._state_folder, self.vm).get(snapshot_capture.NAME, 1.0)
+        chosen = snapshot_capture.plan_snapshot(description, mapped, request.max_pause_seconds, factor)
+        plan.choose_folder(self.context, self.vm, self._room_bytes(chosen.capture, description.memory_bytes))
+        return chosen
+
+    def _capture_by(self, way: str, session: Session, *, held: bool, executing: bool) -> Capture:
+        if way == snapshot_capture.NAME:
+            return snapshot_capture.SnapshotCapture(session, self._uri, self._domain)
+        return super()._capture_by(way, session, held=held, executing=executing)
+
+    def _room_bytes(self, way: str, memory_bytes: int) -> int:
+        # libvirt's file, and the images that are made of it.
+        return 2 * memory_bytes if way == snapshot_capture.NAME else super()._room_bytes(way, memory_bytes)
+
+    def _check_unchanged(self) -> None:
+        if self._shape is not None:
+            with reached(self._uri) as domains:
+                check_unchanged(self.vm, domains, self._domain, self._shape)
+
     def _is_there(self) -> bool:
         """Whether libvirt has such a domain; what else is wrong is told where libvirt is looked at."""
         try:
@@ -145,12 +226,16 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     def _connect(self) -> Monitor:
         with reached(self._uri) as domains:
+            domains.check_kind()
             address = LibvirtAddress(self._uri, domains.find(self._domain).uuid)
         return Monitor.borrow(address.text())
 
     def _described_by(self, monitor: Monitor) -> VmDescription:
         with reached(self._uri) as domains:
-            return describe.describe(self.vm, domains.find(self._domain), monitor)
+            domain = domains.find(self._domain)
+            # What the first look finds is what the core knows the VM as.
+            self._shape = self._shape or Shape.of(domain)
+            return describe.describe(self.vm, domain, monitor)
 
     @contextmanager
     def _past_libvirt(self) -> Iterator[Monitor | None]:

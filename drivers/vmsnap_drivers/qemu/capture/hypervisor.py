@@ -6,7 +6,6 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
 
 from vmsnap.errors import Busy, CannotCapture, HypervisorError, ProtocolError, UnknownVm, UsageError, VmGone
 from vmsnap.model import CapturePlan, Duplicate, Json, Moment, Nic, RamImage, VmState, check_name
@@ -26,8 +25,6 @@ from vmsnap_drivers.qemu.ram_image import image_path
 from vmsnap_drivers.qemu.status import vm_state
 from vmsnap_drivers.qemu.stream import DEVICE_STATE_NAME
 from vmsnap_drivers.qemu.stream_format import CapturedMemory
-
-_PROGRESS_SECONDS: Final = 0.1
 
 
 class MonitoredHypervisor(Hypervisor):
@@ -109,9 +106,7 @@ class MonitoredHypervisor(Hypervisor):
     def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
         capture = self._going_on()
         session = capture.session
-        captured = self._drained(capture, progress)
-        session.wait("MIGRATION", status="completed", timeout_seconds=STALL_TIMEOUT_SECONDS)
-        session.drain.stop()
+        captured = self._collected(capture, progress)
         settings.restore(session.monitor, session.before)
         self._record.unlink(missing_ok=True)
         self._capture = None
@@ -138,7 +133,7 @@ class MonitoredHypervisor(Hypervisor):
         left = record.read(place)
         with kept_free(self._record, giving_up=True):
             if self._capture is not None:
-                self._capture.session.drain.stop()
+                self._capture.give_up()
                 self._capture = None
             if left is not None:
                 if left.qemu_lives() and self.state() is not VmState.ABSENT:
@@ -209,7 +204,8 @@ class MonitoredHypervisor(Hypervisor):
         if self._capture is not None or record.read(place) is not None:
             raise Busy(f"a capture of VM {self.vm!r} is going on", cure=f"vmsnap recover {self.vm}")
         description = self.describe()
-        folder = plan.choose_folder(self.context, self.vm, description.memory_bytes) / request.duplicate
+        room = self._room_bytes(way, description.memory_bytes)
+        folder = plan.choose_folder(self.context, self.vm, room) / request.duplicate
         before = settings.Settings.read(monitor)
         pid = monitor.peer_pid
         process.note(self._state_folder, self.vm, pid, monitor.address, description.disks)
@@ -222,20 +218,23 @@ class MonitoredHypervisor(Hypervisor):
         held = way == "cow" and description.state is VmState.EXECUTING and can_hold(monitor.version, pid)
         drain = Drain(folder, stall_timeout_seconds=STALL_TIMEOUT_SECONDS, held=held)
         session = Session(monitor, folder, request.max_pause_seconds, before, drain, chosen)
-        if way == "cow":
-            self._capture = CowCapture(session, held=held, executing=description.state is VmState.EXECUTING)
-        else:
-            self._capture = PrecopyCapture(session)
+        self._capture = self._capture_by(way, session, held=held, executing=description.state is VmState.EXECUTING)
         self._capture.prepare()
 
-    def _drained(self, capture: Capture, progress: Callable[[int], None]) -> CapturedMemory:
-        drain = capture.session.drain
+    def _capture_by(self, way: str, session: Session, *, held: bool, executing: bool) -> Capture:
+        """What captures in the way of the plan."""
+        if way == "cow":
+            return CowCapture(session, held=held, executing=executing)
+        return PrecopyCapture(session)
+
+    def _room_bytes(self, way: str, memory_bytes: int) -> int:
+        """What a capture in that way takes of the host's memory, for a guest with so much RAM."""
+        return memory_bytes
+
+    def _collected(self, capture: Capture, progress: Callable[[int], None]) -> CapturedMemory:
         try:
-            while (captured := drain.finish(_PROGRESS_SECONDS)) is None:
-                progress(drain.read_bytes)
+            return capture.collect(progress)
         except HypervisorError as e:
             if self.state() is VmState.ABSENT:
                 raise VmGone(f"VM {self.vm!r} ended while its memory was copied") from e
             raise
-        progress(drain.read_bytes)
-        return captured

@@ -64,6 +64,17 @@ def ways(monitor: Monitor, description: VmDescription, factors: Mapping[str, flo
     )
 
 
+def check(description: VmDescription) -> None:
+    """See that the VM can be captured at all.
+
+    :raises CannotCapture: something stands in the way
+    """
+    if description.refusals:
+        raise CannotCapture(f"VM {description.vm!r} cannot be captured: {'; '.join(description.refusals)}")
+    if description.state is VmState.ENDED:
+        raise CannotCapture(f"VM {description.vm!r} has shut down")
+
+
 def plan_capture(
     wanted: str,
     monitor: Monitor,
@@ -75,10 +86,7 @@ def plan_capture(
 
     :raises CannotCapture: the VM has something that cannot be captured, or not in the wanted way
     """
-    if description.refusals:
-        raise CannotCapture(f"VM {description.vm!r} cannot be captured: {'; '.join(description.refusals)}")
-    if description.state is VmState.ENDED:
-        raise CannotCapture(f"VM {description.vm!r} has shut down")
+    check(description)
     if description.state is VmState.STOPPED:
         return _plan_stopped(monitor, description)
     possible = ways(monitor, description, factors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,11 @@ from vmsnap_drivers.qemu.capture.migration import FAILURES, is_status
 from vmsnap_drivers.qemu.capture.settings import Settings
 from vmsnap_drivers.qemu.monitor import Event, Monitor, MonitorError
 from vmsnap_drivers.qemu.status import vm_state
+from vmsnap_drivers.qemu.stream_format import CapturedMemory
 
 STALL_TIMEOUT_SECONDS: Final = 60.0
 _RESUME_SECONDS: Final = 5.0
+_PROGRESS_SECONDS: Final = 0.1
 _BETWEEN_TRIES_SECONDS: Final = 0.0005
 
 
@@ -124,6 +126,24 @@ class Capture(ABC):
     @abstractmethod
     def duplicate(self) -> Moment:
         """Fix memory and devices; return the instant."""
+
+    def collect(self, progress: Callable[[int], None]) -> CapturedMemory:
+        """Wait until the images are complete; `progress` is called with the bytes read so far. By default the stream
+        that the drain takes.
+
+        :raises HypervisorError: the stream was damaged, cut off or could not be kept
+        """
+        session, drain = self.session, self.session.drain
+        while (captured := drain.finish(_PROGRESS_SECONDS)) is None:
+            progress(drain.read_bytes)
+        progress(drain.read_bytes)
+        session.wait("MIGRATION", status="completed", timeout_seconds=STALL_TIMEOUT_SECONDS)
+        drain.stop()
+        return captured
+
+    def give_up(self) -> None:
+        """Let go of everything of this process. Idempotent."""
+        self.session.drain.stop()
 
     def resume(self) -> Moment:
         """Let the guest go on, or see that it does, and see that it stood still until then.

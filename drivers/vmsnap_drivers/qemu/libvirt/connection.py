@@ -199,7 +199,7 @@ class LibvirtConnection:
         link = self._link()
         try:
             link.await_events()
-        except UnknownVm as e:
+        except (UnknownVm, VmGone) as e:
             raise self._ended(link) from e
 
     def _check_known(self, mark: int) -> None:

@@ -1,0 +1,83 @@
+"""Somebody changes, forgets, saves or ends a domain while it is backed up: the backup fails at once and says what it
+was, stores nothing, and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
+
+from tests.libvirt_stage import Stage, staged
+from tests.workers import worker_that_waits_at
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with staged() as made:
+        made.controller.backup("vm001", made.repository)
+        yield made
+
+
+def told_by(stage: Stage, call: str, meanwhile: Callable[[], object]) -> str:
+    """How a backup fails during which something was done before its `call` was made."""
+    stored = len(stage.repository.list())
+    worker: subprocess.Popen[str] = worker_that_waits_at(
+        stage.controller.folders.state_dir, str(stage.place / "repository"), call, max_pause_seconds=20
+    )
+    try:
+        meanwhile()
+        told, _ = worker.communicate("x", timeout=120)
+    finally:
+        worker.kill()
+        worker.wait()
+    assert worker.returncode != 0, told
+    assert len(stage.repository.list()) == stored
+    assert stage.controller.recover().kept == ()
+    return told
+
+
+def test_a_disk_that_is_attached_before_the_pause_leaves_the_guest_running(stage: Stage) -> None:
+    virsh, rest = stage.libvirtd.virsh, stage.at_rest()
+    image = stage.place / "third.raw"
+    image.write_bytes(bytes(8 << 20))
+    told = told_by(stage, "prepare", lambda: virsh("attach-disk", "vm001", str(image), "vdc", "--live"))
+    assert "VM 'vm001' was changed during its capture: virtio-disk2 was attached (back it up again)" in told
+    assert "\nduplicate\n" not in told, "it was not stopped"
+    stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+    virsh("detach-disk", "vm001", "vdc", "--live")
+    assert stage.machine.faults() == []
+    assert stage.at_rest()[0] == rest[0]
+
+
+def test_a_domain_that_is_undefined_or_saved_meanwhile(stage: Stage) -> None:
+    virsh = stage.libvirtd.virsh
+    definition = stage.place / "vm001.xml"
+    definition.write_text(virsh("dumpxml", "--inactive", "vm001"))
+    told = told_by(stage, "prepare", lambda: virsh("undefine", "vm001"))
+    assert "VM 'vm001' was changed during its capture: it was undefined" in told
+    virsh("define", str(definition))
+    stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+
+    # Before anything of ours is in its block graph, which QEMU would not give up.
+    told = told_by(stage, "plan_capture", lambda: virsh("managedsave", "vm001"))
+    assert "domain 'vm001' does not run (saved)" in told, told
+    virsh("start", "vm001")
+    stage.machine.note_process()
+    stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+    assert stage.controller.backup("vm001", stage.repository).mode == "live"
+    assert stage.machine.faults() == []
+
+
+def test_a_domain_that_is_ended_in_its_pause(stage: Stage) -> None:
+    """The last one."""
+    virsh = stage.libvirtd.virsh
+    told = told_by(stage, "duplicate", lambda: virsh("destroy", "vm001"))
+    assert "ERROR the domain behind" in told and "ended" in told
+    assert virsh("domstate", "vm001").strip() == "shut off"
+    assert stage.controller.journal.unfinished() == []
