@@ -25,7 +25,8 @@ from vmsnap.host import TMPFS
 MIB = 1 << 20
 GIB = 1 << 30
 
-_OWN_MIB = 256
+OWN_MIB = 256
+"""What the guest's kernel uses."""
 _TABLES_MIB = 32
 """At the top of the RAM below 4 GiB: the firmware's ACPI tables, and the initramfs while the guest boots."""
 _BELOW_4G_MIB = (3584, 3072)
@@ -55,7 +56,7 @@ class FilledMachine(LabMachine):
         super().__init__(
             folder,
             qemu,
-            memory_mib=filled_bytes // MIB + _OWN_MIB + _TABLES_MIB,
+            memory_mib=memory_mib_for(filled_bytes),
             round_memory=True,
             disks=(Disk("qcow2"),),
             settings=LOAD,
@@ -71,23 +72,12 @@ class FilledMachine(LabMachine):
     def command(self) -> list[str]:
         """The argv of the lab, the guest's kernel kept in the first 256 MiB."""
         argv = super().command()
-        argv[argv.index("-append") + 1] += f" mem={_OWN_MIB}M"
+        argv[argv.index("-append") + 1] += f" mem={OWN_MIB}M"
         return argv
 
     def fill(self) -> None:
-        """Write the RAM beyond the kernel's: pages of which an eighth is random, the same ones each 32 MiB. Blocks.
-
-        For QEMU a page is zero or not; that they come again spares the repository's time, which is not measured.
-
-        :raises GuestMemoryError: what was written does not stand in the guest's RAM
-        """
-        piece = _pattern()
-        with Path("/proc", str(self.pid), "mem").open("r+b", buffering=0) as memory:
-            for guest_address in self._pieces():
-                memory.seek(self._host_address(guest_address))
-                for begin in range(0, len(piece), MIB):
-                    memory.write(piece[begin : begin + MIB])
-                self._check(guest_address, piece)
+        """Write the RAM beyond the kernel's, see `fill_memory`."""
+        fill_memory(self, self.oracle.hmp)
 
     def stalls_since(self, begun: int) -> list[Stall]:
         """What the guest measured since its console had said `begun` characters, up to now and a second more.
@@ -110,27 +100,53 @@ class FilledMachine(LabMachine):
                 raise GuestMemoryError(f"the guest is not well: {self.faults() or self.serial_text()[-300:]}")
             time.sleep(_POLL_SECONDS)
 
-    def _pieces(self) -> Iterator[int]:
-        """Guest-physical addresses of the pieces to fill, `filled_bytes` together."""
-        undivided, divided = _BELOW_4G_MIB
-        below_mib = self.memory_mib if self.memory_mib < undivided else divided
-        spans = ((_OWN_MIB, below_mib - _TABLES_MIB), (4096, 4096 + self.memory_mib - below_mib))
-        for begin, end in spans:
-            yield from range(begin * MIB, end * MIB, _PIECE_MIB * MIB)
 
-    def _host_address(self, guest_address: int) -> int:
-        answer = self.oracle.hmp(f"gpa2hva {guest_address:#x}")
-        found = re.search(r"is (0x[0-9a-f]+)", answer)
-        if found is None:
-            raise GuestMemoryError(f"QEMU has no RAM at {guest_address:#x}: {answer}")
-        return int(found[1], 16)
+def fill_memory(machine: LabMachine, hmp: Callable[[str], str]) -> None:
+    """Write RAM beyond the 256 MiB that the guest's kernel uses: pages of which an eighth is random, the same ones each
+    32 MiB. Blocks.
 
-    def _check(self, guest_address: int, piece: bytes) -> None:
-        """Ask QEMU itself for the first word of the last page."""
-        offset = len(piece) - 4096
-        answer = self.oracle.hmp(f"xp /1gx {guest_address + offset:#x}")
-        if int(answer.split()[-1], 16) != int.from_bytes(piece[offset : offset + 8], "little"):
-            raise GuestMemoryError(f"RAM at {guest_address + offset:#x} was not filled: {answer}")
+    For QEMU a page is zero or not; that they come again spares the repository's time, which is not measured.
+
+    :param hmp: asks the human monitor of QEMU.
+    :raises GuestMemoryError: what was written does not stand in the guest's RAM
+    """
+    piece = _pattern()
+    with Path("/proc", str(machine.pid), "mem").open("r+b", buffering=0) as memory:
+        for guest_address in _pieces(machine.memory_mib):
+            memory.seek(_host_address(hmp, guest_address))
+            for begin in range(0, len(piece), MIB):
+                memory.write(piece[begin : begin + MIB])
+            _check(hmp, guest_address, piece)
+
+
+def memory_mib_for(filled_bytes: int) -> int:
+    """How much memory a guest needs of which so much is filled."""
+    return filled_bytes // MIB + OWN_MIB + _TABLES_MIB
+
+
+def _pieces(memory_mib: int) -> Iterator[int]:
+    """Guest-physical addresses of the pieces to fill."""
+    undivided, divided = _BELOW_4G_MIB
+    below_mib = memory_mib if memory_mib < undivided else divided
+    spans = ((OWN_MIB, below_mib - _TABLES_MIB), (4096, 4096 + memory_mib - below_mib))
+    for begin, end in spans:
+        yield from range(begin * MIB, end * MIB, _PIECE_MIB * MIB)
+
+
+def _host_address(hmp: Callable[[str], str], guest_address: int) -> int:
+    answer = hmp(f"gpa2hva {guest_address:#x}")
+    found = re.search(r"is (0x[0-9a-f]+)", answer)
+    if found is None:
+        raise GuestMemoryError(f"QEMU has no RAM at {guest_address:#x}: {answer}")
+    return int(found[1], 16)
+
+
+def _check(hmp: Callable[[str], str], guest_address: int, piece: bytes) -> None:
+    """Ask QEMU itself for the first word of the last page."""
+    offset = len(piece) - 4096
+    answer = hmp(f"xp /1gx {guest_address + offset:#x}")
+    if int(answer.split()[-1], 16) != int.from_bytes(piece[offset : offset + 8], "little"):
+        raise GuestMemoryError(f"RAM at {guest_address + offset:#x} was not filled: {answer}")
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ def room_for(filled_bytes: int, repository_folder: Path) -> Room:
 
     A repository that lies in memory, too, counts with a quarter of the RAM.
     """
-    ram = filled_bytes + (_OWN_MIB + _TABLES_MIB) * MIB
+    ram = filled_bytes + (OWN_MIB + _TABLES_MIB) * MIB
     in_memory = repository_folder.stat().st_dev == TMPFS.stat().st_dev
     needed = 2 * ram + (ram // 4 if in_memory else 0) + _SPARE_BYTES
     meminfo = Path("/proc/meminfo").read_text()
