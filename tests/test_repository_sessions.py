@@ -20,6 +20,7 @@ from vmsnap.repository import BytesReader, ImageKind, Repository
 from vmsnap.repository.format import INDEX_PREFIX, PACKS_PREFIX, SESSIONS_PREFIX
 from vmsnap.repository.index import open_index, seal_index
 from vmsnap.repository.loading import IndexLoader
+from vmsnap.repository.reading import reading
 from vmsnap.repository.sessions import SessionRecord
 from vmsnap.roles import ObjectInfo
 from vmsnap.testing.rigs import same
@@ -105,7 +106,7 @@ def test_what_is_missing_is_damage_only_where_the_backup_is_still_there(reposito
     backup = back_up(repository, BytesReader(os.urandom(50_000))).backup
     expected = RepositoryError if removed else DamageFound
     message = "was removed from the repository while it was read" if removed else "is missing"
-    with pytest.raises(expected, match=message), repository.reading(backup, "restore"):
+    with pytest.raises(expected, match=message), reading(repository, backup, "restore"):
         image = repository.manifest(backup).disks[0].image
         if removed:
             repository.forget(backup)

@@ -21,6 +21,7 @@ from tests.test_repository_roundtrip import CHEAP, SMALL, content_of
 from vmsnap.errors import RepositoryError, UnknownBackup
 from vmsnap.repository import BackupFields, BaseImage, BytesReader, DiskImage, ImageKind, ImageRecord, Repository
 from vmsnap.repository.format import BlobKind
+from vmsnap.repository.reading import reading
 from vmsnap.testing.rigs import same
 from vmsnap_storage_backends.local import LocalStorage
 
@@ -116,7 +117,7 @@ def restore(folder: str, name: str, chance: random.Random) -> None:
             continue
         backup = chance.choice(manifests).backup
         try:
-            with repository.reading(backup, "restore"):
+            with reading(repository, backup, "restore"):
                 manifest = repository.manifest(backup)
                 found = read_slowly(repository, manifest.disks[0].image, chance)
         except UnknownBackup:

@@ -12,6 +12,7 @@ from pathlib import Path
 from vmsnap.errors import AlreadyExists, NotFound, StorageError, StorageFull, UsageError, VmsnapError
 from vmsnap.qcow2target import Qcow2Target, create_qcow2, tool
 from vmsnap.repository import DiskImage, LostRange, Manifest, Repository, accepted_losses
+from vmsnap.repository.reading import reading
 
 FORMATS = ("raw", "qcow2")
 
@@ -47,7 +48,7 @@ def export_disks(
     if image_format == "qcow2":
         for name in ("qemu-img", "qemu-nbd"):
             tool(name)
-    with repository.reading(backup, f"export of {backup}"):
+    with reading(repository, backup, f"export of {backup}"):
         manifest = repository.manifest(backup)
         disks = chosen_disks(manifest, devices)
         lost = accepted_losses(repository, manifest, [f"disk {disk.device}" for disk in disks], accept=accept_loss)

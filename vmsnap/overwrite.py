@@ -11,6 +11,7 @@ from vmsnap.qcow2target import Qcow2Target, is_qcow2
 from vmsnap.rawtarget import RawTarget
 from vmsnap.repository import Repository, accepted_losses
 from vmsnap.repository.inplace import RestoreStats
+from vmsnap.repository.reading import reading
 
 
 def export_onto(
@@ -41,7 +42,7 @@ def export_onto(
     """
     if image_format is not None and image_format not in FORMATS:
         raise UsageError(f"{image_format!r} is no format of an image file", cure=f"choose one of: {', '.join(FORMATS)}")
-    with repository.reading(backup, f"export of {backup}"):
+    with reading(repository, backup, f"export of {backup}"):
         manifest = repository.manifest(backup)
         (disk,) = chosen_disks(manifest, [device])
         part = f"disk {device}"

@@ -291,11 +291,12 @@ class Controller:
         """
         from vmsnap.controller.consolidate import Consolidate
         from vmsnap.repository.manifest import check_tag
+        from vmsnap.repository.reading import reading
 
         _check_times(shutdown=timeout_seconds)
         for tag in tags:
             check_tag(tag)
-        with self.interruption.handled(), repository.reading(backup, f"consolidation of {backup}"):
+        with self.interruption.handled(), reading(repository, backup, f"consolidation of {backup}"):
             return Consolidate(
                 repository,
                 backup,
@@ -331,9 +332,10 @@ class Controller:
         :raises HypervisorError: it did not come up, showed no life, or did not shut down; nothing is left
         """
         from vmsnap.controller.bootverify import BootVerification
+        from vmsnap.repository.reading import reading
 
         _check_times(life=life_seconds, shutdown=timeout_seconds)
-        with self.interruption.handled(), repository.reading(backup, f"verification of {backup}"):
+        with self.interruption.handled(), reading(repository, backup, f"verification of {backup}"):
             return BootVerification(
                 repository,
                 backup,
@@ -427,9 +429,10 @@ class Controller:
         :raises DamageFound: the backup is damaged, or has lost something and `accept_loss` is not set
         """
         from vmsnap.controller.restore import Restore, RestoreOrder
+        from vmsnap.repository.reading import reading
 
         # The session before the manifest is read: what it names is kept from then on.
-        with self.interruption.handled(), repository.reading(backup, f"restore of {backup}"):
+        with self.interruption.handled(), reading(repository, backup, f"restore of {backup}"):
             return Restore(
                 RestoreOrder(backup, name, run, isolated, target, options, accept_loss),
                 repository,

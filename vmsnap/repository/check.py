@@ -15,6 +15,7 @@ from vmsnap.repository.loss import is_within
 from vmsnap.repository.manifest import LostRange, Manifest
 from vmsnap.repository.packstate import PackState, examine_packs
 from vmsnap.repository.reader import ImageReader
+from vmsnap.repository.reading import reading
 from vmsnap.repository.smallobjects import check_small_objects
 from vmsnap.repository.subset import Subset
 from vmsnap.repository.walk import Loss, LossWalk
@@ -180,7 +181,7 @@ def verify_backup(repository: Repository, manifest: Manifest, progress: Progress
     noted = False
     done = 0
     total = sum(image.size_bytes for _, image in manifest.images)
-    with repository.reading(manifest.backup, f"verify of {manifest.backup}"):
+    with reading(repository, manifest.backup, f"verify of {manifest.backup}"):
         index = repository.whole_index()
         blobs = BlobReader(repository.storage, repository.vault, index, repository.whole_index)
         for part, image in manifest.images:

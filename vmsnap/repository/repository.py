@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,6 @@ from vmsnap.errors import (
     NotARepository,
     ObjectExists,
     ObjectNotFound,
-    RepositoryError,
     StorageError,
     UnknownBackup,
     UsageError,
@@ -360,26 +359,6 @@ class Repository:
         from vmsnap.repository.sessions import Session
 
         return Session(self.storage, self.vault, kind, purpose)
-
-    @contextmanager
-    def reading(self, backup: str, purpose: str) -> Iterator[Session]:
-        """A session around the reading of a backup, to be entered before its manifest is read. What looks like damage
-        is one only where the backup is still there: somebody may forget it, or its own writer take it back.
-
-        :param backup: its id, or the beginning of it
-        :param purpose: for people who wait for it
-        :raises RepositoryError: the backup was removed meanwhile
-        """
-        with self.session("read", purpose) as session:
-            try:
-                yield session
-            except DamageFound as e:
-                if any(True for _ in self.storage.list(manifest_key(backup))):
-                    raise
-                raise RepositoryError(
-                    f"backup {backup} was removed from the repository while it was read",
-                    cure="vmsnap list shows those that are there",
-                ) from e
 
     def sessions(self, dead_after_seconds: float = 86400.0) -> Sequence[SessionInfo]:
         """Who uses the repository now, living and dead ones. Blocks.
