@@ -26,9 +26,16 @@ TESTS = (
     "tests/test_recovery_failures.py",
     "tests/test_file_failures.py",
     "tests/test_power_loss.py",
+    "tests/test_power_loss_qemu.py",
     "tests/test_kill_soak_qemu.py",
+    "tests/test_libvirt_crashes.py",
 )
-_THOROUGH = {"VMSNAP_FILE_FAILURES": "1000000", "VMSNAP_POWER_CUTS": "1000", "VMSNAP_SOAK_SECONDS": "300"}
+_THOROUGH = {
+    "VMSNAP_FILE_FAILURES": "1000000",
+    "VMSNAP_POWER_CUTS": "1000",
+    "VMSNAP_QEMU_POWER_CUTS": "100",
+    "VMSNAP_SOAK_SECONDS": "300",
+}
 _SETTINGS = {*_THOROUGH, "VMSNAP_FILE_SEED", "VMSNAP_POWER_SEED", "VMSNAP_SOAK_SEED"}
 _COUNTED = re.compile(r"^(tests/\S+?\.py::.+?): (.+)$", re.MULTILINE)
 

@@ -92,6 +92,52 @@ def test_a_worker_whose_whole_session_is_killed_leaves_a_running_vm(
     _soon(lambda: vm.state() is VmState.EXECUTING)
 
 
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A control group of its own, such as a service manager makes for each service."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    group = Path(next(words[1] for words in mounts if words[2] == "cgroup2"), f"vmsnap-test-{os.getpid()}")
+    group.mkdir()
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.lab
+def test_a_worker_that_is_killed_with_all_that_is_in_its_control_group_leaves_a_running_vm(
+    folders: HostFolders, vm: SimulatedHypervisor, control_group: Path
+) -> None:
+    """As a service manager does it, and the kernel where a group's memory is short."""
+    join = f"open('{control_group}/cgroup.procs', 'w').write('0')"
+    argv = [sys.executable, "-c", f"{join}\n{WORKER}", str(folders.state_dir), "60", "time.sleep(600)"]
+    worker = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    assert worker.stdout is not None and worker.stdout.readline() == b"paused\n"
+    assert (control_group / "cgroup.procs").read_text().split() == [str(worker.pid)]
+    assert vm.state() is VmState.STOPPED
+    (control_group / "cgroup.kill").write_text("1")
+    assert worker.wait() == -signal.SIGKILL
+    _soon(lambda: vm.state() is VmState.EXECUTING)
+    _soon(lambda: not (control_group / "cgroup.procs").read_text())
+
+
+def test_a_host_that_is_suspended_in_the_pause_wakes_up_with_a_running_vm(
+    folders: HostFolders, vm: SimulatedHypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker and guardian stand still together, and find the deadline past."""
+    monkeypatch.setenv("VMSNAP_STATE_DIR", str(folders.state_dir))
+    worker = _work(folders, 0.5, "time.sleep(600)")
+    asleep = [worker.pid, *_guardians(folders.state_dir)]
+    assert len(asleep) == 2
+    for pid in asleep:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(1)
+    assert vm.state() is VmState.STOPPED
+    for pid in asleep:
+        os.kill(pid, signal.SIGCONT)
+    _soon(lambda: vm.state() is VmState.EXECUTING)
+    worker.kill()
+    worker.wait()
+
+
 def test_a_worker_that_hangs_is_killed_at_the_deadline_and_the_vm_runs(
     folders: HostFolders, vm: SimulatedHypervisor
 ) -> None:

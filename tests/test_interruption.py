@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
 from tests.world import World
+from vmsnap.errors import VmsnapError
 from vmsnap_drivers.hypervisors.simulated.control import ask
 
 CALLS = [
@@ -87,4 +89,29 @@ def test_a_second_signal_ends_the_cleaning_up_and_recover_does_the_rest(world: W
     assert worker.returncode in (130, 0), "the backup was stored before the signals came"
     with world.controller() as controller:
         controller.recover()
+    world.see_that_all_is_well()
+
+
+@pytest.mark.parametrize("seconds", [-86400, 86400], ids=["back", "ahead"])
+def test_a_clock_that_is_set_at_every_moment_costs_the_backup_at_most(
+    world: World, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """It jumps by minutes whenever it is looked at; deadlines and the order of moments are not by it."""
+    real, looks = time.time_ns, itertools.count(1)
+
+    def jumping() -> int:
+        return real() + next(looks) * seconds * 10**9 // 1000
+
+    monkeypatch.setattr(time, "time_ns", jumping)
+    monkeypatch.setattr(time, "time", lambda: jumping() / 1e9)
+    with world.controller() as controller:
+        try:
+            controller.backup("vm001", world.repository())
+        except VmsnapError as e:
+            assert "\n" not in str(e)
+    assert next(looks) > 10
+    monkeypatch.undo()
+    with world.controller() as controller:
+        assert controller.recover().kept == ()
+        assert controller.backup("vm001", world.repository()).warnings == ()
     world.see_that_all_is_well()

@@ -1,4 +1,4 @@
-"""Processes that carry out a backup or a failover and stop at a call of a driver, to be killed or let go on."""
+"""Processes that carry out a verb and stop at a call of a driver, to be killed or let go on."""
 
 from __future__ import annotations
 
@@ -32,10 +32,20 @@ class Announced(FaultPlan):
 folders = HostFolders.find(Path(sys.argv[1]))
 controller = Controller(folders, drivers=FaultyDrivers(folders.context(), Announced()))
 try:
-    if sys.argv[5] == "failover":
+    verb, _, stored = sys.argv[5].partition(":")
+    uri = controller.vm("vm001").options.get("uri")
+    options = {"uri": uri} if uri else None
+    if verb == "failover":
         controller.failover("vm001")
+    elif verb == "restore":
+        controller.restore(open_repository(sys.argv[2]), stored, "vm002", run=True, isolated=True, options=options)
+    elif verb == "consolidate":
+        target = folders.state_dir / "clean"
+        controller.consolidate(open_repository(sys.argv[2]), stored, target, options=options)
+    elif verb == "verify":
+        controller.verify_boot(open_repository(sys.argv[2]), stored, life_seconds=120, options=options)
     else:
-        mode = {"backup": "live"}.get(sys.argv[5], sys.argv[5])
+        mode = {"backup": "live"}.get(verb, verb)
         controller.backup("vm001", open_repository(sys.argv[2]), mode=mode, max_pause_seconds=float(sys.argv[4]))
 except (VmsnapError, Interrupted) as error:
     print("ERROR", error, flush=True)
@@ -59,8 +69,9 @@ def worker_that_waits_at(
     max_pause_seconds: float = MAX_PAUSE_SECONDS,
 ) -> subprocess.Popen[str]:
     """A worker that backs up ``vm001`` into the repository at `url` (or, by `verb`, in mode ``consistent``, or lets its
-    duplicate take over: ``failover``), has come to its call number `number` of the driver method `call`, and waits
-    there for a byte on its standard input.
+    duplicate take over: ``failover``, or does with a backup ``restore:ID``, as ``vm002``, ``consolidate:ID``, into
+    ``clean`` in the state folder, or ``verify:ID``), has come to its call number `number` of the driver method
+    `call`, and waits there for a byte on its standard input.
     """
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds), verb, str(number)],

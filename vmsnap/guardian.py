@@ -10,7 +10,9 @@ A monitor may serve one client only, so it first makes sure that a worker that h
 a driver instance of its own resume the VM, again and again until it executes, and clean up after the capture.
 
 It runs in a session of its own, so that neither a closed terminal nor a signal to the worker's process group
-reaches it.
+reaches it; and, where it may, outside of the worker's control group, as a service manager ends a service by killing all
+that is in its group (systemd.kill(5), ``KillMode=control-group``), and out of reach of the kernel's out-of-memory
+killer.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Protocol
 
 from vmsnap.errors import VmGone, VmsnapError
@@ -34,6 +36,8 @@ from vmsnap.roles import DriverContext, Hypervisor
 
 START_TIMEOUT_SECONDS = 20.0
 RETRY_SECONDS = 0.2
+AGAIN_SECONDS = 2.0
+"""Between two tries of recovery, where the VM cannot be seen to."""
 GIVE_UP_SECONDS = 3600.0
 KILL_TIMEOUT_SECONDS = 30.0
 
@@ -166,6 +170,7 @@ def main() -> None:
     """The guardian process: reads a `Charge` and then words, one a line, from standard input."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _get_out_of_reach()
     words = _Words(sys.stdin.fileno())
     charge = from_json(words.next(None) or "", Charge)
     worker = os.pidfd_open(charge.worker_pid)
@@ -196,19 +201,25 @@ def main() -> None:
 def _set_right(charge: Charge, hypervisor: Hypervisor, why: str) -> None:
     """Make the VM execute, trying again until it does or is gone; then, under the VM's lock, recover the rest.
 
-    The guest comes before everything that could fail or hang: the log, the lock, the database.
+    The guest comes before everything that could fail or hang: the log, the lock, the database. Where recovery cannot
+    see to it that the VM executes, the guardian stays: what hangs may yet do what the worker asked of it, such as to
+    stop the guest.
     """
     _until_done(charge, hypervisor, hypervisor.resume, f"made to execute: {why}")
     # Whoever holds the lock may need the monitor.
     hypervisor.close()
-    with ExitStack() as stack:
+    give_up = time.monotonic() + GIVE_UP_SECONDS
+    is_owed = True
+    while is_owed and time.monotonic() < give_up:
         try:
-            stack.enter_context(
-                vm_lock(charge.context.state_dir, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS)
-            )
-            _log(f"{charge.vm}: recovered: {_recover(charge, why)}")
+            with vm_lock(charge.context.state_dir, charge.vm, GUARDIAN, patience_seconds=GIVE_UP_SECONDS):
+                done, is_owed = _recover(charge, why)
         except (VmsnapError, OSError) as e:
             _log(f"{charge.vm}: {e}; vmsnap recover does the rest")
+            return
+        _log(f"{charge.vm}: recovered: {done}")
+        if is_owed:
+            time.sleep(AGAIN_SECONDS)
 
 
 def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], object], done: str) -> None:
@@ -216,13 +227,14 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
     give_up = time.monotonic() + GIVE_UP_SECONDS
     while time.monotonic() < give_up:
         try:
-            if hypervisor.state() in (VmState.ABSENT, VmState.ENDED):
-                raise VmGone("the VM is not there any more")
             step()
         except VmGone as e:
             _log(f"{charge.vm}: {e.message}")
             return
         except Exception as e:  # noqa: BLE001 - whatever it is, the only right thing is to try again
+            if _is_gone(hypervisor):
+                _log(f"{charge.vm}: the VM is not there any more")
+                return
             _log(f"{charge.vm}: {type(e).__name__}: {e}; trying again")
             hypervisor.close()
             time.sleep(RETRY_SECONDS)
@@ -231,10 +243,18 @@ def _until_done(charge: Charge, hypervisor: Hypervisor, step: Callable[[], objec
             return
 
 
-def _recover(charge: Charge, why: str) -> str:
+def _is_gone(hypervisor: Hypervisor) -> bool:
+    """Whether there is no VM any more; asked only when it could not be made to execute, as that comes first."""
+    try:
+        return hypervisor.state() in (VmState.ABSENT, VmState.ENDED)
+    except Exception:  # noqa: BLE001 - it cannot be told, so that it is tried again
+        return False
+
+
+def _recover(charge: Charge, why: str) -> tuple[str, bool]:
     """Undo what the worker left, by the journal: the capture and the snapshots of its disks, since a guest must not go
     on writing to an overlay that nobody knows of. Enters that a guardian acted, and why. Returns what was done, one
-    line."""
+    line, and whether it is still owed that the VM executes."""
     from vmsnap.controller.drivers import Drivers
     from vmsnap.controller.recovery import Recovery
     from vmsnap.database import Database
@@ -248,9 +268,27 @@ def _recover(charge: Charge, why: str) -> str:
             if row.pid == charge.worker_pid:
                 journal.open_operation(row.operation).did(Deed.now("guardian", f"made the VM execute: {why}"))
         done = Recovery(Drivers(charge.context), journal, table).run(charge.vm, locked=True)
+        is_owed = any(row.executing and row.pid == charge.worker_pid for row in journal.unfinished(charge.vm))
     finally:
         database.close()
-    return f"removed {list(done.removed)}, kept {list(done.kept)}"
+    return f"removed {list(done.removed)}, kept {list(done.kept)}", is_owed
+
+
+def _get_out_of_reach() -> None:
+    """Leave the control group of the worker for the topmost one, and be the last that the kernel kills when memory is
+    short. Root may; whoever may not stays where he is.
+
+    Of the hierarchies there are those count by which services are killed: that of version 2, and systemd's own of
+    version 1 (cgroups(7)).
+    """
+    wanted = {Path("/proc/self/oom_score_adj"): "-1000"}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        place, kind = line.split()[4], line.partition(" - ")[2].split()
+        if kind[0] == "cgroup2" or (kind[0] == "cgroup" and "name=systemd" in kind[2].split(",")):
+            wanted[Path(place, "cgroup.procs")] = "0"
+    for path, word in wanted.items():
+        with contextlib.suppress(OSError):
+            path.write_text(word)
 
 
 def _log(line: str) -> None:

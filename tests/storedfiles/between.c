@@ -24,7 +24,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { WRITE = 1, TRUNCATE, SYNC_BEGINS, SYNC_ENDS, CREATE, LINK, UNLINK, RENAME, MKDIR, RMDIR };
+enum { WRITE = 1, TRUNCATE, SYNC_BEGINS, SYNC_ENDS, CREATE, LINK, UNLINK, RENAME, MKDIR, RMDIR, ZERO };
 
 struct record {
     uint32_t kind;
@@ -38,15 +38,16 @@ static const char *folder;
 static size_t folder_length;
 static int log_fd = -1;
 
-/* What calls of a kind can fail with. */
-static const int OPENING[] = {EMFILE, ENOMEM, EIO}, READING[] = {EIO, ENOMEM, EIO}, WRITING[] = {ENOSPC, EIO, EDQUOT},
-                 SYNCING[] = {EIO, ENOSPC, EDQUOT}, NAMING[] = {ENOSPC, EIO, EDQUOT}, REMOVING[] = {EIO, EIO, EIO};
+/* What every call can fail with. */
+static const int ERRORS[] = {ENOSPC, EIO, EDQUOT, ENOMEM, EMFILE};
+
+enum action { OPENING, READING, WRITING, SYNCING, NAMING, REMOVING };
 
 static _Atomic long calls_left = LONG_MAX;
 static int which, lasts;
 
 /*
- * Lets the call number `number` from now on fail, with the error number `choice` of those that it can fail with; where it
+ * Lets the call number `number` from now on fail, with the error number `choice` of ERRORS; where it
  * `lasts`, so do all later ones that write or name something, as on a disk that is full.
  */
 void arm(long number, int choice, int lasting)
@@ -62,14 +63,14 @@ long left(void)
     return calls_left;
 }
 
-static int fails(const int errors[3], int is_ours)
+static int fails(enum action action, int is_ours)
 {
     if (!is_ours || calls_left == LONG_MAX)
         return 0;
     long now = --calls_left;
-    if (now > 0 || (now < 0 && !(lasts && (errors == WRITING || errors == NAMING))))
+    if (now > 0 || (now < 0 && !(lasts && (action == WRITING || action == NAMING))))
         return 0;
-    errno = errors[which];
+    errno = ERRORS[which];
     return 1;
 }
 
@@ -378,6 +379,44 @@ int ftruncate64(int fd, off_t length)
 int ftruncate(int fd, off_t length)
 {
     return ftruncate64(fd, length);
+}
+
+int fallocate64(int fd, int mode, off_t offset, off_t length)
+{
+    if (fails(WRITING, is_ours(fd)))
+        return -1;
+    struct stat before, after;
+    char path[PATH_MAX];
+    uint64_t inode = inode_of(fd, path, S_IFREG);
+    if (inode && fstat(fd, &before))
+        abort();
+    int result = (int)syscall(SYS_fallocate, fd, mode, offset, length);
+    if (!inode || result)
+        return result;
+    if (fstat(fd, &after) || (mode & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE)))
+        abort(); /* nobody does that */
+    if (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)) {
+        uint64_t size = (uint64_t)length;
+        note(ZERO, NULL, &size, sizeof size, inode, (uint64_t)offset);
+    }
+    if (after.st_size != before.st_size)
+        note(TRUNCATE, NULL, NULL, 0, inode, (uint64_t)after.st_size);
+    return result;
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t length)
+{
+    return fallocate64(fd, mode, offset, length);
+}
+
+int posix_fallocate64(int fd, off_t offset, off_t length)
+{
+    return fallocate64(fd, 0, offset, length) ? errno : 0;
+}
+
+int posix_fallocate(int fd, off_t offset, off_t length)
+{
+    return posix_fallocate64(fd, offset, length);
 }
 
 /* -- what makes it durable */

@@ -1,9 +1,11 @@
-"""Connects to UNIX sockets whose path is longer than the room for an address."""
+"""Binds, and connects to, UNIX sockets whose path is longer than the room for an address."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +18,26 @@ def connect_unix(client: socket.socket, path: Path) -> None:
 
     :raises OSError: it cannot be reached
     """
+    with _short(path) as address:
+        client.connect(address)
+
+
+def bind_unix(server: socket.socket, path: Path) -> None:
+    """Bind `server` to the socket at `path`, which is made.
+
+    :raises OSError: it cannot be made
+    """
+    with _short(path) as address:
+        server.bind(address)
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
     if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
-        client.connect(str(path))
+        yield str(path)
         return
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
-        client.connect(f"/proc/self/fd/{folder}/{path.name}")
+        yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
         os.close(folder)

@@ -47,6 +47,7 @@ from vmsnap_drivers.qemu.libvirt.calls import INSTALL, Unreachable
 from vmsnap_drivers.qemu.libvirt.process import monitor_socket, process_of
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import mapped_memory
+from vmsnap_drivers.qemu.second_monitor import SecondMonitor
 from vmsnap_drivers.qemu.status import vm_state
 
 
@@ -77,6 +78,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
         self._shape: Shape | None = None
         self._supported = given["memory"] == "supported"
         self._folder = run.run_folder(self._state_folder, vm)
+        self._second = SecondMonitor(self._record.with_suffix(".monitor"))
 
     # -- asking
 
@@ -123,27 +125,47 @@ class LibvirtHypervisor(MonitoredHypervisor):
             self._check_unchanged()
         return super().pause()
 
-    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
-        # The guest goes on already, so that asking costs it nothing.
-        self._check_unchanged()
-        self._shape = None
-        return super().finish_duplicate(duplicate, progress)
-
-    def abandon(self) -> None:
-        self._shape = None
-        super().abandon()
+    def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
+        """See the role. From now on QEMU can be told to go on without libvirtd as well."""
+        why_not = self._second.open(self.monitor)
+        super().prepare(request, plan)
+        if why_not:
+            self._going_on().details["no_second_monitor"] = why_not
 
     def resume(self) -> Moment:
-        """See the role. Where libvirtd is gone, its QEMU is told directly: it serves somebody else then."""
+        """See the role. Where no capture of this process goes on, as in a guardian, QEMU is told past libvirtd, which
+        may be what hangs; and where libvirtd is gone.
+        """
+        if self._monitor is None and (moment := self._resume_by_second()):
+            return moment
         try:
             return super().resume()
         except Unreachable:
             self.close()
+            if moment := self._resume_by_second():
+                return moment
             with self._past_libvirt() as monitor:
                 if monitor is None:
                     raise
                 with kept_free(self._record, giving_up=True):
                     return make_run(monitor)
+
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        # The guest goes on already, so that asking costs it nothing.
+        self._check_unchanged()
+        self._shape = None
+        finished = super().finish_duplicate(duplicate, progress)
+        self._second.close(self.monitor)
+        return finished
+
+    def abandon(self) -> None:
+        self._shape = None
+        super().abandon()
+        if self._second.is_there():
+            if self.state() is VmState.ABSENT:
+                self._second.forget()
+            else:
+                self._second.close(self.monitor)
 
     # -- bringing back
 
@@ -236,6 +258,13 @@ class LibvirtHypervisor(MonitoredHypervisor):
             # What the first look finds is what the core knows the VM as.
             self._shape = self._shape or Shape.of(domain)
             return describe.describe(self.vm, domain, monitor)
+
+    def _resume_by_second(self) -> Moment | None:
+        """None where that is not there."""
+        if not self._second.is_there():
+            return None
+        with kept_free(self._record, giving_up=True):
+            return self._second.make_run()
 
     @contextmanager
     def _past_libvirt(self) -> Iterator[Monitor | None]:

@@ -10,7 +10,8 @@ from vmsnap.model import Moment
 from vmsnap_drivers.qemu.capture.migration import MIGRATION_RUNS, cancel_migration, migration_status
 from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
 
-_ENDED: Final = frozenset(["shutdown", "internal-error", "guest-panicked"])
+ENDED: Final = frozenset(["shutdown", "internal-error", "guest-panicked"])
+"""What QEMU says of a guest that will not run again."""
 _BETWEEN_TRIES_SECONDS: Final = 0.001
 
 
@@ -31,7 +32,7 @@ def make_run(monitor: Monitor, timeout_seconds: float = 5.0) -> Moment:
         if status["running"]:
             resumed = [event for event in monitor.events_since(mark) if event.name == "RESUME"]
             return resumed[-1].moment("resume") if resumed else Moment.now("resume")
-        if status["status"] in _ENDED:
+        if status["status"] in ENDED:
             raise VmGone(f"the guest behind {monitor.path} has ended ({status['status']})")
         if time.monotonic() > deadline:
             raise HypervisorError(f"the VM behind {monitor.path} cannot be made to run: {refused or status['status']}")
