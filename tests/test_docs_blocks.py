@@ -28,7 +28,11 @@ SCRIPTS = {
 }
 TRANSCRIPTS = {
     "tutorial.md": "test_out_of_tree_examples.py",
-    **dict.fromkeys(("simulated.md", "qemu.md", "local.md", "sftp.md", "storage.md"), "test_transcripts.py"),
+    **dict.fromkeys(
+        ("simulated.md", "qemu.md", "libvirt.md", "iscsi.md", "local.md", "sftp.md", "storage.md"),
+        "test_transcripts.py",
+    ),
+    "lvm.md": "in_guest/test_lvm_page.py",
 }
 """Pages with blocks of the language console, and the tests that run them."""
 PYTHON = {
@@ -49,8 +53,7 @@ WHOLE = {
     ("examples.md", "cd "): ELSEWHERE + "test_out_of_tree_examples.py",
     ("hypervisors.md", "qemu-system"): ELSEWHERE + "test_transcripts.py, page qemu.md",
     ("libvirt.md", "pip install"): ELSEWHERE + "test_libvirt_driver.py, on a real libvirtd",
-    ("libvirt.md", "$ "): "a transcript of domains of the lab; " + ELSEWHERE + "test_libvirt_driver.py",
-    ("lvm.md", "$ "): "a transcript of the lab's storage guest; " + ELSEWHERE + "in_guest/test_lvm_backup.py",
+    ("libvirt.md", "$ vmsnap-libvirt list-vms"): "a transcript of domains that test_libvirt_inputs.py has and lists",
     ("pause.md", "sh "): "how the table is measured: an hour, and nothing else running",
     ("pause.md", "2 cores"): "the table that was measured",
     ("performance.md", ""): "how the tables are measured: an hour, and nothing else running",

@@ -70,9 +70,9 @@ class Files(Stores):
         if not folders:
             return []
         found = []
-        for line in self._ask(["find", *folders, "-maxdepth", "1", "-type", "f", "-name", "vmsnap-*"]).stdout.split(
-            "\n"
-        ):
+        for line in self._ask(
+            ["find", "-H", *folders, "-maxdepth", "1", "-type", "f", "-name", "vmsnap-*"]
+        ).stdout.split("\n"):
             parts = _OURS.fullmatch(PurePosixPath(line).name)
             if parts:
                 found.append(Owned(parts["kind"], line, parts["tag"]))
