@@ -24,7 +24,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
     "vmsnap": main.vmsnap,
     "vmsnap-libvirt": backends.vmsnap_libvirt,
-    "vmsnap-lvm": backends.vmsnap_lvm,
 }
 TRANSCRIPTS = {
     "tutorial.md": "test_out_of_tree_examples.py",
