@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -12,7 +13,6 @@ import pytest
 from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
 from tests.world import World
 from vmsnap.errors import VmsnapError
-from vmsnap_drivers.hypervisors.simulated.control import ask
 
 CALLS = [
     "describe", "plan_capture", "plan", "prepare_disks", "prepare", "pause", "snapshot", "duplicate", "resume",
@@ -80,15 +80,35 @@ def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_vm_runs_within_the_l
     world.see_that_all_is_well(backups=0)
 
 
-def test_a_second_signal_ends_the_cleaning_up_and_recover_does_the_rest(world: World) -> None:
-    worker = worker_that_waits_at(world.folders.state_dir, world.url, "delete_snapshots")
-    ask(world.socket, "status")
-    worker.send_signal(signal.SIGINT)
-    worker.send_signal(signal.SIGINT)
-    worker.communicate("x", timeout=30)
-    assert worker.returncode in (130, 0), "the backup was stored before the signals came"
+def ended_by_further_signals(worker: subprocess.Popen[str]) -> int:
+    """The exit code of a worker that nobody lets go on, as somebody presses Ctrl-C again and again: one that comes
+    right behind another may reach a thread that waits, one that comes when the verb has ended kills its Python.
+    """
+    deadline = time.monotonic() + 30
+    while worker.poll() is None:
+        assert time.monotonic() < deadline, "signals do not end it"
+        worker.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    return worker.wait()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_second_signal_ends_it_at_once_and_recover_does_the_rest(world: World, call: str) -> None:
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
+    assert ended_by_further_signals(worker) in (130, -signal.SIGINT)
     with world.controller() as controller:
-        controller.recover()
+        assert controller.recover().kept == ()
+    world.see_that_all_is_well()
+
+
+@pytest.mark.parametrize(("call", "cleaning"), [("prepare", "abandon"), ("settle", "delete_snapshots")])
+def test_a_second_signal_ends_the_cleaning_up_after_the_first(world: World, call: str, cleaning: str) -> None:
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, f"{call},{cleaning}")
+    worker.send_signal(signal.SIGINT)
+    assert any(line.strip() == "HERE" for line in worker.stdout or ()), "it does not clean up so"
+    assert ended_by_further_signals(worker) in (130, -signal.SIGINT)
+    with world.controller() as controller:
+        assert controller.recover().kept == ()
     world.see_that_all_is_well()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 WORKER = """
 import os, sys
 from pathlib import Path
+from vmsnap.cli.session import quit_at_once
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import Interrupted, VmsnapError
 from vmsnap.host import HostFolders
@@ -18,19 +19,22 @@ from vmsnap.testing.faults import FaultPlan
 from tests.world import FaultyDrivers
 
 class Announced(FaultPlan):
+    waits = sys.argv[3].split(",")
     left = int(sys.argv[6])
 
     def count(self, method):
         print(method, flush=True)
-        if method == sys.argv[3]:
+        if self.waits and method == self.waits[0]:
             self.left -= 1
             if not self.left:
+                self.waits, self.left = self.waits[1:], 1
                 print("HERE", flush=True)
                 sys.stdin.read(1)
         return super().count(method)
 
 folders = HostFolders.find(Path(sys.argv[1]))
 controller = Controller(folders, drivers=FaultyDrivers(folders.context(), Announced()))
+controller.interruption.second = quit_at_once
 try:
     verb, _, stored = sys.argv[5].partition(":")
     uri = controller.vm("vm001").options.get("uri")
@@ -71,7 +75,8 @@ def worker_that_waits_at(
     """A worker that backs up ``vm001`` into the repository at `url` (or, by `verb`, in mode ``consistent``, or lets its
     duplicate take over: ``failover``, or does with a backup ``restore:ID``, as ``vm002``, ``consolidate:ID``, into
     ``clean`` in the state folder, or ``verify:ID``), has come to its call number `number` of the driver method
-    `call`, and waits there for a byte on its standard input.
+    `call`, and waits there for a byte on its standard input. Of several, with commas, it waits at the next ones too,
+    one after the other, and says ``HERE`` each time.
     """
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds), verb, str(number)],

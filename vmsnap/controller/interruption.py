@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,12 +14,18 @@ from vmsnap.errors import Interrupted
 class Interruption:
     """Turns SIGINT and SIGTERM into `Interrupted`, raised in the main thread.
 
-    While `deferred` is in force (the pause window, and cleaning up), a first signal waits for its end, a second one
-    is raised at once: the guardian and ``vmsnap recover`` deal with what that leaves.
+    While `deferred` is in force (the pause window, and cleaning up), a first signal waits for its end. A second one
+    is raised at once, also where the first has been raised and is what is cleaned up after: the guardian and
+    ``vmsnap recover`` deal with what that leaves.
     """
 
     def __init__(self) -> None:
+        self.second: Callable[[str], object] | None = None
+        """Called with a second signal's name before it is raised: where the process is ours it ends there, as a call
+        that hangs in another thread would be waited for.
+        """
         self._deferring = 0
+        self._arrivals = 0
         self._pending: str | None = None
 
     @contextmanager
@@ -29,6 +35,7 @@ class Interruption:
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
+        self._arrivals = 0
         before = {number: signal.signal(number, self._arrived) for number in numbers}
         try:
             yield
@@ -58,7 +65,10 @@ class Interruption:
 
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._deferring and not self._pending:
+        self._arrivals += 1
+        if self._deferring and self._arrivals == 1:
             self._pending = name
             return
+        if self._arrivals > 1 and self.second is not None:
+            self.second(name)
         raise Interrupted(f"stopped by {name}")
