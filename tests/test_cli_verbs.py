@@ -228,6 +228,7 @@ def test_a_damaged_manifest_does_not_hide_the_others(house: House, tmp_path: Pat
 
 def test_doctor_and_recover(house: House) -> None:
     assert {finding["severity"] for finding in house.json("doctor", "vm001")} <= {"ok", "note"}
+    assert "repository" in " ".join(finding["subject"] for finding in house.json("doctor", "vm001"))
     assert house.json("recover") == {"resumed": [], "removed": [], "kept": []}
     assert house.text("recover", "vm001") == "nothing was left\n"
     assert house.error(3, "recover", "nobody")

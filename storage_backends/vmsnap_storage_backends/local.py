@@ -29,6 +29,8 @@ _DEAD_AFTER_SECONDS = 3600.0
 # next command reads them again.
 _LARGE_OBJECT_BYTES = 1 << 20
 _LARGE_PART_BYTES = 64 << 10
+_LITTLE_BYTES = 1 << 30
+_TOO_LITTLE_BYTES = 64 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -160,7 +162,10 @@ class LocalStorage(StorageBackend):
         room = os.statvfs(self.folder)
         if room.f_flag & os.ST_RDONLY:
             return [Finding(subject, "missing", "lies on a read-only file system", "remount it read-write")]
-        findings = [Finding(subject, "ok", f"{room.f_bavail * room.f_frsize // 2**20} MiB free")]
+        free = room.f_bavail * room.f_frsize
+        severity = "ok" if free >= _LITTLE_BYTES else "note" if free >= _TOO_LITTLE_BYTES else "missing"
+        cure = "" if severity == "ok" else "make room: vmsnap prune, or a larger file system"
+        findings = [Finding(subject, severity, f"{free // 2**20} MiB free", cure)]
         if self.folder.stat().st_mode & 0o077:
             findings.append(Finding(subject, "note", "other users can look into it", f"chmod 700 {self.folder}"))
         return findings

@@ -24,7 +24,8 @@ _COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 @by_agent("doctor", dict)
 @pass_session
 def doctor(session: Session, vm: str | None) -> None:
-    """Look at this host and its drivers, or whether a backup of VM would work. Changes nothing.
+    """Look at this host and its drivers, or whether a backup of VM would work; and at the repository, where one is
+    named. Changes nothing.
 
     For a VM the exit code says it too: 0 where a backup would work, else 1.
     """
@@ -33,7 +34,7 @@ def doctor(session: Session, vm: str | None) -> None:
     if vm is None:
         wanted = {"vmsnap", session.hypervisor}
         found = [pair for pair in found if session.hypervisor is None or pair[0] in wanted]
-        found += repository_findings(session)
+    found += repository_findings(session)
     report_findings(session, found)
     if vm is not None and any(finding.severity == "missing" for _, finding in found):
         raise VmsnapError(f"VM {vm!r} cannot be backed up so", cure="the lines marked missing say why")

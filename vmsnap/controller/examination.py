@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 from vmsnap import registry
 from vmsnap.controller.capture import choose_mechanisms
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.hostclock import is_synchronised
 from vmsnap.errors import VmsnapError
 from vmsnap.host import HostFolders
 from vmsnap.journal import Journal
-from vmsnap.model import Finding, OwnedResource
+from vmsnap.model import CapturePlan, Disk, Finding, OwnedResource
 from vmsnap.roles import CaptureRequest, Hypervisor
 from vmsnap.vmtable import VmRow
+
+_LITTLE_BYTES: Final = 256 << 20
+_TOO_LITTLE_BYTES: Final = 16 << 20
+"""Of the file system that has the database: where it is full, nothing can be entered, and so nothing begun."""
 
 
 def examine_host(
@@ -58,20 +66,38 @@ def _capture(row: VmRow, drivers: Drivers, driver: Hypervisor) -> list[Finding]:
     description = driver.describe()
     found = [Finding(row.vm, "ok", f"{description.state.value}, {description.memory_bytes >> 20} MiB of memory")]
     found += [Finding(row.vm, "missing", refusal, "it cannot be backed up live so") for refusal in description.refusals]
+    plan = driver.plan_capture(CaptureRequest("doctor", 5.0))
+    by_mechanism: dict[str, list[Disk]] = {}
+    disks = {disk.device: disk for disk in description.disks}
     for disk in choose_mechanisms(drivers, description.disks, row.disks):
         found.append(Finding(disk.device, "ok", f"{disk.address}, snapshots by {disk.mechanism or 'none: read-only'}"))
-    plan = driver.plan_capture(CaptureRequest("doctor", 5.0))
+        if disk.mechanism is not None:
+            by_mechanism.setdefault(disk.mechanism, []).append(disks[disk.device])
+    for name, its in by_mechanism.items():
+        found += _snapshots(row.vm, drivers, name, its, plan)
     expected = "" if plan.predicted_pause_seconds is None else f", about {plan.predicted_pause_seconds * 1e3:.0f} ms"
     found.append(Finding("capture", "ok", f"{plan.capture}{expected}: {plan.reason}"))
     return found
 
 
+def _snapshots(vm: str, drivers: Drivers, name: str, disks: Sequence[Disk], plan: CapturePlan) -> list[Finding]:
+    """What the mechanism says against a snapshot of these disks now, such as that there is no room for it."""
+    mechanism = drivers.mechanism(name)
+    try:
+        mechanism.plan(vm, disks, f"vmsnap-{secrets.token_hex(5)}", plan.window)
+    except VmsnapError as e:
+        return [Finding(" ".join(disk.device for disk in disks), "missing", e.message, e.cure)]
+    finally:
+        mechanism.close()
+    return []
+
+
 def _state(folders: HostFolders, journal: Journal) -> list[Finding]:
-    state = shutil.disk_usage(folders.state_dir).free
     memory = shutil.disk_usage(folders.memory_dir).free
     found = [
-        Finding("state folder", "ok", f"{folders.state_dir}, {state >> 20} MiB free"),
+        _room("state folder", folders.state_dir),
         Finding("memory folder", "ok", f"{folders.memory_dir}, {memory >> 20} MiB free for duplicates"),
+        _clock(),
     ]
     left = [row for row in journal.unfinished() if not (row.outcome is None and row.worker_alive())]
     if left:
@@ -80,3 +106,21 @@ def _state(folders: HostFolders, journal: Journal) -> list[Finding]:
             Finding("journal", "note", f"{len(left)} operations left something (VMs: {vms})", "run: vmsnap recover")
         )
     return found
+
+
+def _room(subject: str, folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    text = f"{folder}, {free >> 20} MiB free"
+    if free >= _LITTLE_BYTES:
+        return Finding(subject, "ok", text)
+    return Finding(subject, "missing" if free < _TOO_LITTLE_BYTES else "note", text, "make room on its file system")
+
+
+def _clock() -> Finding:
+    try:
+        if is_synchronised():
+            return Finding("clock", "ok", "is kept right, as the kernel says")
+    except OSError as e:
+        return Finding("clock", "note", f"nobody can tell whether it is right: {e.strerror}")
+    what = "nobody keeps it right, as the kernel says; backups are dated by it, and pruned by their dates"
+    return Finding("clock", "note", what, "run an NTP client, such as systemd-timesyncd or chrony")
