@@ -20,6 +20,19 @@ def make_folder(folder: Path) -> None:
     sync(folder.parent)
 
 
+def remove(*paths: Path) -> None:
+    """Remove files; a power cut does not bring them back, also where somebody removed them just before. Idempotent;
+    blocks.
+
+    :raises OSError: one cannot be removed
+    """
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        if folder.is_dir():
+            sync(folder)
+
+
 def sync(path: Path) -> None:
     """Bring a file's content, or the names in a folder, to the disk. Blocks.
 

@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from vmsnap.durable import remove
 from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, OwnedResource, check_name, from_json, to_json
 from vmsnap.pagecache import write_all
@@ -98,7 +99,7 @@ def delete(plan: ClonePlan, notes: Path) -> None:
         return
     for file in (path, _note(plan, path, notes)):
         try:
-            file.unlink(missing_ok=True)
+            remove(file)
         except NotADirectoryError:
             continue
         except OSError as e:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmsnap.durable import sync
+from vmsnap.durable import remove
 from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
@@ -78,7 +78,4 @@ def take_down(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
 
 def remove_files(names: DiskNames) -> None:
     """Remove the target's file; succeeds where there is none."""
-    Path(names.target_file).unlink(missing_ok=True)
-    # The journal will say that it is gone; a power cut must not bring it back.
-    if Path(names.target_file).parent.is_dir():
-        sync(Path(names.target_file).parent)
+    remove(Path(names.target_file))

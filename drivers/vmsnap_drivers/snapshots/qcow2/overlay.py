@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import remove
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph, Deadline
@@ -110,8 +111,7 @@ def is_pivoted(graph: BlockGraph, disk: Disk, names: DiskNames) -> bool:
 
 def remove_files(names: DiskNames) -> None:
     """Remove the overlay's file under each of its names; succeeds where there is none. It must hold nothing."""
-    for name in (names.overlay_file, names.committing_file, names.pivoting_file):
-        Path(name).unlink(missing_ok=True)
+    remove(*map(Path, (names.overlay_file, names.committing_file, names.pivoting_file)))
 
 
 def _start(graph: BlockGraph, commit: _Commit) -> None:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmsnap.durable import sync
+from vmsnap import durable
 from vmsnap.errors import ProtocolError, SnapshotError
 from vmsnap.model import OwnedResource, SnapshotPlan, from_json, to_json
 from vmsnap_drivers.snapshots.qcow2.names import COPY_SUFFIX, MECHANISM, PlanNames
@@ -30,11 +30,7 @@ def remove(names: PlanNames) -> None:
 
     :raises OSError: one cannot be removed
     """
-    for path in reversed(names.records):
-        Path(path).unlink(missing_ok=True)
-        # The journal will say that it is gone; a power cut must not bring it back.
-        if Path(path).parent.is_dir():
-            sync(Path(path).parent)
+    durable.remove(*map(Path, reversed(names.records)))
 
 
 def _write(plan: SnapshotPlan, path: Path) -> None:
