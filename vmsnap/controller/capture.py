@@ -5,7 +5,7 @@ again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -243,14 +243,8 @@ class Capture:
         """
         description = self.description
         self._plan = self.hypervisor.plan_capture(self._request)
-        by_mechanism: dict[str, list[Disk]] = {}
-        chosen = {row.device: row.mechanism for row in self.row.disks}
-        for disk in description.disks:
-            name = chosen[disk.device]
-            if name is not None:
-                by_mechanism.setdefault(name, []).append(disk)
         plans = []
-        for name, disks in by_mechanism.items():
+        for name, disks in by_mechanism(description.disks, self.row.disks).items():
             mechanism = self.mechanisms[name] = self._drivers.mechanism(name)
             plans.append(mechanism.plan(self.row.vm, disks, self._operation.name, self._plan.window))
         for plan in plans:
@@ -395,6 +389,17 @@ class Capture:
         self._operation.must_execute(False)
         guard, self._guard = self._guard, NoGuard()
         guard.dismiss()
+
+
+def by_mechanism(disks: Sequence[Disk], rows: Sequence[DiskRow]) -> dict[str, list[Disk]]:
+    """The disks that each mechanism of their rows takes, in order; those without one are read-only."""
+    chosen = {row.device: row.mechanism for row in rows}
+    found: dict[str, list[Disk]] = {}
+    for disk in disks:
+        name = chosen[disk.device]
+        if name is not None:
+            found.setdefault(name, []).append(disk)
+    return found
 
 
 def choose_mechanisms(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap import registry
-from vmsnap.controller.capture import choose_mechanisms
+from vmsnap.controller.capture import by_mechanism, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.hostclock import is_synchronised
 from vmsnap.errors import VmsnapError
@@ -67,13 +67,10 @@ def _capture(row: VmRow, drivers: Drivers, driver: Hypervisor) -> list[Finding]:
     found = [Finding(row.vm, "ok", f"{description.state.value}, {description.memory_bytes >> 20} MiB of memory")]
     found += [Finding(row.vm, "missing", refusal, "it cannot be backed up live so") for refusal in description.refusals]
     plan = driver.plan_capture(CaptureRequest("doctor", 5.0))
-    by_mechanism: dict[str, list[Disk]] = {}
-    disks = {disk.device: disk for disk in description.disks}
-    for disk in choose_mechanisms(drivers, description.disks, row.disks):
+    chosen = choose_mechanisms(drivers, description.disks, row.disks)
+    for disk in chosen:
         found.append(Finding(disk.device, "ok", f"{disk.address}, snapshots by {disk.mechanism or 'none: read-only'}"))
-        if disk.mechanism is not None:
-            by_mechanism.setdefault(disk.mechanism, []).append(disks[disk.device])
-    for name, its in by_mechanism.items():
+    for name, its in by_mechanism(description.disks, chosen).items():
         found += _snapshots(row.vm, drivers, name, its, plan)
     expected = "" if plan.predicted_pause_seconds is None else f", about {plan.predicted_pause_seconds * 1e3:.0f} ms"
     found.append(Finding("capture", "ok", f"{plan.capture}{expected}: {plan.reason}"))
