@@ -9,7 +9,7 @@ import pytest
 from tests.lab import available_qemus
 from tests.lab import serial as console
 from tests.qemu_stage import Stage, staged, until
-from tests.workers import worker_that_waits_at
+from tests.workers import kill_failovers_at
 from vmsnap.errors import Busy, UnknownDuplicate
 from vmsnap.model import VmState
 
@@ -83,17 +83,7 @@ def test_a_worker_that_is_killed_at_any_instruction_never_loses_the_duplicate(st
     held = controller.backup("vm001", stage.repository, keep_duplicate=True)
     stage.kill_vm()
     begun = len(machine.serial_text())
-    for call in KILLED_AT:
-        assert [each.duplicate for each in controller.duplicates()] == [held.duplicate], call
-        worker = worker_that_waits_at(controller.folders.state_dir, "", call, verb="failover")
-        worker.kill()
-        worker.communicate()
-        recovered = controller.recover()
-        assert recovered.kept == (), (call, recovered)
-        assert controller.journal.unfinished() == []
-        # Until it is told to run nothing of it has changed; from then on it is the VM.
-        assert (controller.vm("vm001").state == VmState.EXECUTING.value) == (call == "resume"), call
-    assert controller.duplicates() == []
+    kill_failovers_at(controller, held.duplicate, KILLED_AT)
     assert goes_on(stage, begun)
     driver = controller.drivers.hypervisor("qemu", "vm001", controller.vm("vm001").options)
     driver.destroy()

@@ -20,10 +20,9 @@ from tests.lab import serial as console
 from tests.libvirt_stage import Stage, staged
 from tests.qemu_stage import until
 from tests.test_duplicate_failures import STORAGE
-from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
+from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, kill_failovers_at, worker_that_waits_at
 from tests.world import FaultyDrivers
 from vmsnap.controller import Controller
-from vmsnap.model import VmState
 from vmsnap.testing.faults import FaultPlan
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -263,17 +262,7 @@ def test_a_worker_that_is_killed_at_any_instruction_of_a_failover_never_loses_th
     begun = len(machine.serial_text())
     machine.kill()
     kills = ("fence", "load", "switch_disks", "resume")
-    for call in kills:
-        assert [each.duplicate for each in controller.duplicates()] == [held.duplicate], call
-        worker = worker_that_waits_at(controller.folders.state_dir, "", call, verb="failover")
-        worker.kill()
-        worker.communicate()
-        recovered = controller.recover()
-        assert recovered.kept == (), (call, recovered)
-        assert controller.journal.unfinished() == []
-        # Until it is told to run nothing of it has changed; from then on it is the VM.
-        assert (controller.vm("vm001").state == VmState.EXECUTING.value) == (call == "resume"), call
-    assert controller.duplicates() == []
+    kill_failovers_at(controller, held.duplicate, kills)
     until(lambda: len(console.checks(machine.serial_text()[begun:])) >= 2, "it counts on and checks itself")
     assert console.faults(machine.serial_text()[begun:]) == []
     assert stage.libvirtd.virsh("list", "--all", "--name").split() == ["vm001"]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from vmsnap.controller import Controller
+from vmsnap.model import VmState
 
 WORKER = """
 import os, sys
@@ -91,3 +95,20 @@ def worker_that_waits_at(
             return worker
         told.append(line)
     raise AssertionError(f"the worker never came to {call}: {worker.wait()}, {''.join(told)}")
+
+
+def kill_failovers_at(controller: Controller, duplicate: str | None, calls: Sequence[str]) -> None:
+    """Kill a failover of ``vm001`` at each of these calls of a driver, the last of them ``resume``, and see after each
+    that recovery keeps nothing back, and that the duplicate is there still, until it is the VM.
+    """
+    for call in calls:
+        assert [each.duplicate for each in controller.duplicates()] == [duplicate], call
+        worker = worker_that_waits_at(controller.folders.state_dir, "", call, verb="failover")
+        worker.kill()
+        worker.communicate()
+        recovered = controller.recover()
+        assert recovered.kept == (), (call, recovered)
+        assert controller.journal.unfinished() == []
+        # Until it is told to run nothing of it has changed; from then on it is the VM.
+        assert (controller.vm("vm001").state == VmState.EXECUTING.value) == (call == "resume"), call
+    assert controller.duplicates() == []

@@ -52,6 +52,11 @@ fetch_into() {
     rm -rf "$debs"
 }
 
+# packages_for PACKAGE...: these, and those that they need and this machine lacks.
+packages_for() {
+    apt-get -s -q install --no-install-recommends "$@" | sed -n 's/^Inst \([^ ]*\) .*/\1/p'
+}
+
 install_packages() {
     installed && return
     refresh_lists
@@ -77,7 +82,7 @@ unpack_sshd() {
     refresh_lists
     rm -rf "$sshd"
     # The libraries that this machine lacks.
-    needed=$(apt-get -s -q install --no-install-recommends openssh-server | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    needed=$(packages_for openssh-server)
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$sshd" download openssh-server $needed
     touch "$sshd/complete"
@@ -89,8 +94,7 @@ unpack_lighttpd() {
     [ -e "$lighttpd/complete" ] && return
     refresh_lists
     rm -rf "$lighttpd"
-    needed=$(apt-get -s -q install --no-install-recommends lighttpd lighttpd-mod-webdav |
-        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    needed=$(packages_for lighttpd lighttpd-mod-webdav)
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$lighttpd" download $needed
     touch "$lighttpd/complete"
@@ -102,7 +106,7 @@ unpack_tgt() {
     [ -e "$tgt/complete" ] && return
     refresh_lists
     rm -rf "$tgt"
-    needed=$(apt-get -s -q install --no-install-recommends tgt | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    needed=$(packages_for tgt)
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$tgt/root" download $needed
     mkdir "$tgt/bin"
@@ -135,7 +139,7 @@ unpack_agent() {
     [ -e "$agent/complete" ] && return
     refresh_lists
     rm -rf "$agent"
-    needed=$(apt-get -s -q install --no-install-recommends qemu-guest-agent | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    needed=$(packages_for qemu-guest-agent)
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$agent" download $needed
     touch "$agent/complete"
@@ -150,8 +154,7 @@ unpack_storage() {
     rm -rf "$storage"
     image=$(apt-cache depends --important linux-image-amd64 |
         sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -n 1)
-    needed=$(apt-get -s -q install --no-install-recommends kmod lvm2 thin-provisioning-tools |
-        sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+    needed=$(packages_for kmod lvm2 thin-provisioning-tools)
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$storage/root" download "$image" $needed
     # This machine's /sbin is a link to /usr/sbin, as Debian has it since 12: a folder above it would hide all that is there.
