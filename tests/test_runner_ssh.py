@@ -12,6 +12,7 @@ import pytest
 from tests.lab.sshd import USER, SshServer, make_key
 from tests.proxy import Proxy
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
+from vmsnap_drivers.runner import Output
 from vmsnap_drivers.runner_ssh import SshRunner, SshSettings
 
 pytestmark = [pytest.mark.lab, pytest.mark.sshd]
@@ -49,6 +50,11 @@ def test_status_and_complaints_come_back(runner: SshRunner) -> None:
     assert list(runner.lines(["printf", "a\\nb"], 30)) == ["a\n", "b"]
     with pytest.raises(SnapshotError, match="failed"):
         list(runner.lines(["ls", "/nowhere/at/all"], 30))
+
+
+def test_words_that_come_after_the_status_are_heard(runner: SshRunner) -> None:
+    assert runner.run(["sh", "-c", "(sleep 0.5; echo late >&2) & exit 3"], 60) == Output(3, "", "late\n")
+    assert runner.run(["sh", "-c", "echo word; sleep 30 & exit 3"], 1) == Output(3, "word\n", "")
 
 
 def test_programs_and_devices_are_looked_for_there(runner: SshRunner) -> None:

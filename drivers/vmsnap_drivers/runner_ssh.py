@@ -79,14 +79,14 @@ class SshRunner(Runner):
         deadline = time.monotonic() + seconds
         said: dict[bool, bytearray] = {True: bytearray(), False: bytearray()}
         try:
-            while not channel.exit_status_ready() or channel.recv_ready() or channel.recv_stderr_ready():
+            while not _is_whole(channel, deadline):
                 if channel.recv_ready():
                     said[True] += channel.recv(1 << 16)
                 elif channel.recv_stderr_ready():
                     said[False] += channel.recv_stderr(1 << 16)
                 elif not self._is_connected():
                     raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
-                elif time.monotonic() > deadline:
+                elif time.monotonic() > deadline and not channel.exit_status_ready():
                     raise SnapshotError(f"{argv[0]} on {self.url} did not end within {seconds:g} s, and may go on")
                 else:
                     channel.status_event.wait(0.005)
@@ -195,6 +195,19 @@ class SshRunner(Runner):
         if transport is not None:
             transport.set_keepalive(_KEEPALIVE_SECONDS)
         return client
+
+
+def _is_whole(channel: Channel, deadline: float) -> bool:
+    """Whether the status is there and nothing more will be said.
+
+    A server may tell the status before the rest of the words (RFC 4254, 6.10: they are only in order with themselves),
+    and the words end when nobody is left who could say any. Past the deadline the status alone is enough: what was left
+    behind there, such as a daemon, may keep its ends open for good.
+    """
+    is_ended = channel.eof_received or channel.closed or time.monotonic() > deadline
+    return bool(
+        is_ended and channel.exit_status_ready() and not channel.recv_ready() and not channel.recv_stderr_ready()
+    )
 
 
 def _unreachable(url: str, error: Exception) -> SnapshotError:
