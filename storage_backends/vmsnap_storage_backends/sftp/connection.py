@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from paramiko import Channel, SSHException, Transport
 
@@ -17,13 +17,19 @@ from vmsnap_storage_backends.sftp.address import SftpAddress
 from vmsnap_storage_backends.sftp.authentication import authenticate
 from vmsnap_storage_backends.sftp.conversation import Conversation, Lost
 from vmsnap_storage_backends.sftp.known_hosts import KnownHosts, host_name
+from vmsnap_storage_backends.sftp.pieces import Pieces
 from vmsnap_storage_backends.sftp.settings import HostSettings, jump_address, settings_of
+
+if TYPE_CHECKING:
+    from paramiko.buffered_pipe import BufferedPipe
 
 # One of SSH's messages may have 32 KiB from every client; larger ones halve what Python does for each byte. OpenSSH
 # takes 256 KiB (packet.c, PACKET_MAX_SIZE) with all that is around the data.
 _PACKET_BYTES = 255 << 10
 # How far the server may run ahead of us.
 _WINDOW_BYTES = 32 << 20
+# What is received at once, if there is so much.
+_RECEIVE_BYTES = 1 << 20
 # AES-GCM is one pass in C, and twice as fast as the other ciphers with their separate checksums.
 _CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr", "aes192-ctr")
 _DIGESTS = (
@@ -44,7 +50,9 @@ class Unreachable(StorageError):
 class _ImpatientSocket:
     """A socket, or a channel through another host, whose peer must take or give something now and then.
 
-    paramiko waits for ever for a peer that takes nothing more, whatever time-outs its channels have.
+    paramiko waits for ever for a peer that takes nothing more, whatever time-outs its channels have. And it asks for a
+    few bytes, then for those of one message, and puts together what comes of them anew with each part: much is received
+    at once here, and it finds its messages whole.
     """
 
     def __init__(self, inner: socket.socket | Channel, seconds: float) -> None:
@@ -52,6 +60,9 @@ class _ImpatientSocket:
         self._seconds = seconds
         self._stuck_since: float | None = None
         self._closed = False  # which paramiko looks at, as sockets have it
+        # One piece of memory for all: what is new each time must be got from the system page by page.
+        self._room = memoryview(bytearray(_RECEIVE_BYTES))
+        self._received = self._room[:0]
 
     def send(self, data: bytes) -> int:
         """As a socket's, whose time-out is short.
@@ -71,7 +82,12 @@ class _ImpatientSocket:
 
     def recv(self, count: int) -> bytes:
         """As a socket's."""
-        return self._inner.recv(count)
+        if not self._received:
+            if isinstance(self._inner, Channel):
+                return self._inner.recv(count)
+            self._received = self._room[: self._inner.recv_into(self._room)]
+        part, self._received = self._received[:count], self._received[count:]
+        return bytes(part)
 
     def settimeout(self, seconds: float | None) -> None:
         """As a socket's."""
@@ -120,6 +136,7 @@ def connect(address: SftpAddress, config_file: Path | None, seconds: float) -> C
         transport = transports[-1]
         channel = transport.open_session(_WINDOW_BYTES, _PACKET_BYTES, timeout=seconds)
         channel.settimeout(seconds)
+        channel.in_buffer = cast("BufferedPipe[bytes]", Pieces())
         try:
             channel.invoke_subsystem("sftp")
         except SSHException as e:

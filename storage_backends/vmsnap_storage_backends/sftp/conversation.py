@@ -8,7 +8,8 @@ searches for every block, and hides which extensions the server has. Its transpo
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from paramiko import SSHException
@@ -32,6 +33,8 @@ _HEADER = struct.Struct(">IBI")
 _RECEIVE_BYTES = 4 << 20
 # One packet of SSH: 32 KiB is what every server takes, and paramiko keeps 64 of it for itself.
 _SEND_BYTES = (32 << 10) - 64
+# Each message costs the interpreter a fifth of a millisecond: requests for data are small, and go by the dozen.
+_TOGETHER_BYTES = 4 << 10
 # A listing of many names has many small packets, and none of them is as long as that.
 _MOST_BYTES = MAX_PACKET_BYTES + 4096
 
@@ -69,6 +72,7 @@ class Conversation:
     """Speaks with the server. Used by one thread at a time; of no more use after `Lost`.
 
     `in_order`: whether the server is known to carry requests out one after the other, as OpenSSH does.
+    `answer_seconds`: how long it took to answer once, where it was asked.
     """
 
     def __init__(self, channel: Channel, *, in_order: bool = False) -> None:
@@ -80,42 +84,46 @@ class Conversation:
         self.lost = False
         self._channel = channel
         self._last = 0
+        self._unsent: list[bytes | memoryview] = []
         self._heard: memoryview = memoryview(b"")
-        self._early: dict[int, tuple[int, Fields]] = {}
+        self._early: dict[int, tuple[int, Sequence[memoryview]]] = {}
         self._forgotten: set[int] = set()
         self.extensions = self._greet()
         self.limits = Limits()
+        self.answer_seconds: float | None = None
         if LIMITS in self.extensions:
+            begun = time.monotonic()
             self.limits = limits(self.call(Kind.EXTENDED, text(LIMITS)).rest())
+            self.answer_seconds = time.monotonic() - begun
 
     def ask(self, kind: Kind, *parts: bytes | memoryview) -> int:
-        """Send a request and return its number, by which `answer` finds what the server says to it.
+        """Make a request and return its number, by which `answer` finds what the server says to it. Small requests go
+        out together, when an answer is waited for or one of them is forgotten.
 
         :raises Lost: the connection broke
         """
         self._last = self._last + 1 & 0xFFFFFFFF
         length = 5 + sum(len(part) for part in parts)
-        self._send(b"".join([_HEADER.pack(length, kind, self._last), *parts]))
+        self._unsent += [_HEADER.pack(length, kind, self._last), *parts]
+        if length > _TOGETHER_BYTES:
+            self._send_all()
         return self._last
 
     def answer(self, request: int) -> Fields:
-        """Wait for the answer to a request; the fields behind its number.
+        """Wait for the answer to a request, but of one for data; the fields behind its number.
 
         :raises Refused: the server did not do it
         :raises Lost: the connection broke, or the server is silent
         """
-        while request not in self._early:
-            number, kind, fields = self._hear()
-            if number in self._forgotten:
-                self._forgotten.discard(number)
-            else:
-                self._early[number] = kind, fields
-        kind, fields = self._early.pop(request)
-        if kind == Kind.STATUS:
-            code, message = self._parsed(lambda: (fields.u32(), fields.name()))
-            if code != Code.OK:
-                raise Refused(code, message)
-        return fields
+        return Fields(_joined(self._wait_for(request)))
+
+    def data(self, request: int) -> Sequence[memoryview]:
+        """Wait for the answer to a request for data, which is left as it came.
+
+        :raises Refused: the server did not do it; `Code.EOF` where the file ends
+        :raises Lost: the connection broke, or the server is silent
+        """
+        return self._wait_for(request)
 
     def call(self, kind: Kind, *parts: bytes | memoryview) -> Fields:
         """`ask` and `answer`."""
@@ -126,6 +134,7 @@ class Conversation:
         for request in requests:
             if self._early.pop(request, None) is None:
                 self._forgotten.add(request)
+        self._send_all()
 
     def has_heard(self) -> bool:
         """Whether some answer may be had without waiting."""
@@ -139,7 +148,8 @@ class Conversation:
     # -- inside
 
     def _greet(self) -> frozenset[str]:
-        self._send(struct.pack(">IBI", 5, Kind.INIT, VERSION))
+        self._unsent.append(struct.pack(">IBI", 5, Kind.INIT, VERSION))
+        self._send_all()
         packet = self._packet()
         if packet[0] != Kind.VERSION:
             raise self._broken("the server does not speak SFTP")
@@ -149,45 +159,76 @@ class Conversation:
             raise self._broken(f"the server speaks SFTP version {version}, and {VERSION} is needed")
         return extensions
 
-    def _send(self, packet: bytes) -> None:
+    def _send_all(self) -> None:
+        unsent = memoryview(b"".join(self._unsent))
+        self._unsent.clear()
         try:
-            view = memoryview(packet)
-            while view:
-                sent = self._channel.send(bytes(view[:_SEND_BYTES]))
+            while unsent:
+                sent = self._channel.send(bytes(unsent[:_SEND_BYTES]))
                 if not sent:
                     raise EOFError
-                view = view[sent:]
+                unsent = unsent[sent:]
         except (OSError, EOFError, SSHException) as e:
             raise self._broken(_reason(e)) from e
 
-    def _hear(self) -> tuple[int, int, Fields]:
-        packet = self._packet()
-        fields = Fields(packet[1:])
-        return self._parsed(fields.u32), packet[0], fields
+    def _wait_for(self, request: int) -> Sequence[memoryview]:
+        self._send_all()
+        while request not in self._early:
+            number, kind, parts = self._hear()
+            if number in self._forgotten:
+                self._forgotten.discard(number)
+            else:
+                self._early[number] = kind, parts
+        kind, parts = self._early.pop(request)
+        if kind == Kind.STATUS:
+            fields = Fields(_joined(parts))
+            code, message = self._parsed(lambda: (fields.u32(), fields.name()))
+            if code != Code.OK:
+                raise Refused(code, message)
+        return parts
+
+    def _hear(self) -> tuple[int, int, Sequence[memoryview]]:
+        length, kind, number = _HEADER.unpack(self._take(_HEADER.size))
+        rest = self._checked(length) - (_HEADER.size - 4)
+        if rest >= 4 and kind == Kind.DATA:
+            count = int.from_bytes(self._take(4), "big")
+            if count != rest - 4:
+                raise self._broken("the server gives data of another length than it says")
+            rest = count
+        if rest < 0:
+            raise self._broken("a packet of the server is cut short")
+        return number, kind, self._parts(rest)
 
     def _packet(self) -> memoryview:
-        length = int.from_bytes(self._take(4), "big")
+        return self._take(self._checked(int.from_bytes(self._take(4), "big")))
+
+    def _checked(self, length: int) -> int:
         if not 1 <= length <= _MOST_BYTES:
             raise self._broken("the server does not speak SFTP")
-        return self._take(length)
+        return length
 
     def _take(self, count: int) -> memoryview:
-        """The next bytes, without a copy where they came together."""
-        if len(self._heard) < count:
-            parts: list[bytes | memoryview] = [self._heard]
-            missing = count - len(self._heard)
-            while missing > 0:
-                try:
-                    part = self._channel.recv(_RECEIVE_BYTES)
-                except (OSError, EOFError, SSHException) as e:
-                    raise self._broken(_reason(e)) from e
-                if not part:
-                    raise self._broken("the server closed the connection")
-                parts.append(part)
-                missing -= len(part)
-            self._heard = memoryview(b"".join(parts))
-        taken, self._heard = self._heard[:count], self._heard[count:]
-        return taken
+        return _joined(self._parts(count))
+
+    def _parts(self, count: int) -> Sequence[memoryview]:
+        """The next bytes, as they came."""
+        parts = []
+        while count:
+            if not self._heard:
+                self._heard = self._receive()
+            part, self._heard = self._heard[:count], self._heard[count:]
+            parts.append(part)
+            count -= len(part)
+        return parts
+
+    def _receive(self) -> memoryview:
+        try:
+            received = self._channel.recv(_RECEIVE_BYTES)
+        except (OSError, EOFError, SSHException) as e:
+            raise self._broken(_reason(e)) from e
+        if not received:
+            raise self._broken("the server closed the connection")
+        return memoryview(received)
 
     def _parsed(self, parse: Callable[[], T]) -> T:
         try:
@@ -198,6 +239,10 @@ class Conversation:
     def _broken(self, reason: str) -> Lost:
         self.lost = True
         return Lost(reason)
+
+
+def _joined(parts: Sequence[memoryview]) -> memoryview:
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from collections import deque
 from contextlib import suppress
@@ -12,6 +11,7 @@ from vmsnap_storage_backends.sftp.wire import (
     FSYNC,
     Code,
     Kind,
+    Malformed,
     Mode,
     attributes,
     text,
@@ -104,38 +104,37 @@ def _read(talk: Conversation, handle: bytes, start: int, end: int, early: int | 
         if early is not None:
             talk.forget(early)
         return b""
-    # A BytesIO hands its buffer out as bytes without a copy.
-    content = io.BytesIO()
-    content.seek(end - start - 1)
-    content.write(b"\0")
+    content: list[memoryview] = []
     most = talk.limits.read_bytes
     waiting: deque[tuple[int, int, int]] = deque()
     if early is not None:
         waiting.append((early, start, min(first, end - start)))
     asked = start + (first if early is not None else 0)
-    with content.getbuffer() as view:
-        try:
-            while waiting or asked < end:
-                while asked < end and asked - (waiting[0][1] if waiting else asked) < _AHEAD_BYTES:
-                    count = min(most, end - asked)
-                    waiting.append((talk.ask(Kind.READ, handle, struct.pack(">QI", asked, count)), asked, count))
-                    asked += count
-                request, at, count = waiting.popleft()
-                data = talk.answer(request).string()[:count]
-                view[at - start : at - start + len(data)] = data
-                if len(data) < count:
-                    # A server may give less than it is asked for.
-                    if not data:
-                        raise CutShort(at)
-                    at, count = at + len(data), count - len(data)
-                    again = talk.ask(Kind.READ, handle, struct.pack(">QI", at, count))
-                    waiting.appendleft((again, at, count))
-        except Refused as e:
-            talk.forget(*(request for request, _, _ in waiting))
-            if e.code == Code.EOF:
-                raise CutShort(at) from e
-            raise
-    return content.getvalue()
+    try:
+        while waiting or asked < end:
+            while asked < end and asked - (waiting[0][1] if waiting else asked) < _AHEAD_BYTES:
+                count = min(most, end - asked)
+                waiting.append((talk.ask(Kind.READ, handle, struct.pack(">QI", asked, count)), asked, count))
+                asked += count
+            request, at, count = waiting.popleft()
+            parts = talk.data(request)
+            content += parts
+            came = sum(len(part) for part in parts)
+            if came > count:
+                raise Malformed("the server gives more data than it was asked for")
+            if came < count:
+                # A server may give less than it is asked for.
+                if not came:
+                    raise CutShort(at)
+                at, count = at + came, count - came
+                again = talk.ask(Kind.READ, handle, struct.pack(">QI", at, count))
+                waiting.appendleft((again, at, count))
+    except Refused as e:
+        talk.forget(*(request for request, _, _ in waiting))
+        if e.code == Code.EOF:
+            raise CutShort(at) from e
+        raise
+    return b"".join(content)
 
 
 def _open(talk: Conversation, path: str, mode: Mode) -> bytes:

@@ -41,7 +41,12 @@ class SftpStorage(StorageBackend):
 
     name: ClassVar[str] = "sftp"
     options: ClassVar[Sequence[Option]] = (
-        Option("connections", "How many connections may be open at the same time.", "4", type=_CONNECTIONS),
+        Option(
+            "connections",
+            "How many connections may be open at the same time; two are used if the server is near.",
+            "4",
+            type=_CONNECTIONS,
+        ),
         Option(
             "timeout",
             "How long the server may be silent before the connection is given up.",
