@@ -1,5 +1,5 @@
-"""The tests of this folder run in the lab's storage guest, whose kernel has what this host's may lack, and are reported
-here one by one.
+"""The tests of this folder run in the lab's storage guest, whose kernel has what this host's may lack, or, where they
+are marked so, under a systemd of their own; they are reported here one by one.
 
 They are collected here as all others are. When the first of a file is due, pytest is started in the guest for those of
 the file that are wanted (``tests.in_guest.telling``); each one's reports are waited for and passed on.
@@ -19,21 +19,22 @@ import pytest
 
 from tests.lab.machine import LabError
 from tests.lab.storage import StorageGuest
+from tests.lab.systemd import SystemdMachine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PATIENCE_SECONDS = 300.0
 _POLL_SECONDS = 0.05
 
-_running = pytest.StashKey["GuestRuns"]()
+_running = pytest.StashKey[dict[bool, "GuestRuns"]]()
 
 
 class GuestRuns:
     """A guest, and the run of one test file in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
-        self.guest = StorageGuest(self.folder)
+        self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder)
         self._path: Path | None = None
         self._name = ""
         self._reports: Iterator[dict[str, object]] = iter(())
@@ -120,9 +121,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Tests of this folder are run in the guest; a failure of the guest fails the test."""
     if HERE not in item.path.parents or item.get_closest_marker("skip"):
         return None
-    runs = item.config.stash.get(_running, None)
-    if runs is None:
-        runs = item.config.stash[_running] = GuestRuns()
+    guests = item.config.stash.setdefault(_running, {})
+    systemd = item.get_closest_marker("systemd") is not None
+    if systemd not in guests:
+        guests[systemd] = GuestRuns(systemd=systemd)
+    runs = guests[systemd]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     began = time.time()
     try:
@@ -136,9 +139,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """The guest ends with the session."""
-    runs = config.stash.get(_running, None)
-    if runs is not None:
+    """The guests end with the session."""
+    for runs in config.stash.get(_running, {}).values():
         runs.end()
 
 
