@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.lab.ports import free_port
 from tests.proxy import Proxy
-from tests.servers.processes import free_ports
 from tests.servers.s3 import S3Server
 from tests.servers.swift import STRANGER_KEY
 from tests.test_cli import Scripts
@@ -61,7 +61,7 @@ def test_a_name_that_is_not_resolved(server: S3Server) -> None:
 
 
 def test_a_port_that_nobody_listens_on(server: S3Server) -> None:
-    found = diagnosis("s3://bucket", endpoint=f"http://127.0.0.1:{free_ports(1)[0]}")
+    found = diagnosis("s3://bucket", endpoint=f"http://127.0.0.1:{free_port()}")
     assert "refuses the connection" in found.message
 
 
@@ -233,7 +233,7 @@ def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wasting_no_time_on_a_service_that_was_never_there(server: S3Server) -> None:
-    storage = storage_for("s3://bucket", {"endpoint": f"http://127.0.0.1:{free_ports(1)[0]}"})
+    storage = storage_for("s3://bucket", {"endpoint": f"http://127.0.0.1:{free_port()}"})
     with pytest.raises(StorageError, match="refuses the connection") as caught:
         storage.get("config")
     assert not getattr(caught.value, "__notes__", ())  # it was not tried again

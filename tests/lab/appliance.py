@@ -6,12 +6,12 @@ Nothing of the host is used but by its network: its commands are given over SSH,
 from __future__ import annotations
 
 import shlex
-import socket
 import subprocess
 from pathlib import Path
 from types import TracebackType
 
 from .machine import LabError
+from .ports import free_ports
 from .qemus import cache_folder
 from .sshd import make_key
 from .storage import ADDRESS, HOST_ADDRESS, StorageGuest
@@ -53,7 +53,7 @@ class Appliance:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ssh_port, self.iscsi_port = _free_ports()
+        self.ssh_port, self.iscsi_port = free_ports(2)
         self.guest = StorageGuest(folder, {self.ssh_port: 22, self.iscsi_port: 3260})
         self._scripts = 0
 
@@ -161,10 +161,3 @@ def qemu_io(address: str, *commands: str) -> str:
     return subprocess.run(
         ["qemu-io", "-f", "raw", *words, address], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return int(first.getsockname()[1]), int(second.getsockname()[1])

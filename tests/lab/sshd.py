@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .machine import LabError
+from .ports import free_port
 from .qemus import cache_folder
 
 USER = "keeper"
@@ -85,7 +86,7 @@ class SshServer:
 
     def __enter__(self) -> SshServer:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         make_key(self.key)
         make_key(self.host_key)
         self.home.mkdir(exist_ok=True)
@@ -209,12 +210,6 @@ def make_key(file: Path, passphrase: str = "", kind: str = "ed25519") -> None:
             str(file),
         ]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _descendants(pid: int) -> list[int]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 
 from .machine import LabError
+from .ports import ADDRESS, free_port
 from .qemus import cache_folder
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 _SOCKETS = Path("/var/run/tgtd")
-ADDRESS = "127.0.0.1"
 
 
 def programs() -> Path:
@@ -34,8 +33,8 @@ class TargetServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_port()
-        self.control_port = self.port % 32767 + 1
+        self.port = free_port()
+        self.control_port = self.port  # such as it takes, which are no TCP ports: 32767 at most
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = 0
 
@@ -131,9 +130,3 @@ class TargetServer:
     def _ask(self, *words: str) -> subprocess.CompletedProcess[str]:
         argv = [str(programs() / "tgtadm"), "--control-port", str(self.control_port), "--lld", "iscsi", *words]
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind((ADDRESS, 0))
-        return int(trial.getsockname()[1])

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.processes import Processes, free_ports
+from tests.lab.ports import free_port
+from tests.servers.processes import Processes
 from tests.servers.s3 import S3Server
 
 
 @contextmanager
 def moto(folder: Path) -> Iterator[S3Server]:
     """The server, answering, while the context lasts."""
-    [port] = free_ports(1)
+    port = free_port()
     with Processes(folder) as processes:
         command = [sys.executable, "-m", "tests.servers.moto_process", str(port)]
         processes.start(

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers.processes import Processes, free_ports
+from tests.lab.ports import free_ports
+from tests.servers.processes import Processes
 from tests.servers.s3 import S3Server
 
 _RINGS = """
