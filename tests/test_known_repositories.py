@@ -54,6 +54,7 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
         for trigger in ("operation_counted", "failure_counted", "deed_counted"):
             old.execute(f"DROP TRIGGER {trigger}")
         old.execute("DROP INDEX operation_by_vm")
+        old.execute("ALTER TABLE operation DROP COLUMN backup")
         old.execute("PRAGMA user_version = 1")
     old.close()
     database = Database(path)

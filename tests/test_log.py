@@ -15,7 +15,7 @@ from vmsnap.cli.log import log
 from vmsnap.cli.session import Session
 from vmsnap.errors import VmsnapError
 from vmsnap.oplog import LogLine, log_lines
-from vmsnap.protocol import BACKUP_LIVE
+from vmsnap.protocol import BACKUP_LIVE, RESTORE, VERIFY_BOOT
 from vmsnap.testing.faults import Effect, Fault, FaultPlan
 
 
@@ -40,7 +40,8 @@ def test_a_backup_has_a_line_for_each_instruction_and_names_what_it_stored(world
     assert [line.instruction for line in lines if line.status == "passed over"] == ["keep"]
     assert all(line.status == "done" for line in lines if line.instruction != "keep")
     assert {(line.vm, line.protocol) for line in lines} == {("vm001", BACKUP_LIVE.name)}
-    assert [line for line in lines if backup in line.message] == [lines[6]]
+    assert [line for line in lines if backup in line.message] == [lines[6], lines[-1]]
+    assert {line.backup for line in lines} == {backup}
     assert lines[6].instruction == "store"
     assert all(before_ns <= line.begun_ns <= time.time_ns() for line in lines)
     parts = [line.seconds for line in lines[:-1]]
@@ -66,13 +67,26 @@ def test_a_killed_backup_shows_the_guardian_and_the_recovery(world: World) -> No
     worker = worker_that_waits_at(world.folders.state_dir, world.url, "duplicate")
     worker.kill()
     worker.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while lines_of(world)[-1].status != "recovered":
         assert time.monotonic() < deadline, "the guardian did not recover"
         time.sleep(0.05)
     told = [(line.instruction, line.message) for line in lines_of(world)]
     assert ("guardian", "made the VM execute: the worker was gone or had given up") in told
     assert any(name == "recover" and message.startswith("removed duplicate") for name, message in told)
+
+
+def test_what_follows_a_backup_names_it_though_it_fails(world: World) -> None:
+    with world.controller() as controller:
+        backup = controller.backup("vm001", world.repository()).backup
+    fault = Fault("load", 1, Effect.BEFORE)
+    with pytest.raises(VmsnapError), world.controller(FaultPlan(fault)) as controller:
+        controller.restore(world.repository(), backup, "vm002")
+    with pytest.raises(VmsnapError), world.controller(FaultPlan(fault)) as controller:
+        controller.verify_boot(world.repository(), backup)
+    ends = [line for line in lines_of(world) if line.instruction == "end"]
+    assert {line.protocol for line in ends} == {BACKUP_LIVE.name, RESTORE.name, VERIFY_BOOT.name}
+    assert {line.backup for line in lines_of(world)} == {backup}
 
 
 def test_the_command_shows_it_to_people_and_to_programs(world: World) -> None:

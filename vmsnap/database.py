@@ -14,7 +14,7 @@ from vmsnap.errors import VmsnapError
 
 FILE_NAME = "vmsnap.db"
 """What it is called in the state folder."""
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -160,6 +160,8 @@ CREATE TABLE vm_tag (
     "CREATE INDEX operation_by_vm ON operation (vm, begun_ns)",
     "CREATE INDEX catalogue_by_backup ON catalogue (backup)",
 )
+# The backup that an operation has stored or uses, as soon as there is one.
+_SINCE_VERSION_6 = "ALTER TABLE operation ADD COLUMN backup TEXT NOT NULL DEFAULT ''"
 
 
 class Database:
@@ -205,6 +207,8 @@ class Database:
             if version in (0, 1, 2, 3, 4):
                 for statement in _SINCE_VERSION_5:
                     connection.execute(statement)
+            if version < SCHEMA_VERSION:
+                connection.execute(_SINCE_VERSION_6)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise VmsnapError(

@@ -129,7 +129,7 @@ class HeldDuplicates:
         """Strike a duplicate out, and enter all of it as something to be removed; returns the operation that stands for
         that in the journal."""
         with self._database.transaction() as db:
-            operation = insert_operation(db, DISCARD, held.vm, held.hypervisor, held.options)
+            operation = insert_operation(db, DISCARD, held.vm, held.hypervisor, held.options, held.backup)
             insert_resource(db, operation, "file", "", to_json(str(held.folder)))
             for each in held.disks:
                 insert_resource(db, operation, "clone", each.plan.mechanism, to_json(each.plan))

@@ -84,6 +84,8 @@ class OperationRow:
     begun_ns: int
     ended_ns: int | None
     outcome: str | None
+    backup: str
+    """That it has stored or uses; empty where there is none, or none yet."""
 
     def worker_alive(self) -> bool:
         """Whether the process that ran it still does."""
@@ -102,15 +104,17 @@ class Journal:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def begin(self, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]) -> Operation:
-        """Enter a new operation of this process, and return it."""
+    def begin(
+        self, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str], *, backup: str = ""
+    ) -> Operation:
+        """Enter a new operation of this process, and return it; `backup` is the one that it uses."""
         with self._database.transaction() as db:
             db.execute(
                 "DELETE FROM operation WHERE ended_ns < ? AND NOT EXISTS"
                 " (SELECT 1 FROM resource WHERE resource.operation = operation.operation AND gone = 0)",
                 (time.time_ns() - KEPT_SECONDS * 10**9,),
             )
-            name = insert_operation(db, protocol, vm, hypervisor, options)
+            name = insert_operation(db, protocol, vm, hypervisor, options, backup)
         return Operation(self._database, name)
 
     def open_operation(self, operation: str) -> Operation:
@@ -149,6 +153,7 @@ class Journal:
                 begun_ns=row["begun_ns"],
                 ended_ns=row["ended_ns"],
                 outcome=row["outcome"],
+                backup=row["backup"],
             )
             for row in self._database.rows(f"SELECT * FROM operation {where} ORDER BY begun_ns, operation")
         ]
@@ -162,6 +167,7 @@ class Operation:
         self.name = name
         self._buffered: list[tuple[str, int, str, int, str]] | None = None
         self._begun_ns = 0
+        self._backup = ""
 
     # -- instructions
 
@@ -179,6 +185,10 @@ class Operation:
             self._write_ends([change])
         else:
             self._buffered.append(change)
+
+    def has_stored(self, backup: str) -> None:
+        """Remember which backup it has made; entered with the next end of an instruction."""
+        self._backup = backup
 
     def open_window(self, instructions: Iterable[str], vm: str, *, executing: bool) -> None:
         """Enter, in one transaction, that the guest may stand still from now on: all `instructions` as begun and, where
@@ -211,6 +221,8 @@ class Operation:
                 " WHERE instruction = ? AND status = 'begun' AND operation = ?",
                 [(*end, self.name) for end in ends],
             )
+            if self._backup:
+                db.execute("UPDATE operation SET backup = ? WHERE operation = ?", (self._backup, self.name))
 
     def did(self, *deeds: Deed) -> None:
         """Enter what was done to set it right, behind its instructions."""
@@ -298,13 +310,13 @@ def is_duplicate_name(vm: str) -> bool:
 
 
 def insert_operation(
-    db: sqlite3.Connection, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str]
+    db: sqlite3.Connection, protocol: str, vm: str, hypervisor: str, options: Mapping[str, str], backup: str = ""
 ) -> str:
     """Enter a new operation of this process inside a transaction; returns its name."""
     name = _OPERATION_PREFIX + secrets.token_hex(5)
     pid = os.getpid()
     db.execute(
-        "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL)",
+        "INSERT INTO operation VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, NULL, NULL, ?)",
         (
             name,
             protocol,
@@ -315,6 +327,7 @@ def insert_operation(
             pid,
             process_start(pid) or 0,
             time.time_ns(),
+            backup,
         ),
     )
     return name

@@ -15,7 +15,8 @@ class LogLine:
     `begun_ns` is nanoseconds since 1970; `seconds` is what it took, None for one that never ended. `status` is
     ``done``, ``failed``, ``passed over``, ``not reached``, ``begun``; for the last line of an operation, whose
     instruction is ``end``, it is the outcome of the whole: ``done``, ``failed``, ``recovered``, or ``going on`` and
-    ``broken off`` where it has none. `message` is one line: what came of it, or why it failed.
+    ``broken off`` where it has none. `backup` is the one that the operation has stored or uses, empty where there is
+    none, or none yet. `message` is one line: what came of it, or why it failed.
     """
 
     begun_ns: int
@@ -23,6 +24,7 @@ class LogLine:
     vm: str
     operation: str
     protocol: str
+    backup: str
     instruction: str
     status: str
     message: str = ""
@@ -47,6 +49,7 @@ def log_lines(journal: Journal, vm: str | None = None, *, since_ns: int = 0) -> 
                 row.vm,
                 row.operation,
                 row.protocol,
+                row.backup,
                 entry.instruction,
                 entry.status,
                 entry.message,
@@ -54,4 +57,5 @@ def log_lines(journal: Journal, vm: str | None = None, *, since_ns: int = 0) -> 
         outcome = row.outcome or ("going on" if row.worker_alive() else "broken off")
         took = None if row.ended_ns is None else (row.ended_ns - row.begun_ns) / 1e9
         ended_ns = row.begun_ns if row.ended_ns is None else row.ended_ns
-        yield LogLine(ended_ns, took, row.vm, row.operation, row.protocol, "end", outcome, f"process {row.pid}")
+        told = f"{f'backup {row.backup}, ' if row.backup else ''}process {row.pid}"
+        yield LogLine(ended_ns, took, row.vm, row.operation, row.protocol, row.backup, "end", outcome, told)

@@ -60,6 +60,7 @@ def _document(line: LogLine) -> dict[str, Any]:
         "vm": line.vm,
         "operation": line.operation,
         "protocol": line.protocol,
+        "backup": line.backup,
         "instruction": line.instruction,
         "status": line.status,
         "message": line.message,

@@ -196,6 +196,10 @@ class LiveBackup:
 
     def _store(self) -> str:
         self._store_live()
+        return self._told_of_store()
+
+    def _told_of_store(self) -> str:
+        self._operation.has_stored(self._stored().backup)
         return stored_text(self._stored())
 
     def _store_live(self, *remarks: str) -> None:

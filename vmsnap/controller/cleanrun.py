@@ -77,7 +77,7 @@ class CleanRun:
         self._drivers.hypervisor(manifest.hypervisor, name, self._options).close()
         with vm_lock(context.state_dir, name, self.protocol.name):
             operation = self._operation = self._journal.begin(
-                self.protocol.name, name, manifest.hypervisor, self._options
+                self.protocol.name, name, manifest.hypervisor, self._options, backup=manifest.backup
             )
             self._retrieval = Retrieval(
                 self._repository,

@@ -14,7 +14,7 @@ from vmsnap.controller.execution import Action
 from vmsnap.controller.previous import Previous
 from vmsnap.controller.reach import rows_of
 from vmsnap.controller.running import RunningDuplicate
-from vmsnap.controller.storing import Storing, stored_text
+from vmsnap.controller.storing import Storing
 from vmsnap.errors import HypervisorError, ProtocolError
 from vmsnap.model import Moment
 from vmsnap.protocol import BACKUP_CONSISTENT, Compensation, Condition, Instruction
@@ -129,7 +129,7 @@ class ConsistentBackup(LiveBackup):
             self._store_live(self._remark)
         else:
             self._store_disks()
-        return stored_text(self._stored())
+        return self._told_of_store()
 
     def _store_disks(self) -> None:
         capture, clones = self._capture, self._clones

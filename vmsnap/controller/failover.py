@@ -71,7 +71,9 @@ class Failover:
             self._warnings += [f"left by an earlier run and not removed yet: {line}" for line in recovered.kept]
             row = self._table.get(vm)
             held = self._held = self._choose()
-            operation = self._operation = self._journal.begin(FAILOVER.name, vm, row.hypervisor, row.options)
+            operation = self._operation = self._journal.begin(
+                FAILOVER.name, vm, row.hypervisor, row.options, backup=held.backup
+            )
             self._hypervisor = self._drivers.hypervisor(row.hypervisor, vm, row.options)
             # The duplicate's own row is that of the very disks that are to be used.
             self._reach = Reach(self._drivers, self._table, vm, but=held.name)

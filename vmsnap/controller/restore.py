@@ -89,7 +89,7 @@ class Restore:
             parts = [part for part, _ in self._manifest.images]
             self._lost = accepted_losses(self._repository, self._manifest, parts, accept=order.accept_loss)
             operation = self._operation = self._journal.begin(
-                RESTORE.name, order.name, self._manifest.hypervisor, self._options
+                RESTORE.name, order.name, self._manifest.hypervisor, self._options, backup=self._manifest.backup
             )
             self._retrieval = Retrieval(
                 self._repository,
