@@ -53,7 +53,7 @@ def _work(folders: HostFolders, seconds: float, then: str) -> subprocess.Popen[b
     return worker
 
 
-def _soon(condition: Callable[[], bool], seconds: float = 10) -> float:
+def _soon(condition: Callable[[], bool], seconds: float = 60) -> float:
     begun = time.monotonic()
     while not condition():
         if time.monotonic() - begun > seconds:

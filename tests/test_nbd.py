@@ -33,7 +33,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         path = tmp_path / f"{len(running)}.sock"
         argv = ["qemu-nbd", "-k", str(path), "-t", "-r", "-e", "8", "-x", "disk", *map(str, arguments)]
         running.append(subprocess.Popen(argv))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 with socket.socket(socket.AF_UNIX) as probe:

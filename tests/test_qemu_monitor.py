@@ -41,7 +41,7 @@ class Machine:
         self.process = subprocess.Popen(
             build.command(*arguments), env=build.start_environment(), stdin=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 Monitor.borrow(self.socket).close()

@@ -156,8 +156,8 @@ def test_giving_up_while_the_storage_is_slow_hangs_nobody() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert entered.acquire(timeout=10)
-    assert entered.acquire(timeout=10)
+    assert entered.acquire(timeout=60)
+    assert entered.acquire(timeout=60)
     release.set()
     thread.join(20)
     assert not thread.is_alive()

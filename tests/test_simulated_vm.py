@@ -93,7 +93,7 @@ def test_a_vm_outlives_the_command_that_started_it(host: Host) -> None:
         "import sys; from pathlib import Path; from vmsnap_drivers.hypervisors.simulated import lifecycle; "
         "root = Path(sys.argv[1]); lifecycle.start('vm001', 1 << 20, [1 << 18], root, state_dir=root / 'state')"
     )
-    subprocess.run([sys.executable, "-c", script, str(host.root)], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", script, str(host.root)], check=True, timeout=120)
     host.counts()
     host.start("vm002")
     pid = host.status("vm002")["pid"]

@@ -143,7 +143,7 @@ class World:
         """What the VM itself says."""
         return ask(self.socket, "status")
 
-    def counts_on(self, seconds: float = 5.0) -> bool:
+    def counts_on(self, seconds: float = 30.0) -> bool:
         """Whether the guest's counter goes on."""
         before, deadline = self.status()["counter"], time.monotonic() + seconds
         while time.monotonic() < deadline:

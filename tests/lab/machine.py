@@ -176,7 +176,7 @@ class LabMachine:
             ]
         return arguments
 
-    def start(self, timeout_seconds: float = 20.0) -> None:
+    def start(self, timeout_seconds: float = 60.0) -> None:
         """Create the disks that are missing, start QEMU and wait for its monitor, not for the guest.
 
         :raise LabError: when QEMU ends at once or its monitor does not come up in time.
