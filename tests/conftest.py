@@ -1,4 +1,4 @@
-"""What all tests share: folders of their own, and the rule about skips."""
+"""What all tests share: folders of their own, their order, and the rule about skips."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.lab import available_qemus
 from tests.lab.qemus import cache_folder
+from tests.order import LongestFirst, longest_first
 from tests.servers.moto import moto
 from tests.servers.s3 import S3Server
 from tests.servers.swift import swift
+from tests.times import Clock, lines
 from tests.world import World
 from vmsnap.host import HostFolders
 
@@ -43,13 +46,24 @@ def world() -> Iterator[World]:
     made.close()
 
 
-Counted = Callable[[str], None]
+class Counted:
+    """Takes a line that says what a test has tried, and how many cases of failure; all are printed at the end."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self._record = record
+
+    def __call__(self, text: str, *, cases: int = 0, pause_seconds: float | None = None) -> None:
+        """:param pause_seconds: the longest pause of a guest that was seen"""
+        self._record("counted", text)
+        self._record("cases", cases)
+        if pause_seconds is not None:
+            self._record("pause_seconds", pause_seconds)
 
 
 @pytest.fixture
 def counted(record_property: Callable[[str, object], None]) -> Counted:
-    """Takes a line that says how many cases a test has tried; all of them are printed at the end."""
-    return lambda text: record_property("counted", text)
+    """See `Counted`."""
+    return Counted(record_property)
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +80,22 @@ def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """How long files take is measured."""
+    config.pluginmanager.register(Clock())
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst | None:
+    """Where files are handed out to workers, the longest come first."""
+    return LongestFirst(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the lab is not installed, what boots real guests is left out and says why, unless skips are forbidden."""
+    """The longest files come first. Where the lab is not installed, what boots real guests is left out and says why,
+    unless skips are forbidden.
+    """
+    items[:] = longest_first(items)
     if os.environ.get("VMSNAP_FORBID_SKIPS"):
         return
     has_sshd = os.geteuid() == 0 and (cache_folder() / "sshd" / "complete").exists()
@@ -88,10 +116,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many cases were tried; where skips are forbidden, name each one that is not listed."""
+    cases = 0
     for report in terminalreporter.stats.get("passed", []):
-        for name, text in report.user_properties:
-            if name == "counted" and report.when == "call":
-                terminalreporter.write_line(f"{report.nodeid}: {text}")
+        told = dict(report.user_properties) if report.when == "call" else {}
+        if "counted" in told:
+            terminalreporter.write_line(f"{report.nodeid}: {told['counted']}")
+            cases += told["cases"]
+    if cases:
+        terminalreporter.write_line(f"{cases} cases of failure in all")
+    if terminalreporter.config.getoption("durations"):
+        reports = [report for some in terminalreporter.stats.values() for report in some]
+        terminalreporter.section("files that took longest")
+        terminalreporter.write_line("\n".join(lines(each for each in reports if isinstance(each, pytest.TestReport))))
     for report in _forbidden(terminalreporter):
         terminalreporter.write_line(f"FORBIDDEN SKIP {report.nodeid}: {report.longrepr}", red=True)
 

@@ -108,7 +108,9 @@ def test_whatever_single_call_of_a_backup_fails_the_vm_runs_and_nothing_is_left(
         world.see_that_all_is_well()
         clear(world)
     assert failed > len(faults) // 2
-    counted(f"{len(faults)} single failures, {failed} of the backups failed, nothing was left or lost")
+    counted(
+        f"{len(faults)} single failures, {failed} of the backups failed, nothing was left or lost", cases=len(faults)
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)

@@ -21,7 +21,7 @@ from tests.conftest import Counted
 from tests.storedfiles.recording import build_library
 from tests.world import World
 
-CASES = int(os.environ.get("VMSNAP_FILE_FAILURES", "400"))
+CASES = int(os.environ.get("VMSNAP_FILE_FAILURES", "200"))
 SEED = int(os.environ.get("VMSNAP_FILE_SEED", "1"))
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ENOMEM, errno.EMFILE)
 """Those of between.c."""
@@ -86,7 +86,10 @@ def test_whatever_call_on_a_file_fails(world: World, process: Process, counted: 
             e.add_note(f"the case was {case} of {calls} calls; the answer {answer}")
             raise
     assert 0 < failed < len(cases), "some are survived, and some cannot be"
-    counted(f"{len(cases)} of {len(every)} failures of {calls} calls; {failed} backups failed, the others were made")
+    counted(
+        f"{len(cases)} of {len(every)} failures of {calls} calls; {failed} backups failed, the others were made",
+        cases=len(cases),
+    )
 
 
 def see_that_nothing_is_lost(world: World, backup: str | None, *, whole: bool) -> None:

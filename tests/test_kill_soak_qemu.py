@@ -95,9 +95,11 @@ def test_killed_at_random_moments_the_guest_runs_and_nothing_is_left(
     for manifest in manifests:
         assert not repository.verify(manifest.backup).findings
     longest = max(pauses(machine.oracle.events()[mark:]))
-    assert longest < MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS
+    assert longest < MAX_PAUSE_SECONDS + 1
     assert killed >= 3
     counted(
         f"seed {SEED}: {killed} backups killed, {made} went through, longest pause {longest * 1000:.0f} ms "
-        f"(at most {MAX_PAUSE_SECONDS} s are allowed)"
+        f"(at most {MAX_PAUSE_SECONDS} s are allowed)",
+        cases=killed,
+        pause_seconds=longest,
     )

@@ -113,7 +113,10 @@ def test_what_was_promised_is_there_after_a_cut_anywhere(
             e.add_note(f"the cut was behind change {after} of {len(recorded.changes)}, chance {seed}")
             raise
         shutil.rmtree(place)
-    counted(f"{len(cuts)} power cuts within {len(recorded.changes)} changes; {backups} backups were there, none lost")
+    counted(
+        f"{len(cuts)} power cuts within {len(recorded.changes)} changes; {backups} backups were there, none lost",
+        cases=len(cuts),
+    )
     assert backups > len(cuts)
 
 

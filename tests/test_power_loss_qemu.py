@@ -159,7 +159,8 @@ def test_after_a_cut_anywhere_nothing_that_was_promised_is_lost(host: Host, coun
     counted(
         f"{CUTS} power cuts within {len(host.changes)} changes of QEMU's and vmsnap's; {backups} backups were there,"
         f" none lost, all disks were sound ({host.chosen} to be chosen from two), the guest was started on those of"
-        f" {starts}"
+        f" {starts}",
+        cases=CUTS,
     )
     assert backups > CUTS // 2
 

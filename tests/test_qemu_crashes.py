@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Counted
+from tests.killed_verbs import LATER, LIVE_CALLS, Later, Scene
 from tests.lab import LabMachine
 from tests.test_live_backup_qemu import (
+    BUILDS,
     block_graph,
     controller,
     files_beside,
     machine,
     migration_settings,
     place,
+    processes_of,
     repository,
 )
 from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
@@ -25,31 +29,60 @@ from vmsnap.repository import Repository
 __all__ = ["controller", "machine", "place", "repository"]
 pytestmark = pytest.mark.qemu
 
+ELSEWHERE = [later for later in LATER if later.verb != "consistent"]
+"""Consistent backups are killed with a guest that has an application, in test_consistent_qemu.py; failovers too."""
+
 
 def goes_on(machine: LabMachine, seconds: float) -> None:
     """The guest's own counter goes on within so many seconds; it checks itself."""
     machine.wait_for_count(machine.latest_count() + 20, timeout_seconds=seconds)
 
 
-@pytest.mark.timeout(300)
-def test_killed_anywhere_the_guest_goes_on_and_recover_removes_the_rest(
-    machine: LabMachine, controller: Controller, repository: Repository, place: Path
-) -> None:
+@pytest.fixture
+def scene(machine: LabMachine, controller: Controller, repository: Repository, place: Path) -> Scene:
     controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
-    graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
-    for call in ("prepare", "snapshot", "duplicate", "resume", "finish_duplicate", "read_into"):
-        worker = worker_that_waits_at(controller.folders.state_dir, str(place / "repository"), call)
-        worker.kill()
-        worker.wait()
+    folders = controller.folders
+
+    def at_rest() -> object:
+        left = [folders.memory_dir, *(folders.state_dir / name for name in ("duplicates", "vms"))]
+        return (
+            block_graph(machine), files_beside(machine), migration_settings(machine), processes_of(place),
+            {path for folder in left for path in folder.rglob("*")},
+        )  # fmt: skip
+
+    def counts_on() -> None:
         goes_on(machine, MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS)
-        assert controller.recover().kept == (), call
-        assert block_graph(machine) == graph, call
-        assert files_beside(machine) == files, call
-        assert migration_settings(machine) == settings, call
-        assert list(controller.folders.memory_dir.rglob("*")) == [], call
-    assert repository.list() == []
-    assert controller.backup("vm001", repository).warnings == ()
+
+    return Scene(controller, repository, place, "qemu", None, at_rest, counts_on)
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_any_instruction_the_guest_goes_on_and_recover_removes_the_rest(
+    scene: Scene, machine: LabMachine, counted: Counted
+) -> None:
+    rest = scene.at_rest()
+    for call in LIVE_CALLS:
+        if call == "keep_mark":  # the first that comes after the commit
+            assert scene.repository.list() == []
+        scene.kill("backup", rest, call)
+    # One that is killed before it has kept its dirty bitmaps costs the next a whole reading.
+    scene.controller.backup("vm001", scene.repository)
+    assert scene.controller.backup("vm001", scene.repository).warnings == ()
     machine.wait_for_check(machine.latest_check() + 1)
+    assert machine.faults() == []
+    counted(f"{len(LIVE_CALLS)} kills ({', '.join(LIVE_CALLS)}), the VM ran, nothing was left", cases=len(LIVE_CALLS))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("machine", BUILDS[-1:], indirect=True)
+@pytest.mark.parametrize("later", ELSEWHERE, ids=lambda later: later.verb)
+def test_killed_at_any_instruction_of_what_follows_the_guest_goes_on_and_nothing_is_left(
+    scene: Scene, machine: LabMachine, later: Later, counted: Counted
+) -> None:
+    kills = later.kill_at_each_call(scene)
+    machine.wait_for_check(machine.latest_check() + 1)
+    assert machine.faults() == []
+    counted(f"{len(kills)} kills ({', '.join(kills)}), the VM ran, nothing was left or lost", cases=len(kills))
 
 
 def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_guest_goes_on(
