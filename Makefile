@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests that run beside each other: more than two cores can do at once, as many wait for a time-out or a guest's clock.
+# Each may have two or three guests of 256 MiB, or one of 1 GiB.
+WORKERS ?= 3
 
 .PHONY: demo test check docs man bench clean
 
@@ -19,7 +22,7 @@ test: $(VENV)/.development
 	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
 	@if pkg-config --exists libvirt; then $(MAKE) --no-print-directory $(VENV)/.libvirt; fi
 	$(MAKE) --no-print-directory check
-	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile
+	$(BIN)/pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
 # What needs nothing but Python: formatting, lint, types, docs that are up to date.
 check: $(VENV)/.development

@@ -1,7 +1,7 @@
 """Which worker tests which file, and in which order: the longest first, so that none is left alone with one at the end.
 
 A file stays whole, since its tests share guests and servers. How long each takes is told at the end of every run
-(``tests/times.py``); `SECONDS` needs to be right only about which are long.
+(``tests/times.py``); `SECONDS` needs to be right only about which are long. The tests see to it that they are there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,23 @@ from xdist.scheduler import LoadFileScheduling
 if TYPE_CHECKING:
     from xdist.remote import Producer
 
-SECONDS: dict[str, int] = {}
-"""How long files take that are not short, on two cores that have nothing else to do."""
+_LONG = {
+    "test_libvirt_crashes": 430, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
+    "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 180,
+    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 150,
+    "in_guest/test_lvm_backup": 140,
+    "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 110,
+    "in_guest/test_lvm_failures": 100, "test_libvirt_contract": 100, "test_contract_hypervisor": 100,
+    "test_lab_guest": 100, "test_qemu_duplicates": 100, "test_interruption": 90, "test_failover_qemu": 90,
+    "in_guest/test_lvm_page": 80, "test_agent_loop": 80, "test_incremental_qemu": 70, "test_power_loss_qemu": 70,
+    "test_strays": 70, "test_slow_repository_qemu": 60, "test_pause_limits": 60, "test_iscsi_qemu": 60,
+    "test_iscsi_contract": 60, "test_agent_api": 60, "test_agent_page": 60, "test_agent_remote": 60,
+    "test_libvirt_driver": 60, "test_simulated_contract": 60, "test_repository_stress": 60, "test_docs_blocks": 60,
+    "in_guest/test_systemd": 50, "test_file_failures": 45, "test_power_loss": 45, "test_libvirt_changes": 45,
+    "test_libvirt_inputs": 45, "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,
+}  # fmt: skip
+SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
+"""About how long files take that are not short, on two cores that have nothing else to do."""
 UNKNOWN_SECONDS = 20
 """What a file that is new may take."""
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from tests.lab import Disk, LabMachine, QemuBuild, ext4
 from tests.lab import serial as console
 from tests.lab.bridge import Bridge
+from tests.lab.machine import PATIENCE_SECONDS
 from tests.test_live_backup_qemu import processes_of
 from vmsnap.controller import Controller, Drivers
 from vmsnap.host import HostFolders
@@ -36,7 +37,7 @@ ENTRIES_AT_LEAST = 60
 _numbers = itertools.count(1)
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():

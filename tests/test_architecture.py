@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import SECONDS
+
 ROOT = Path(__file__).parent.parent
 TOPS = [ROOT / "vmsnap", ROOT / "drivers" / "vmsnap_drivers", ROOT / "storage_backends" / "vmsnap_storage_backends"]
 SOURCES = sorted(path for top in TOPS for path in top.rglob("*.py"))
@@ -104,3 +106,7 @@ def test_product_code_has_no_asserts_shells_or_unfinished_places(path: Path) -> 
         if isinstance(node, ast.keyword) and node.arg == "shell":
             raise AssertionError(f"a shell in line {node.value.lineno}")
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text())
+
+
+def test_the_files_that_are_tested_first_are_there() -> None:
+    assert [name for name in SECONDS if not (ROOT / name).is_file()] == []

@@ -18,6 +18,7 @@ import pytest
 
 from tests.lab import LabMachine, available_qemus
 from tests.lab import serial as console
+from tests.lab.machine import PATIENCE_SECONDS
 from tests.lab.qemus import QemuBuild
 from vmsnap.controller import Controller
 from vmsnap.host import HostFolders
@@ -60,7 +61,7 @@ def repository(place: Path) -> Repository:
     return create_repository(str(place / "repository"))
 
 
-def text_after_two_checks(log: Path, seconds: float = 60.0) -> str:
+def text_after_two_checks(log: Path, seconds: float = PATIENCE_SECONDS) -> str:
     """What a restored guest has said once it has checked RAM and disks twice."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -135,13 +135,21 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    if nextitem is None or HERE not in nextitem.path.parents:
+        # What comes next has its own guests, and may need the memory.
+        _end_all(item.config)
     return True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The guests end with the session."""
-    for runs in config.stash.get(_running, {}).values():
-        runs.end()
+    _end_all(config)
+
+
+def _end_all(config: pytest.Config) -> None:
+    guests = config.stash.get(_running, {})
+    while guests:
+        guests.popitem()[1].end()
 
 
 def _failed(item: pytest.Item, why: str, began: float) -> pytest.TestReport:

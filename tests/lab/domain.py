@@ -15,7 +15,7 @@ import libvirt_qemu
 
 from .initramfs import guest_image
 from .libvirtd import USER, Libvirtd
-from .machine import DEFAULT_DISKS, MIB, Disk, LabError, LabMachine
+from .machine import DEFAULT_DISKS, MIB, PATIENCE_SECONDS, Disk, LabError, LabMachine
 from .qemus import QemuBuild
 
 _POLL_SECONDS = 0.02
@@ -119,7 +119,7 @@ class LabDomain(LabMachine):
   </devices>
 </domain>"""
 
-    def start(self, timeout_seconds: float = 60.0) -> None:
+    def start(self, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Make disks that are missing, define the domain and start it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -146,7 +146,7 @@ class LabDomain(LabMachine):
             if self.uuid.encode() in _words(process) and b"-S" in _words(process)
         ]
 
-    def powerdown(self, timeout_seconds: float = 30.0) -> int:
+    def powerdown(self, timeout_seconds: float = PATIENCE_SECONDS) -> int:
         """Press the power button; see `LabMachine.powerdown`."""
         self.domain.shutdown()
         return self._flushed_at_its_end(timeout_seconds)

@@ -18,6 +18,8 @@ MIB = 1024 * 1024
 _LONGEST_SOCKET_PATH = 107
 _OWN_MEMORY_MIB = 256
 _POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 180.0
+"""For a slow and busy machine; nothing that a guest does takes so long on an idle one."""
 _ODD_BYTES = 8192
 
 
@@ -176,7 +178,7 @@ class LabMachine:
             ]
         return arguments
 
-    def start(self, timeout_seconds: float = 60.0) -> None:
+    def start(self, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Create the disks that are missing, start QEMU and wait for its monitor, not for the guest.
 
         :raise LabError: when QEMU ends at once or its monitor does not come up in time.
@@ -219,21 +221,21 @@ class LabMachine:
         """What the guest complained about; empty while all is well."""
         return serial.faults(self.serial_text())
 
-    def wait_for_count(self, at_least: int, timeout_seconds: float = 60.0) -> int:
+    def wait_for_count(self, at_least: int, timeout_seconds: float = PATIENCE_SECONDS) -> int:
         """Wait until the guest has printed a count of `at_least` and return the latest.
 
         :raise LabError: when it faults, ends, or does not get there in time.
         """
         return self._wait_for(f"count {at_least}", self.latest_count, at_least, timeout_seconds)
 
-    def wait_for_check(self, at_least: int, timeout_seconds: float = 60.0) -> int:
+    def wait_for_check(self, at_least: int, timeout_seconds: float = PATIENCE_SECONDS) -> int:
         """Wait until the guest verified everything at a count of `at_least` and return that count.
 
         :raise LabError: when it faults, ends, or does not get there in time.
         """
         return self._wait_for(f"check {at_least}", self.latest_check, at_least, timeout_seconds)
 
-    def wait_for_fault(self, timeout_seconds: float = 60.0) -> list[str]:
+    def wait_for_fault(self, timeout_seconds: float = PATIENCE_SECONDS) -> list[str]:
         """Wait until the guest complains and return what about.
 
         :raise LabError: when it ends or does not complain in time.
@@ -241,7 +243,7 @@ class LabMachine:
         self._wait("a fault", lambda: bool(self.faults()), timeout_seconds)
         return self.faults()
 
-    def powerdown(self, timeout_seconds: float = 30.0) -> int:
+    def powerdown(self, timeout_seconds: float = PATIENCE_SECONDS) -> int:
         """Press the power button, wait until QEMU has ended, and return the count that the guest flushed.
 
         :raise LabError: when it does not end in time, or ends without flushing.
