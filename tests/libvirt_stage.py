@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.lab import find_qemu
+from tests.lab import Disk, ext4, find_qemu
 from tests.lab.bridge import Bridge
 from tests.lab.domain import LabDomain
 from tests.lab.libvirtd import Libvirtd, userfaultfd_for_all
-from vmsnap.controller import Controller
+from tests.lab.machine import DEFAULT_DISKS, MIB
+from vmsnap.controller import Controller, Drivers
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
 
+EXT4_BYTES = 64 * MIB
 _numbers = itertools.count(100)
 _LISTS = (
     ("list", "--all", "--name"),
@@ -78,9 +80,20 @@ class Stage:
 
 
 @contextmanager
-def staged(*, usb_bus: bool = False, memory_mib: int = 256, own_mib: int = 0, **settings: int) -> Iterator[Stage]:
+def staged(
+    *,
+    usb_bus: bool = False,
+    memory_mib: int = 256,
+    own_mib: int = 0,
+    options: Mapping[str, str] | None = None,
+    disks: Sequence[Disk] = DEFAULT_DISKS,
+    mechanism_options: Mapping[str, Mapping[str, str]] | None = None,
+    more_devices: str = "",
+    more_os: str = "",
+    **settings: int,
+) -> Iterator[Stage]:
     """The guest, registered as ``vm001``, under load, its card on a bridge. Its kernel uses only `own_mib` of its
-    memory, where that is given.
+    memory, where that is given. With the setting ``ext4_disk=2`` its second disk, 64 MiB, has that file system.
     """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     # QEMU's user has to get to the disks.
@@ -89,7 +102,7 @@ def staged(*, usb_bus: bool = False, memory_mib: int = 256, own_mib: int = 0, **
     with (
         userfaultfd_for_all(),
         Libvirtd(place / "lv", usb_bus=usb_bus) as libvirtd,
-        Controller(folders) as controller,
+        Controller(folders, drivers=Drivers(folders.context(), mechanism_options)) as controller,
         Bridge(next(_numbers)) as bridge,
     ):
         machine = LabDomain(
@@ -100,9 +113,15 @@ def staged(*, usb_bus: bool = False, memory_mib: int = 256, own_mib: int = 0, **
             interface=f"<interface type='bridge'><source bridge='{bridge.name}'/>{{}}</interface>",
             memory_mib=memory_mib,
             own_mib=own_mib,
+            disks=(Disk("qcow2"), Disk("raw", EXT4_BYTES)) if settings.get("ext4_disk") else disks,
+            more_devices=more_devices,
+            more_os=more_os.format(folder=place / "vm001"),
         )
+        if settings.get("ext4_disk"):
+            machine.folder.mkdir()
+            ext4.make_ext4(machine.disk_path(1), EXT4_BYTES)
         machine.start()
-        controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri})
+        controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri, **(options or {})})
         machine.wait_for_check(1)
         yield Stage(place, libvirtd, bridge, machine, controller, create_repository(str(place / "repository")))
     shutil.rmtree(folders.memory_dir, ignore_errors=True)

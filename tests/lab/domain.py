@@ -64,17 +64,20 @@ class LabDomain(LabMachine):
         settings: Mapping[str, int] | None = None,
         interface: str = "<interface type='user'>{}</interface>",
         more_devices: str = "",
+        more_os: str = "",
         own_mib: int = 0,
     ) -> None:
         """Describe it; nothing is started.
 
         :param own_mib: so much of its memory its kernel uses, where it is not to use all.
+        :param more_os: elements of ``<os>``, such as those of a firmware.
         :param interface: the NIC's element; its address and model are put where the braces are.
         """
         super().__init__(folder, qemu, name=name, memory_mib=memory_mib, disks=disks, settings=settings)
         self.libvirtd = libvirtd
         self._interface = interface.format("<mac address='52:54:00:12:34:56'/><model type='virtio'/>")
-        self._more_devices = more_devices
+        self._more_devices = more_devices + (self._channel() if self.settings.get("agent") else "")
+        self._more_os = more_os
         self._own_mib = own_mib
         self._pid = 0
 
@@ -98,16 +101,12 @@ class LabDomain(LabMachine):
         options = [f"vmsnap.{name}={value}" for name, value in self.settings.items()]
         words = " ".join(["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", *options])
         words += f" mem={self._own_mib}M" if self._own_mib else ""
-        disks = "".join(
-            f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}'/>"
-            f"<source file='{self.disk_path(index)}'/><target dev='vd{'abcdef'[index]}' bus='virtio'/></disk>"
-            for index, disk in enumerate(self.disks)
-        )
+        disks = "".join(self._disk(index, disk) for index, disk in enumerate(self.disks))
         return f"""\
 <domain type='qemu'>
   <name>{self.name}</name><uuid>{self.uuid}</uuid>
   <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='{self.machine_type}'>hvm</type>
+  <os><type arch='x86_64' machine='{self.machine_type}'>hvm</type>{self._more_os}
     <kernel>{self.folder}/vmlinuz</kernel><initrd>{self.folder}/initramfs</initrd><cmdline>{escape(words)}</cmdline></os>
   <features><acpi/></features>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
@@ -119,6 +118,23 @@ class LabDomain(LabMachine):
   </devices>
 </domain>"""
 
+    def _disk(self, index: int, disk: Disk) -> str:
+        target = f"<target dev='vd{'abcdef'[index]}' bus='virtio'/>"
+        driver = f"<driver name='qemu' type='{disk.format}'/>"
+        if disk.address:
+            portal, _, name = disk.address.removeprefix("iscsi://").partition("/")
+            host, _, port = portal.rpartition(":")
+            source = f"<source protocol='iscsi' name='{name}'><host name='{host}' port='{port}'/></source>"
+            return f"<disk type='network' device='disk'>{driver}{source}{target}</disk>"
+        return f"<disk type='file' device='disk'>{driver}<source file='{self.disk_path(index)}'/>{target}</disk>"
+
+    def _channel(self) -> str:
+        """That of the guest's agent."""
+        return (
+            f"<channel type='unix'><source mode='bind' path='{self.folder}/agent.sock'/>"
+            "<target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+        )
+
     def start(self, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Make disks that are missing, define the domain and start it."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +144,8 @@ class LabDomain(LabMachine):
             # libvirt gives them to QEMU's user.
             shutil.copyfile(source, self.folder / name)
         for index, disk in enumerate(self.disks):
+            if disk.address:
+                continue
             if not self.disk_path(index).exists():
                 self.qemu.create_image(self.disk_path(index), disk.format, disk.size_bytes)
             shutil.chown(self.disk_path(index), USER, USER)
@@ -165,6 +183,11 @@ class LabDomain(LabMachine):
             if time.monotonic() > deadline:
                 raise LabError(f"{self.name} does not end")
             time.sleep(_POLL_SECONDS)
+
+    def ask_agent(self, command: str) -> Any:
+        """What the guest's agent returns for a command without arguments."""
+        text = libvirt_qemu.qemuAgentCommand(self.domain, json.dumps({"execute": command}), 20, 0)
+        return json.loads(text)["return"]
 
     def undefine(self) -> None:
         """Let libvirt forget it."""

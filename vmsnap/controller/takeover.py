@@ -41,7 +41,8 @@ def settle_takeover(name: str, operation: Operation, hypervisor: Hypervisor, tab
         table.set_state(held.vm, VmState.ABSENT.value, resume_flag=False)
         return Settled(False, f"duplicate {name} is held as before")
     state = hypervisor.state()
-    if state is VmState.STOPPED:
+    if state in (VmState.STOPPED, VmState.EXECUTING):
+        # One that executes may lack what comes with being let run.
         hypervisor.resume()
         state = hypervisor.state()
     if state is VmState.EXECUTING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmsnap.errors import VmsnapError
@@ -38,6 +38,25 @@ def look_at_libvirt(uri: str) -> Iterator[Finding]:
             yield from _look(domains)
     except VmsnapError as e:
         yield Finding("libvirt", "missing", e.message, e.cure)
+
+
+def look_at_agent(vm: str, check: Callable[[], None]) -> Finding:
+    """Whether its guest agent can be asked to freeze it. Never raises."""
+    try:
+        check()
+    except VmsnapError as e:
+        return Finding(f"VM {vm}: fsfreeze", "missing", e.message, e.cure)
+    return Finding(f"VM {vm}: fsfreeze", "ok", "its guest agent answers")
+
+
+def tell_frozen(vm: str, domain: str) -> Finding:
+    """That nobody has thawed it yet."""
+    return Finding(
+        f"VM {vm}: fsfreeze",
+        "missing",
+        "its file systems may be frozen: it was captured so and not let run by vmsnap, or a backup was broken off",
+        f"when it runs: virsh domfsthaw {domain}; after a backup: vmsnap recover {vm}",
+    )
 
 
 def _look(domains: Domains) -> Iterator[Finding]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
 
 from vmsnap.errors import HypervisorError, VmsnapError
 from vmsnap.model import (
@@ -26,12 +28,15 @@ from vmsnap.roles import (
     LoadRequest,
     Module,
     Option,
+    seconds,
     with_defaults,
 )
-from vmsnap_drivers.hypervisors.libvirt import describe, fence, launch, run, snapshot_capture
+from vmsnap_drivers.hypervisors.libvirt import describe, fence, freezing, launch, run, snapshot_capture
+from vmsnap_drivers.hypervisors.libvirt.agent import AgentPlace, place_of
 from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, logs_of
-from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_libvirt
+from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_agent, look_at_libvirt, tell_frozen
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
+from vmsnap_drivers.hypervisors.libvirt.freezing import FrozenFileSystems
 from vmsnap_drivers.hypervisors.libvirt.remote import check_passes_descriptors
 from vmsnap_drivers.hypervisors.libvirt.seeing import see_all
 from vmsnap_drivers.hypervisors.libvirt.shape import Shape, check_unchanged
@@ -50,6 +55,8 @@ from vmsnap_drivers.qemu.peer import mapped_memory
 from vmsnap_drivers.qemu.second_monitor import SecondMonitor
 from vmsnap_drivers.qemu.status import vm_state
 
+_FREEZE_SECONDS: Final = seconds(60.0)
+
 
 class LibvirtHypervisor(MonitoredHypervisor):
     """A domain of a libvirt on this host (9.0 tried, with QEMU 7.2)."""
@@ -66,6 +73,8 @@ class LibvirtHypervisor(MonitoredHypervisor):
             "monitor",
             ("monitor", "supported"),
         ),
+        Option("fsfreeze", "whether the guest's agent freezes its file systems around the pause", "no", type=YES_NO),
+        Option("fsfreeze_timeout", "how long freezing may take", "5", type=_FREEZE_SECONDS),
     )
     needs = (Module("libvirt", INSTALL), doctor.QEMU)
 
@@ -79,6 +88,10 @@ class LibvirtHypervisor(MonitoredHypervisor):
         self._supported = given["memory"] == "supported"
         self._folder = run.run_folder(self._state_folder, vm)
         self._second = SecondMonitor(self._record.with_suffix(".monitor"))
+        self._freezes = YES_NO.read(given["fsfreeze"])
+        self._freeze_seconds = _FREEZE_SECONDS.read(given["fsfreeze_timeout"])
+        self._frozen = FrozenFileSystems(vm, self._record.with_suffix(".frozen"))
+        self._agent: AgentPlace | None = None
 
     # -- asking
 
@@ -110,31 +123,51 @@ class LibvirtHypervisor(MonitoredHypervisor):
         known = learned.factors(self._state_folder, self.vm)
         if self._is_there():
             findings += doctor.look_at_vm(self.vm, self._connect, self._described_by, self._wanted, known)
+            if self._frozen.is_marked():
+                findings.append(tell_frozen(self.vm, self._domain))
+            elif self._freezes:
+                findings.append(look_at_agent(self.vm, lambda: self._frozen.check(self._agent_place())))
         return findings
 
     # -- capturing
 
     def plan_capture(self, request: CaptureRequest) -> CapturePlan:
-        if not self._supported:
-            check_passes_descriptors(self.vm, self._uri)
-        return self._plan_snapshot(request) if self._supported else super().plan_capture(request)
+        check_passes_descriptors(self.vm, self._uri)
+        chosen = self._plan_snapshot(request) if self._supported else super().plan_capture(request)
+        if self._freezes:
+            chosen = replace(chosen, lead_seconds=chosen.lead_seconds + freezing.longest_seconds(self._freeze_seconds))
+        return chosen
 
     def pause(self) -> Moment:
         """See the role. A domain that was changed meanwhile is left running."""
         if self._capture is not None:
             self._check_unchanged()
+            if self._agent is not None:
+                number = self._frozen.freeze(self._agent, self.monitor.peer_pid, self._freeze_seconds)
+                self._capture.details[freezing.DETAIL] = {"file_systems": number}
         return super().pause()
 
     def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
         """See the role. From now on QEMU can be told to go on without libvirtd as well."""
+        self._agent = None
+        if self._freezes and self.state() is VmState.EXECUTING:
+            agent = self._agent_place()
+            self._frozen.check(agent)
+            self._agent = agent
         why_not = self._second.open(self.monitor)
         super().prepare(request, plan)
         if why_not:
             self._going_on().details["no_second_monitor"] = why_not
 
     def resume(self) -> Moment:
-        """See the role. Where no capture of this process goes on, as in a guardian, QEMU is told past libvirtd, which
-        may be what hangs; and where libvirtd is gone.
+        """See the role. What was frozen is thawed as soon as the guest executes."""
+        moment = self._resume()
+        self._thaw()
+        return moment
+
+    def _resume(self) -> Moment:
+        """Where no capture of this process goes on, as in a guardian, QEMU is told past libvirtd, which may be what
+        hangs; and where libvirtd is gone.
         """
         if self._monitor is None and (moment := self._resume_by_second()):
             return moment
@@ -159,8 +192,14 @@ class LibvirtHypervisor(MonitoredHypervisor):
         return finished
 
     def abandon(self) -> None:
-        self._shape = None
+        self._shape = self._agent = None
         super().abandon()
+        if self._frozen.is_marked():
+            state = self.state()
+            if state is VmState.ABSENT:
+                self._frozen.forget()
+            elif state is VmState.EXECUTING:
+                self._thaw()
         if self._second.is_there():
             if self.state() is VmState.ABSENT:
                 self._second.forget()
@@ -175,7 +214,9 @@ class LibvirtHypervisor(MonitoredHypervisor):
     def load(self, request: LoadRequest) -> LoadedVm:
         self.close()
         ours = [self.context.state_dir, *filter(None, (self.context.duplicates_dir,))]
-        launch.load(self.vm, self._uri, self._domain, self._folder, request, ours, define=self._define)
+        launch.load(
+            self.vm, self._uri, self._domain, self._folder, request, ours, define=self._define, frozen=self._frozen
+        )
         return LoadedVm(self.vm, {"uri": self._uri, "domain": self._domain})
 
     def switch_disks(self, disks: Sequence[Disk]) -> tuple[Disk, ...]:
@@ -204,9 +245,11 @@ class LibvirtHypervisor(MonitoredHypervisor):
         if mark is None:
             if self.state() is not VmState.ABSENT:
                 raise HypervisorError(f"VM {self.vm!r} was not started by vmsnap and is not ended by it")
+            self._frozen.forget()
             return
         self.close()
         launch.destroy(self._folder, mark)
+        self._frozen.forget()
 
     def list_owned(self) -> Sequence[OwnedResource]:
         loaded = [OwnedResource("vm", mark.vm, mark.vm, self.name) for mark in run.all_marks(self._state_folder)]
@@ -258,6 +301,17 @@ class LibvirtHypervisor(MonitoredHypervisor):
             # What the first look finds is what the core knows the VM as.
             self._shape = self._shape or Shape.of(domain)
             return describe.describe(self.vm, domain, monitor)
+
+    def _agent_place(self) -> AgentPlace:
+        with reached(self._uri) as domains:
+            domain = domains.find(self._domain)
+            return place_of(self.vm, self._uri, domain.uuid, domain.tree())
+
+    def _thaw(self) -> None:
+        with kept_free(self._record, giving_up=False):
+            frozen_seconds = self._frozen.thaw()
+        if frozen_seconds is not None and self._capture is not None:
+            self._capture.details[freezing.DETAIL]["frozen_seconds"] = round(frozen_seconds, 4)
 
     def _resume_by_second(self) -> Moment | None:
         """None where that is not there."""

@@ -21,8 +21,10 @@ from typing import Final
 
 from vmsnap.errors import AlreadyExists, HypervisorError, UnknownVm, VmsnapError
 from vmsnap.roles import LoadRequest
+from vmsnap_drivers.hypervisors.libvirt.agent import place_of
 from vmsnap_drivers.hypervisors.libvirt.definition import DefinedDisk, Definition
 from vmsnap_drivers.hypervisors.libvirt.domain import Domain, Domains, reached
+from vmsnap_drivers.hypervisors.libvirt.freezing import DETAIL, FrozenFileSystems
 from vmsnap_drivers.hypervisors.libvirt.newdomain import NewDomain, rewrite
 from vmsnap_drivers.hypervisors.libvirt.reach import let_through, qemu_user
 from vmsnap_drivers.hypervisors.libvirt.run import LoadedMark, write_mark
@@ -30,6 +32,7 @@ from vmsnap_drivers.hypervisors.libvirt.saveimage import head
 from vmsnap_drivers.qemu import network
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress
 from vmsnap_drivers.qemu.libvirt.calls import CALL_SECONDS, Unreachable, binding
+from vmsnap_drivers.qemu.libvirt.process import find_qemu
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.stream_format import CapturedMemory, StreamError
 from vmsnap_drivers.qemu.synthesis import gather_images, write_stream
@@ -41,10 +44,19 @@ _LOOK_EACH_SECONDS: Final = 0.005
 
 
 def load(
-    vm: str, uri: str, name: str, folder: Path, request: LoadRequest, ours: Sequence[Path], *, define: bool
+    vm: str,
+    uri: str,
+    name: str,
+    folder: Path,
+    request: LoadRequest,
+    ours: Sequence[Path],
+    *,
+    define: bool,
+    frozen: FrozenFileSystems,
 ) -> LoadedMark:
     """Make the domain, stopped. All or nothing. Folders in `ours` are vmsnap's, in which QEMU's user may be let through
-    to the disks. With `define` libvirt knows the domain also when it does not run.
+    to the disks. With `define` libvirt knows the domain also when it does not run. Where the guest was captured
+    frozen, that is noted in `frozen`.
 
     :raises AlreadyExists: there is a domain of that name; with `takeover` one that runs
     :raises HypervisorError: it did not come up
@@ -82,6 +94,9 @@ def load(
                 # What libvirt has set down is the card's link, of which the guest's state may say otherwise.
                 with Monitor.borrow(LibvirtAddress(uri, identity).text()) as monitor:
                     network.cut(monitor)
+            if request.details.get(DETAIL):
+                place = place_of(vm, uri, identity, domains.find(identity).tree())
+                frozen.note_loaded(place, find_qemu(identity))
             if define or (mark.takeover and definition.inactive_xml):
                 # Started again one day, it shall find its own disks.
                 text = rewrite(definition.inactive_xml or definition.xml, definition, new)
@@ -89,6 +104,7 @@ def load(
         except BaseException as e:
             with contextlib.suppress(VmsnapError):  # what failed is what must be told; recovery finds the mark
                 destroy(folder, mark)
+                frozen.forget()
             if isinstance(e, VmsnapError) and not isinstance(e, AlreadyExists):
                 raise HypervisorError(f"VM {vm!r} did not come up: {e.message}", cure=e.cure) from e
             raise
