@@ -184,6 +184,17 @@ def disks_of(tree: ET.Element) -> Iterator[ET.Element]:
 
 
 def address_of(disk: ET.Element) -> str:
-    """The file or device of a disk; empty for others."""
+    """The file or device of a disk; of one on the network, what names it (``iscsi://HOST:PORT/IQN/LUN``), of one in a
+    storage pool the volume. Empty where there is no medium.
+    """
     source = disk.find("source")
-    return "" if source is None else source.get("file") or source.get("dev") or ""
+    if source is None:
+        return ""
+    if address := source.get("file") or source.get("dev"):
+        return address
+    protocol, name = source.get("protocol"), source.get("name")
+    host = source.find("host")
+    if protocol is None:
+        return source.get("volume") or ""
+    where = "" if host is None else host.get("name", "") + (f":{host.get('port')}" if host.get("port") else "")
+    return f"{protocol}://{where}/{name}"

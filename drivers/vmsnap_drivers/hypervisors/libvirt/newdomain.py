@@ -22,6 +22,7 @@ _OWN: Final = ("unix", "file")
 """Kinds of character devices that a new domain gets as files and sockets of its own."""
 _KEPT: Final = ("pty", "null", "vc", "spicevmc", "spiceport", "qemu-vdagent", "dbus")
 _ON_TAP: Final = ("network", "bridge", "direct", "ethernet")
+_LUN: Final = "iscsi://"
 _BACKEND_OF_TAP: Final = ("source", "virtualport", "backend", "target", "bandwidth", "filterref", "vlan", "link", "ip",
                           "route", "script", "actual", "portForward")  # fmt: skip
 
@@ -69,6 +70,9 @@ def rewrite(text: str, definition: Definition, new: NewDomain) -> str:
         _Characters(new).change(devices)
         for screen in devices.iterfind("graphics"):
             _hide(screen)
+        for backend in devices.iterfind("tpm/backend"):
+            # Its state comes with the machine's, and goes with the domain.
+            backend.attrib.pop("persistent_state", None)
         for folder in devices.iterfind("filesystem") if new.isolated else ():
             if folder.find("readonly") is None:
                 ET.SubElement(folder, "readonly")
@@ -97,13 +101,26 @@ def _change_disk(disk: ET.Element, definition: Definition, new: NewDomain) -> No
     for name in ("source", "backingStore", "mirror", "auth", "encryption"):
         for element in list(disk.iterfind(name)):
             disk.remove(element)
-    is_device = given.address.startswith("/dev/")
-    disk.set("type", "block" if is_device else "file")
-    disk.append(ET.Element("source", {"dev" if is_device else "file": given.address}))
+    kind, source = _source_of(given.address)
+    disk.set("type", kind)
+    disk.append(source)
     driver = disk.find("driver")
     if driver is None:
         driver = ET.SubElement(disk, "driver", {"name": "qemu"})
     driver.set("type", given.format)
+
+
+def _source_of(address: str) -> tuple[str, ET.Element]:
+    """The type of a disk at this address, and its source."""
+    if address.startswith(_LUN):
+        portal, _, name = address.removeprefix(_LUN).partition("/")
+        host, _, port = portal.rpartition(":")
+        source = ET.Element("source", {"protocol": "iscsi", "name": name})
+        ET.SubElement(source, "host", {"name": host.strip("[]"), "port": port})
+        return "network", source
+    if address.startswith("/dev/"):
+        return "block", ET.Element("source", {"dev": address})
+    return "file", ET.Element("source", {"file": address})
 
 
 def _change_nvram(tree: ET.Element, definition: Definition, new: NewDomain) -> None:

@@ -84,7 +84,7 @@ def _disks(domain: Domain, tree: ET.Element, uri: str) -> list[Disk]:
     for element in disks_of(tree):
         target, driver, alias = element.find("target"), element.find("driver"), element.find("alias")
         source = element.find("source")
-        device, address = "" if target is None else target.get("dev", ""), _address(element)
+        device, address = "" if target is None else target.get("dev", ""), address_of(element)
         if not address:
             continue
         index = "" if source is None else source.get("index", "")
@@ -98,16 +98,3 @@ def _disks(domain: Domain, tree: ET.Element, uri: str) -> list[Disk]:
         read_only = element.find("readonly") is not None
         found.append(Disk(device, address, domain.disk_bytes(device), kind, read_only, handle))
     return found
-
-
-def _address(disk: ET.Element) -> str:
-    """Of a disk on the network, what names it."""
-    source = disk.find("source")
-    if (address := address_of(disk)) or source is None:
-        return address
-    protocol, name = source.get("protocol"), source.get("name")
-    host = source.find("host")
-    if protocol is None:
-        return source.get("volume") or ""
-    where = "" if host is None else host.get("name", "") + (f":{host.get('port')}" if host.get("port") else "")
-    return f"{protocol}://{where}/{name}"
