@@ -1,10 +1,11 @@
 #!/bin/sh
 # Installs what the tests need on a Debian 12 machine: QEMU 7.2 with its iSCSI initiator, a C compiler, SQLite, busybox,
-# cpio, iproute2, e2fsprogs, xfsprogs, btrfs-progs, OVMF, swtpm, Chromium, systemd and libvirt (neither of which is
-# started; and what libvirt's Python binding is built with) from the machine's own suites; the user that libvirt's QEMUs
-# run as; and, in the cache folder, the guest's kernel, an SSH and a WebDAV server that no system starts, Prometheus'
-# promtool, QEMU's guest agent, LVM with the kernel that it needs, the iSCSI target tgt, and QEMU 10.0 from
-# bookworm-backports, unpacked beside the installed one. Run as root. Does nothing when all is there; says nothing unless it fails.
+# cpio, iproute2, e2fsprogs, xfsprogs, btrfs-progs, sshfs, OVMF, swtpm with the tools by which libvirt sets a TPM up,
+# Chromium, systemd and libvirt (neither of which is started; and what libvirt's Python binding is built with) from the
+# machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the guest's kernel, an SSH and a
+# WebDAV server that no system starts, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
+# iSCSI target tgt, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does nothing
+# when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
 set -eu
@@ -12,7 +13,7 @@ set -eu
 cache=${VMSNAP_LAB_CACHE:-/var/cache/vmsnap-lab}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 packages='qemu-system-x86 qemu-utils qemu-block-extra busybox-static cpio gcc libc6-dev libsqlite3-dev e2fsprogs iproute2 xfsprogs
-    btrfs-progs openssh-client ovmf swtpm libvirt-daemon libvirt-clients libvirt-dev pkg-config python3-dev
+    btrfs-progs openssh-client sshfs ovmf swtpm swtpm-tools libvirt-daemon libvirt-clients libvirt-dev pkg-config python3-dev
     chromium chromium-driver fonts-dejavu-core systemd'
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 

@@ -25,7 +25,7 @@ libvirt.registerErrorHandler(lambda *_: None, None)  # it prints each error besi
 USER = "libvirt-qemu"
 """Whom Debian's libvirt lets QEMU run as."""
 _FOLDERS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "run": "/run/libvirt", "cache": "/var/cache/libvirt",
-            "log": "/var/log/libvirt"}  # fmt: skip
+            "log": "/var/log/libvirt", "swtpm": "/var/log/swtpm"}  # fmt: skip
 _USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 _START_SECONDS = 60.0
 _LOOK_EACH_SECONDS = 0.02
@@ -47,12 +47,14 @@ log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 class Libvirtd:
     """Use with ``with``: afterwards its domains, daemons and namespace are gone. Needs root."""
 
-    def __init__(self, folder: Path, *, usb_bus: bool = False) -> None:
+    def __init__(self, folder: Path, *, usb_bus: bool = False, host_uuid: str = "") -> None:
         """Nothing is started; `folder` must be open to all users, and have a short name.
 
         :param usb_bus: in the namespace the host has a USB bus, with nothing plugged in, as this machine has none
+        :param host_uuid: it says that its host is another one, so that domains are migrated to it
         """
         self.folder = folder
+        self._host_uuid = host_uuid
         self._usb_bus = usb_bus
         self.socket = folder / "run" / "libvirt-sock"
         self.uri = f"qemu:///system?socket={self.socket}"
@@ -64,7 +66,8 @@ class Libvirtd:
         for name in _FOLDERS:
             (self.folder / name).mkdir(parents=True)
         (self.folder / "etc" / "qemu.conf").write_text(_QEMU_CONF)
-        (self.folder / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
+        own = f'host_uuid = "{self._host_uuid}"\n' if self._host_uuid else ""
+        (self.folder / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF + own)
         try:
             self._hold_namespace()
             self._run("/usr/sbin/virtlogd", "--pid-file", "/run/libvirt/virtlogd.pid")

@@ -56,8 +56,8 @@ def _of_tpm(tree: ET.Element) -> Iterator[str]:
     for element in tree.iterfind("devices/tpm/backend"):
         if element.get("type") != "emulator":
             yield f"the TPM is the host's own ({element.get('type')}), {_NOT_CAPTURED}"
-        else:
-            yield "the domain has a TPM, which this driver does not carry yet"
+        elif element.find("encryption") is not None:
+            yield "the state of the TPM is encrypted with a secret of libvirt's, which is not carried"
 
 
 def _name(element: ET.Element) -> str:
