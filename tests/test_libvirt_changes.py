@@ -4,15 +4,20 @@ was, stores nothing, and nothing of it is left.
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
+from tests.lab.libvirtd import Libvirtd
 from tests.libvirt_stage import Stage, staged
+from tests.qemu_stage import until
 from tests.workers import worker_that_waits_at
+from vmsnap.errors import HypervisorError
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
@@ -22,6 +27,13 @@ def stage() -> Iterator[Stage]:
     with staged() as made:
         made.controller.backup("vm001", made.repository)
         yield made
+
+
+def free_port() -> int:
+    """One on the loopback that nobody has."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def told_by(stage: Stage, call: str, meanwhile: Callable[[], object]) -> str:
@@ -55,6 +67,22 @@ def test_a_disk_that_is_attached_before_the_pause_leaves_the_guest_running(stage
     assert stage.at_rest()[0] == rest[0]
 
 
+def test_a_disk_that_is_detached_before_the_pause_leaves_the_guest_running(stage: Stage) -> None:
+    virsh, controller = stage.libvirtd.virsh, stage.controller
+    image = stage.place / "fourth.raw"
+    image.write_bytes(bytes(8 << 20))
+    virsh("attach-disk", "vm001", str(image), "vdc", "--live")
+    rest = stage.at_rest()
+    told = told_by(stage, "prepare", lambda: virsh("detach-disk", "vm001", "vdc", "--live"))
+    assert "VM 'vm001' was changed during its capture: virtio-disk2 was detached (back it up again)" in told
+    assert "\nduplicate\n" not in told, "it was not stopped"
+    stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+    assert "vdc" in rest[0]["domblklist vm001"] and "vdc" not in virsh("domblklist", "vm001")
+    assert stage.at_rest()[5:] == rest[5:], "no file, process or job is left"
+    result = controller.backup("vm001", stage.repository)
+    assert [disk.device for disk in result.disks] == ["vda", "vdb"]
+
+
 def test_a_domain_that_is_undefined_or_saved_meanwhile(stage: Stage) -> None:
     virsh = stage.libvirtd.virsh
     definition = stage.place / "vm001.xml"
@@ -70,6 +98,29 @@ def test_a_domain_that_is_undefined_or_saved_meanwhile(stage: Stage) -> None:
     virsh("start", "vm001")
     stage.machine.note_process()
     stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+    assert stage.controller.backup("vm001", stage.repository).mode == "live"
+    assert stage.machine.faults() == []
+
+
+def test_a_domain_that_is_migrated_to_another_host(stage: Stage) -> None:
+    """The other host is a second libvirtd, which says that it is one."""
+    virsh = stage.libvirtd.virsh
+    with Libvirtd(stage.place / "lw", host_uuid=str(uuid.uuid4())) as other:
+        # Not live, which under TCG loses pages.
+        words = ("migrate", "--unsafe", "--persistent", "vm001")
+        there = (other.uri, "--migrateuri", f"tcp://127.0.0.1:{free_port()}")
+        # Before anything of ours is in its block graph, which QEMU would not give up.
+        told = told_by(stage, "plan_capture", lambda: virsh(*words, *there))
+        assert "domain 'vm001' does not run (migrated)" in told, told
+        assert other.virsh("domstate", "vm001").strip() == "running"
+        count = stage.machine.latest_count()
+        until(lambda: stage.machine.latest_count() >= count + 20, "it counts on there")
+        # Nobody may take its place, and it is found where it is now.
+        with pytest.raises(HypervisorError, match="was migrated to another host, and may run there"):
+            stage.controller.drivers.hypervisor("libvirt", "vm001", stage.options).fence()
+        other.virsh("destroy", "vm001")
+    virsh("start", "vm001")
+    stage.machine.note_process()
     assert stage.controller.backup("vm001", stage.repository).mode == "live"
     assert stage.machine.faults() == []
 

@@ -4,12 +4,14 @@ listed, what their definitions say, and how wrong ones are told. Nothing of it c
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
+from tests.lab.sshd import SshServer
 from tests.test_cli import Scripts
 from vmsnap.errors import HypervisorError, UnknownVm, UsageError
 from vmsnap.host import HostFolders
@@ -88,6 +90,28 @@ def test_disks_on_the_network_have_addresses(tmp_path: Path) -> None:
         <host name='ceph1' port='6789'/></source><target dev='vdb' bus='virtio'/></disk>"""
     (vm,) = seen(tmp_path, node(tmp_path, {"far": disk})).values()
     assert [disk.address for disk in vm.disks] == ["/srv/far.raw", "rbd://ceph1:6789/pool/image"]
+
+
+@pytest.mark.lab
+@pytest.mark.sshd
+def test_a_disk_on_a_mounted_file_system_of_another_host_is_told(tmp_path: Path) -> None:
+    """Really mounted, by sshfs: of NFS this kernel has none."""
+    exported, there = tmp_path / "exported", tmp_path / "there"
+    exported.mkdir()
+    there.mkdir()
+    (exported / "web1.raw").write_bytes(bytes(1 << 20))
+    path = tmp_path / "node.xml"
+    disk = f"<disk type='file' device='disk'><source file='{there}/web1.raw'/><target dev='vda' bus='virtio'/></disk>"
+    path.write_text(f"<node>{DOMAIN.format('web1', disk, '')}</node>")
+    with SshServer(tmp_path / "ssh") as server:
+        words = ["sshfs", "-F", str(server.config_file), f"lab:{exported}", str(there)]
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+        try:
+            (note,) = seen(tmp_path, f"test://{path}")["web1"].notes
+        finally:
+            subprocess.run(["umount", str(there)], check=True)
+        assert note.startswith("vda lies on fuse.sshfs: while a backup lasts, ") and "\n" not in note
+        assert seen(tmp_path, f"test://{path}")["web1"].notes == ()
 
 
 def test_a_domain_of_another_hypervisor_is_told_in_one_line(tmp_path: Path) -> None:
