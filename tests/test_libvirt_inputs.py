@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
 from tests.lab.libvirtd import USER
+from tests.lab.sshd import SshServer
 from tests.libvirt_stage import Stage, staged
 from tests.test_cli import Scripts
 from vmsnap.errors import CannotCapture
@@ -192,6 +194,63 @@ def test_a_snapshot_of_somebody_else_is_kept(stage: Stage) -> None:
     assert len(controller.backup("vm001", stage.repository).warnings) == 1, "vda has its first image again"
     stage.machine.wait_for_check(stage.machine.latest_check() + 1)
     assert stage.machine.faults() == []
+
+
+NETCAT = """#!{python}
+import socket, sys, threading
+there = socket.socket(socket.AF_UNIX)
+there.connect(sys.argv[-1])
+
+def answers():
+    while data := there.recv(65536):
+        sys.stdout.buffer.raw.write(data)
+
+threading.Thread(target=answers, daemon=True).start()
+while data := sys.stdin.buffer.raw.read(65536):
+    there.sendall(data)
+"""
+"""What libvirt has run on the other host, ``nc -U SOCKET``, which this machine has not."""
+
+
+@pytest.mark.sshd
+def test_over_ssh_domains_are_listed_and_captures_refused_in_one_line(stage: Stage, scripts: Scripts) -> None:
+    """To a real sshd; the domain is this host's all the same, so that nothing but the way there is in the way."""
+    with SshServer(stage.place / "ssh") as server:
+        netcat, client = stage.place / "nc", stage.place / "ssh-client"
+        netcat.write_text(NETCAT.format(python=sys.executable))
+        client.write_text(f'#!/bin/sh\nexec ssh -F {server.config_file} "$@"\n')
+        for path in (netcat, client):
+            path.chmod(0o755)
+        place = f"socket={stage.libvirtd.socket}&command={client}&netcat={netcat}&proxy=netcat"
+        uri = f"uri=qemu+ssh://root@lab/system?{place}"
+        seen = {vm["vm"]: vm for vm in scripts.json("list-vms", "-o", uri, script="vmsnap-libvirt")}
+        assert seen["vm001"]["state"] == "executing"
+        for name, more in (("far", ()), ("farther", ("-o", "memory=supported"))):
+            words = ("-o", uri, "-o", "domain=vm001", *more)
+            scripts.json("vm", "add", name, *words, script="vmsnap-libvirt")
+            told = scripts.error(1, "backup", name, "-r", str(stage.place / "repository"), script="vmsnap-libvirt")
+            assert f"VM '{name}' is reached over the network (qemu+ssh://…), over which QEMU cannot be handed" in told
+            assert "and its disks lie there" in told and "run vmsnap on the VM's host" in told
+            scripts.json("vm", "remove", name, script="vmsnap-libvirt")
+    assert stage.machine.faults() == []
+
+
+def test_freezing_is_refused_where_no_agent_answers(stage: Stage) -> None:
+    channel = f"""<channel type='unix'><source mode='bind' path='{stage.place}/mute.sock'/>
+        <target type='virtio' name='org.qemu.guest_agent.0'/></channel>"""
+    options = {**stage.options, "fsfreeze": "yes"}
+    for more, told in ((channel, "does not answer: "), ("", "has no channel org.qemu.guest_agent.0 for a guest agent")):
+        with domain(stage, "mute", more=more):
+            stage.controller.add_vm("mute", "libvirt", options)
+            with pytest.raises(CannotCapture, match=told) as raised:
+                stage.controller.backup("mute", stage.repository)
+            assert "\n" not in str(raised.value) and "leave -o fsfreeze=yes out" in raised.value.cure
+            driver = stage.controller.drivers.hypervisor("libvirt", "mute", options)
+            (finding,) = [found for found in driver.doctor() if "fsfreeze" in found.subject]
+            assert finding.severity == "missing" and told in finding.message
+            assert driver.state() is VmState.EXECUTING
+            driver.close()
+            stage.controller.remove_vm("mute")
 
 
 @pytest.mark.parametrize(("kind", "is_remote"), [("nfs4", True), ("nfs", True), ("cifs", True), ("ext4", False)])

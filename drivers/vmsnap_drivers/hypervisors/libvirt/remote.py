@@ -18,13 +18,14 @@ def is_remote(uri: str) -> bool:
 
 
 def check_passes_descriptors(vm: str, uri: str) -> None:
-    """See that QEMU can be handed the end of a stream.
+    """See that QEMU can be handed the end of a stream, and that its files are those of this host: libvirt's own
+    snapshot writes the memory there, and the mechanism ``qcow2`` hands QEMU a socket to read disks by.
 
     :raises CannotCapture: it cannot
     """
     if is_remote(uri):
         raise CannotCapture(
             f"VM {vm!r} is reached over the network ({urlsplit(uri).scheme}://…), over which QEMU cannot be handed the"
-            " stream of its memory",
+            " stream of its memory, and its disks lie there",
             cure="run vmsnap on the VM's host with -o uri=qemu:///system",
         )
