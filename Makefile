@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Each may have two or three guests of 256 MiB, or one of 1 GiB.
 WORKERS ?= 3
 
-.PHONY: demo test check docs man bench clean
+.PHONY: demo test test-openzfs check docs man bench clean
 
 # The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
 demo: $(VENV)/.installed
@@ -23,6 +23,12 @@ test: $(VENV)/.development
 	@if pkg-config --exists libvirt; then $(MAKE) --no-print-directory $(VENV)/.libvirt; fi
 	$(MAKE) --no-print-directory check
 	$(BIN)/pytest -q --durations=15 -n $(WORKERS) --dist loadfile
+
+# What the suite leaves out: snapshots on OpenZFS, which is built first, once, in ten minutes.
+test-openzfs: $(VENV)/.development
+	sh tests/lab/install.sh
+	sh tests/lab/openzfs.sh
+	VMSNAP_OPENZFS=1 $(BIN)/pytest -q --durations=15 tests/in_guest/openzfs
 
 # What needs nothing but Python: formatting, lint, types, docs that are up to date.
 check: $(VENV)/.development

@@ -283,6 +283,7 @@ def test_drivers_say_what_is_missing_here(scripts: Scripts) -> None:
         ("vmsnap-qemu", "-o qmp=PATH"),
         ("vmsnap-libvirt", "-o define=yes|no"),
         ("vmsnap-lvm", "-o pool_limit=N"),
+        ("vmsnap-zfs", "-o marks=N"),
         ("vmsnap-iscsi", "-o known_hosts=PATH"),
         ("vmsnap-s3", "-o object_lock_days=DAYS"),
         ("vmsnap-sftp", "-o connections=N"),

@@ -28,7 +28,7 @@ SCRIPTS = {
 TRANSCRIPTS = {
     "tutorial.md": "test_out_of_tree_examples.py",
     **dict.fromkeys(
-        ("simulated.md", "qemu.md", "libvirt.md", "iscsi.md", "local.md", "sftp.md", "storage.md"),
+        ("simulated.md", "qemu.md", "libvirt.md", "iscsi.md", "zfs.md", "local.md", "sftp.md", "storage.md"),
         "test_transcripts.py",
     ),
     "lvm.md": "in_guest/test_lvm_page.py",
@@ -61,6 +61,7 @@ WHOLE = {
     ("restore-onto.md", "vmsnap export"): ELSEWHERE + "test_cli_export_onto.py; the page's Python is run here",
     ("sftp.md", "Match User"): "lines of sshd_config; test_sftp_access.py has a server with its own",
     ("tutorial.md", "python3 -m venv"): ELSEWHERE + "test_out_of_tree_examples.py, in an environment of its own",
+    ("zfs.md", "zfs allow"): ELSEWHERE + "in_guest/openzfs/test_zfs_failures.py, on OpenZFS",
     ("writing-a-storage-backend.md", "pip install"): ELSEWHERE + "test_out_of_tree_examples.py",
     ("writing-a-storage-backend.md", "vmsnap"): ELSEWHERE + "test_writing_a_storage_backend.py",
     ("writing-a-snapshot-mechanism.md", "plan →"): "a picture, no command",

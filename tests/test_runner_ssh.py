@@ -52,6 +52,17 @@ def test_status_and_complaints_come_back(runner: SshRunner) -> None:
         list(runner.lines(["ls", "/nowhere/at/all"], 30))
 
 
+def test_what_a_command_prints_can_be_read_while_it_runs(runner: SshRunner) -> None:
+    with runner.stream(["head", "-c", "9000000", "/dev/zero"], 30) as pipe:
+        taken = memoryview(bytearray(1 << 20))
+        assert sum(iter(lambda: pipe.readinto(taken), 0)) == 9_000_000  # type: ignore[attr-defined]
+    with (
+        pytest.raises(SnapshotError, match="No such file"),
+        runner.stream(["sh", "-c", "printf some; ls /nowhere/at/all"], 30) as pipe,
+    ):
+        assert pipe.read() == b"some"
+
+
 def test_words_that_come_after_the_status_are_heard(runner: SshRunner) -> None:
     assert runner.run(["sh", "-c", "(sleep 0.5; echo late >&2) & exit 3"], 60) == Output(3, "", "late\n")
     assert runner.run(["sh", "-c", "echo word; sleep 30 & exit 3"], 1) == Output(3, "word\n", "")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import libvirt_stage
+from tests.lab import zfs_fuse
 from tests.lab.sshd import SshServer
 from tests.lab.tgtd import TargetServer, programs
 from tests.pages import see
@@ -58,6 +59,16 @@ def test_the_page_of_libvirt(folder: Path) -> None:
     with libvirt_stage.staged() as stage:
         uri = stage.libvirtd.uri
         see("libvirt.md", folder, {"URI": uri, "VIRSH_DEFAULT_CONNECT_URI": uri})
+
+
+@pytest.mark.lab
+def test_the_page_of_zfs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(zfs_fuse.programs()), prepend=":")
+    with zfs_fuse.ZfsFuse(tmp_path / "zfs", "tank", folder / "tank") as zfs:
+        zfs.run("zfs", "create", "tank/vm")
+        for name in ("web1.img", "web1-data.img"):
+            (folder / "tank/vm" / name).write_bytes(bytes(1 << 20))
+        see("zfs.md", folder)
 
 
 @pytest.mark.lab

@@ -78,6 +78,20 @@ def names(group: str) -> list[str]:
     return sorted({point.name for point in _entry_points(group)})
 
 
+def mechanism_names() -> list[str]:
+    """The names of the installed snapshot mechanisms in the order in which they are asked whether they take a disk:
+    first those that take it for what it lies on. One that cannot be loaded is told of by whoever asks it.
+    """
+
+    def asked_later(name: str) -> bool:
+        try:
+            return not snapshot_mechanism(name).asked_first
+        except DriverUnavailable:
+            return True
+
+    return sorted(names(SNAPSHOT_MECHANISMS), key=lambda name: (asked_later(name), name))
+
+
 def installed() -> list[InstalledDriver]:
     """All drivers of all groups, each loaded by itself, so that a broken one is shown and takes no other down."""
     from vmsnap.roles import Hypervisor, SnapshotMechanism, StorageBackend

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -49,6 +50,15 @@ class Runner(ABC):
         :param changes: it changes something, and must not go on when we have died
         :raises DriverUnavailable: the program is not installed
         :raises SnapshotError: it did not end within `seconds`, and was asked to stop; it may go on
+        """
+
+    @abstractmethod
+    def stream(self, argv: Sequence[str], seconds: float) -> AbstractContextManager[IO[bytes]]:
+        """Run a command that only reads, and give what it prints, as bytes, while it runs: for a ``with``, in which all
+        is read to the end. It is ended when an error ends that.
+
+        :raises DriverUnavailable: the program is not installed
+        :raises SnapshotError: it failed, which is told when all is read
         """
 
     @abstractmethod
@@ -93,16 +103,16 @@ class LocalRunner(Runner):
                 raise
             return Output(status, _text(stdout), _text(stderr))
 
-    def lines(self, argv: Sequence[str], seconds: float) -> Iterator[str]:
-        """See `Runner.lines`; `seconds` is how long it may take to end when all is read."""
+    @contextmanager
+    def stream(self, argv: Sequence[str], seconds: float) -> Iterator[IO[bytes]]:
+        """See `Runner.stream`; `seconds` is how long it may take to end when all is read."""
         with _memory_file() as stderr:
             process = self._start(argv, subprocess.PIPE, stderr)
             pipe = process.stdout
             if pipe is None:
                 raise SnapshotError(f"{argv[0]} was started without a pipe")
             try:
-                for line in pipe:
-                    yield line.decode(errors="replace")
+                yield pipe
                 status = process.wait(seconds)
             except subprocess.TimeoutExpired as e:
                 raise SnapshotError(f"{_name(argv)} does not end") from e
@@ -112,6 +122,12 @@ class LocalRunner(Runner):
                     _ends(process)
             if status:
                 raise SnapshotError(f"{_name(argv)} failed: {one_line(_text(stderr))}")
+
+    def lines(self, argv: Sequence[str], seconds: float) -> Iterator[str]:
+        """See `Runner.lines`; `seconds` as in `stream`."""
+        with self.stream(argv, seconds) as pipe:
+            for line in pipe:
+                yield line.decode(errors="replace")
 
     def _start(
         self, argv: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes], *, tied: bool = False

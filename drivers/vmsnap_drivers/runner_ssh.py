@@ -11,11 +11,11 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final, cast
 
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import Output, Runner, one_line
@@ -100,6 +100,27 @@ class SshRunner(Runner):
             missing = "sudo" if self._user != "root" and "sudo" in output.stderr else argv[0]
             raise DriverUnavailable(f"the program {missing} is not installed on {self.url}")
         return output
+
+    @contextmanager
+    def stream(self, argv: Sequence[str], seconds: float) -> Iterator[IO[bytes]]:
+        """See `Runner.stream`."""
+        channel = self._begin(argv)
+        try:
+            with channel.makefile("rb") as pipe:
+                yield cast("IO[bytes]", pipe)  # it has the methods
+            said = bytearray()
+            deadline = time.monotonic() + seconds
+            while not _is_whole(channel, deadline):
+                if channel.recv_stderr_ready():
+                    said += channel.recv_stderr(1 << 16)
+                elif not self._is_connected() or time.monotonic() > deadline:
+                    raise SnapshotError(f"{argv[0]} on {self.url} does not end, or the connection was lost")
+                else:
+                    channel.status_event.wait(0.005)
+            if channel.recv_exit_status():
+                raise SnapshotError(f"{argv[0]} on {self.url} failed: {one_line(said.decode(errors='replace'))}")
+        finally:
+            channel.close()
 
     def lines(self, argv: Sequence[str], seconds: float) -> Iterator[str]:
         """See `Runner.lines`."""

@@ -8,6 +8,7 @@ the file that are wanted (``tests.in_guest.telling``); each one's reports are wa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.machine import LabError
+from tests.lab.qemus import cache_folder
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
 
@@ -34,7 +36,8 @@ class GuestRuns:
 
     def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
-        self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder)
+        openzfs = cache_folder() / "openzfs/root" if os.environ.get("VMSNAP_OPENZFS") else None
+        self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder, layer=openzfs)
         self._path: Path | None = None
         self._name = ""
         self._reports: Iterator[dict[str, object]] = iter(())

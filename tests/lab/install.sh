@@ -4,8 +4,8 @@
 # Chromium, systemd and libvirt (neither of which is started; and what libvirt's Python binding is built with) from the
 # machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the guest's kernel, an SSH and a
 # WebDAV server that no system starts, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
-# iSCSI target tgt, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does nothing
-# when all is there; says nothing unless it fails.
+# iSCSI target tgt, zfs-fuse, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
+# nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
 set -eu
@@ -120,6 +120,27 @@ WRAPPER
         chmod 755 "$tgt/bin/$name"
     done
     touch "$tgt/complete"
+}
+
+# Unpacked, not installed: installing it would start a daemon.
+unpack_zfs_fuse() {
+    zfs=$cache/zfs-fuse
+    [ -e "$zfs/complete" ] && return
+    refresh_lists
+    rm -rf "$zfs"
+    needed=$(packages_for zfs-fuse)
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$zfs/root" download $needed
+    mkdir "$zfs/bin"
+    for name in zfs zpool zfs-fuse; do
+        cat >"$zfs/bin/$name" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH=$zfs/root/usr/lib/x86_64-linux-gnu:$zfs/root/lib/x86_64-linux-gnu
+exec $(find "$zfs/root" -path "*sbin/$name" -type f) "\$@"
+WRAPPER
+        chmod 755 "$zfs/bin/$name"
+    done
+    touch "$zfs/complete"
 }
 
 # Unpacked, not installed: of Prometheus the tool alone that checks rules and metrics.
@@ -237,4 +258,5 @@ unpack_promtool
 unpack_agent
 unpack_storage
 unpack_tgt
+unpack_zfs_fuse
 unpack_backported_qemu

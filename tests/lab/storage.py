@@ -42,14 +42,16 @@ class Ended:
 class StorageGuest:
     """One such guest. Use with ``with``; ``results`` is the folder that both sides see, ``/run/results`` in there."""
 
-    def __init__(self, folder: Path, forwards: Mapping[int, int] | None = None) -> None:
+    def __init__(self, folder: Path, forwards: Mapping[int, int] | None = None, layer: Path | None = None) -> None:
         """Describe it; nothing is started.
 
+        :param layer: a folder to be laid over the packages of install.sh
         :param forwards: for ports of the host's loopback, the guest's ports to which they lead. Without any it has no
             network; with, it has `ADDRESS` on its first interface, which a script must set, and reaches nobody.
         """
         self.folder = folder
         self.forwards = dict(forwards or {})
+        self.layer = layer
         self.results = folder / "results"
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None
@@ -87,13 +89,15 @@ class StorageGuest:
             "-machine", "pc,accel=tcg", "-cpu", "max", "-m", f"{_MEMORY_MIB}", "-smp", "1",
             "-kernel", str(kernel), "-initrd", str(initramfs),
             # The kernel hands what it does not know on to init, as a variable.
-            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable CHECKOUT={_CHECKOUT}",
+            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable CHECKOUT={_CHECKOUT}"
+            f" LAYER={'layer' if self.layer else ''}",
             "-serial", f"file:{self.folder / 'serial.log'}",
             "-chardev", f"socket,id=port,path={self.folder / 'port'}", "-serial", "chardev:port",
             "-virtfs", f"{shared},path=/,mount_tag=host,readonly=on",
             "-virtfs", f"{shared},path={cache_folder() / 'storage/root'},mount_tag=packages,readonly=on",
             "-virtfs", f"{shared},path={_CHECKOUT},mount_tag=checkout,readonly=on",
             "-virtfs", f"{shared},path={self.results},mount_tag=results",
+            *(["-virtfs", f"{shared},path={self.layer},mount_tag=layer,readonly=on"] if self.layer else []),
             *self._network(),
         )
         # fmt: on

@@ -203,6 +203,17 @@ vmsnap_lvm = MechanismCommandLine(
 )
 """The entry point ``vmsnap-lvm``."""
 
+vmsnap_zfs = MechanismCommandLine(
+    "vmsnap-zfs",
+    "zfs",
+    help="Snapshots of volumes and image files of ZFS, as vmsnap takes them of the disks of VMs.",
+    epilog="""\
+        vmsnap-zfs doctor
+        vmsnap-zfs snapshot /dev/zvol/tank/web1 /tank/images/web1-data.img
+        vmsnap-zfs list""",
+)
+"""The entry point ``vmsnap-zfs``."""
+
 vmsnap_iscsi = MechanismCommandLine(
     "vmsnap-iscsi",
     "iscsi",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vmsnap.controller.drivers import Drivers
     from vmsnap.controller.kept_snapshots import KeptSnapshot, KeptSnapshots
 
-_MECHANISMS = {"vmsnap-lvm": "lvm", "vmsnap-iscsi": "iscsi"}
+_MECHANISMS = {"vmsnap-lvm": "lvm", "vmsnap-zfs": "zfs", "vmsnap-iscsi": "iscsi"}
 
 
 class MechanismCommand(SessionCommand):

@@ -45,4 +45,4 @@ class Drivers:
 
     def mechanism_names(self) -> list[str]:
         """The snapshot mechanisms that can be had, in the order in which they are asked whether they handle a disk."""
-        return registry.names(registry.SNAPSHOT_MECHANISMS)
+        return registry.mechanism_names()

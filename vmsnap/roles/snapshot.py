@@ -80,6 +80,8 @@ class SnapshotMechanism(ABC):
     """`plan_clone`, `clone`, `delete_clone` and `clone_reader` work; else they raise."""
     changes: ClassVar[bool] = False
     """`changed_extents` works, and snapshots bear marks."""
+    asked_first: ClassVar[bool] = False
+    """It takes disks for what they lie on, and is asked before the mechanisms that take any disk of a hypervisor."""
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember context and checked options; no I/O."""

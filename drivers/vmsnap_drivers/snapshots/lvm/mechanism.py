@@ -68,6 +68,7 @@ class LvmMechanism(SnapshotMechanism):
     name: ClassVar[str] = "lvm"
     clones: ClassVar[bool] = True
     changes: ClassVar[bool] = True
+    asked_first: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
         Option("snapshot_size", "room of a thick snapshot at first", "20%", type=room.ROOM),
         Option("grow", "whether a thick snapshot that fills up is extended", "yes", type=YES_NO),

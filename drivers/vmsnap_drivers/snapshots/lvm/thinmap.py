@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import re
-import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from vmsnap.errors import DriverUnavailable, SnapshotError
 from vmsnap.model import Extent
+from vmsnap_drivers.runs import Runs
 from vmsnap_drivers.snapshots.lvm.commands import Lvm, device_name
 from vmsnap_drivers.snapshots.lvm.volumes import Volume
 
@@ -27,8 +26,6 @@ _SECTOR_BYTES: Final = 512
 _ENDING_SECONDS: Final = 60.0
 _TURN_SECONDS: Final = 600.0
 _POLL_SECONDS: Final = 0.05
-_RUN: Final = struct.Struct("<QQ")
-_RUNS_AT_ONCE: Final = 4096
 _BLOCK_SIZE: Final = re.compile(r'data_block_size="(\d+)"')
 _SINGLE: Final = re.compile(r'<single_mapping origin_block="(\d+)"')
 _RANGE: Final = re.compile(r'<range_mapping origin_begin="(\d+)" data_begin="\d+" length="(\d+)"')
@@ -86,16 +83,14 @@ class ThinMaps:
     def _runs(self, volume: Volume, argv: list[str], find: Find) -> Iterator[tuple[int, int]]:
         """Begin and end in bytes of what `find` finds in the command's lines; what adjoins is one."""
         # Everything is read before anything is given: the one metadata snapshot is not held while a backup goes on.
-        with tempfile.TemporaryFile(dir=self._folder_made()) as file:
+        with Runs(self._folder_made()) as runs:
             with self._reserved(volume.group, volume.pool):
                 metadata = f"/dev/mapper/{device_name(volume.group, f'{volume.pool}_tmeta')}"
                 try:
-                    _write_runs(self._lvm.runner.lines([*argv, metadata], _ENDING_SECONDS), find, file)
+                    _add_runs(self._lvm.runner.lines([*argv, metadata], _ENDING_SECONDS), find, runs)
                 except DriverUnavailable as e:
                     raise DriverUnavailable(e.message, cure=INSTALL) from e
-            file.seek(0)
-            while block := file.read(_RUN.size * _RUNS_AT_ONCE):
-                yield from _RUN.iter_unpack(block)
+            yield from runs
 
     @contextmanager
     def _reserved(self, group: str, pool: str) -> Iterator[None]:
@@ -163,18 +158,12 @@ def _different(line: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _write_runs(lines: Iterator[str], find: Find, file: IO[bytes]) -> None:
-    block_bytes = begin = end = 0
+def _add_runs(lines: Iterator[str], find: Find, runs: Runs) -> None:
+    block_bytes = 0
     for line in lines:
         if size := _BLOCK_SIZE.search(line):
             block_bytes = int(size[1]) * _SECTOR_BYTES
         elif found := find(line):
-            if found[0] != end:
-                if end > begin:
-                    file.write(_RUN.pack(begin * block_bytes, end * block_bytes))
-                begin = found[0]
-            end = found[0] + found[1]
+            runs.add(found[0] * block_bytes, (found[0] + found[1]) * block_bytes)
     if not block_bytes:
         raise SnapshotError("the pool's metadata does not say how large its blocks are")
-    if end > begin:
-        file.write(_RUN.pack(begin * block_bytes, end * block_bytes))

@@ -1,0 +1,56 @@
+"""Watches how full pools get while a backup reads their snapshots, and gives these up before guests lack room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from vmsnap.errors import VmsnapError
+from vmsnap_drivers.snapshots.zfs import room
+from vmsnap_drivers.snapshots.zfs.commands import Zfs
+
+_EVERY_SECONDS: Final = 1.0
+
+
+class Watch:
+    """Watches the data sets of one plan, in a thread of its own, from `start` to `stop`. `give_up` removes the plan's
+    snapshots.
+    """
+
+    def __init__(self, zfs: Zfs, datasets: Sequence[str], limit_percent: int, give_up: Callable[[], None]) -> None:
+        self._zfs = zfs
+        self._datasets = datasets
+        self._limit = limit_percent / 100
+        self._give_up = give_up
+        self._problem = ""
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="zfs watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for what it does at the moment; idempotent. Blocks."""
+        self._stopped.set()
+        self._thread.join()
+
+    def problem(self) -> str:
+        """Why the snapshots are lost or about to be; empty where nothing is known."""
+        return self._problem
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_EVERY_SECONDS):
+            try:
+                full = next((fill for fill in room.fills(self._zfs, self._datasets) if fill.used >= self._limit), None)
+                if full is None:
+                    continue
+                self._problem = (
+                    f"{full.what} is full to {full.used:.0%}, and the snapshot was given up to spare the guests"
+                )
+                self._give_up()
+                return
+            except VmsnapError as e:
+                # It may succeed a second later; whoever reads a lost snapshot is told of this.
+                self._problem = self._problem or e.message
