@@ -92,7 +92,7 @@ class Zfs:
 
         :raises SnapshotError: one is not there
         """
-        argv = ["zfs", "get", "-Hp", "-o", "name,property,value", ",".join(wanted), *names]
+        argv = ["zfs", "get", "-Hp", *_kind_of(names), "-o", "name,property,value", ",".join(wanted), *names]
         found: dict[str, dict[str, str]] = {name: {} for name in names}
         for name, key, value in _rows(self._checked(argv, _ASKING_SECONDS), 3):
             found[name][key] = value
@@ -103,7 +103,7 @@ class Zfs:
 
         :raises SnapshotError: it cannot be said
         """
-        argv = ["zfs", "get", "-Hp", "-o", "value", "guid", name]
+        argv = ["zfs", "get", "-Hp", *_kind_of([name]), "-o", "value", "guid", name]
         done = self._run(argv, _ASKING_SECONDS)
         if done.status and "does not exist" not in done.stderr:
             raise _failure(argv, done)
@@ -219,6 +219,11 @@ def marked(kind: str, plan: str) -> tuple[str, ...]:
 def pool_of(name: str) -> str:
     """The pool in which that lies."""
     return re.split("[/@#]", name, maxsplit=1)[0]
+
+
+def _kind_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Bookmarks are told of to those alone who ask for them; zfs-fuse has no such question."""
+    return ("-t", "bookmark") if any("#" in name for name in names) else ()
 
 
 def _rows(text: str, columns: int) -> list[list[str]]:
