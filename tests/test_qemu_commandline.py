@@ -177,6 +177,37 @@ def test_a_node_gets_another_image_under_its_name() -> None:
     }
 
 
+CHAP = "user=keeper,password-secret=chap,initiator-name=iqn.2009-12.com.example:vm,timeout=9"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"-blockdev driver=iscsi,node-name=f,portal=old,target=t,lun=1,{CHAP} -blockdev raw,node-name=d,file=f",
+        "-blockdev raw,node-name=d,file.driver=iscsi,file.portal=old,file.target=t,"
+        + ",".join(f"file.{pair}" for pair in CHAP.split(",")),
+    ],
+)
+def test_a_disk_that_moves_to_another_lun_keeps_its_account_and_no_other_disk_gets_it(text: str) -> None:
+    *others, argument = arguments(text)
+    lun = json.loads(
+        with_image(argument, "iscsi://host:3260/iqn.2009-12.com.example:bk001/1", "raw", others).value or ""
+    )
+    assert lun["file"] == {
+        "driver": "iscsi", "transport": "tcp", "portal": "host:3260", "target": "iqn.2009-12.com.example:bk001",
+        "lun": 1, "user": "keeper", "password-secret": "chap", "initiator-name": "iqn.2009-12.com.example:vm",
+        "timeout": 9,
+    }  # fmt: skip
+    file = json.loads(with_image(argument, "/new", "raw", others).value or "")
+    assert file["file"] == {"driver": "file", "filename": "/new"}
+    (drive,) = arguments(
+        "-drive file.driver=iscsi,file.portal=old,file.target=t,file.user=u,file.password-secret=c,if=virtio"
+    )
+    assert with_image(drive, "iscsi://host/iqn.x.y:z/1", "raw").value == (
+        "file=iscsi://host/iqn.x.y:z/1,format=raw,if=virtio,file.user=u,file.password-secret=c"
+    )
+
+
 def test_nodes_below_a_replaced_disk_are_left_out_and_shared_ones_stay() -> None:
     result = rewritten(
         "-blockdev file,node-name=f0,filename=/a -blockdev raw,node-name=d0,file=f0"

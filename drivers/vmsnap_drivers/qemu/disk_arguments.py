@@ -10,6 +10,8 @@ from vmsnap_drivers.qemu.commandline import Argument, Properties
 from vmsnap_drivers.qemu.drive_names import drive_keys
 
 _KEPT_OF_THE_FILE: Final = ("aio", "cache.direct", "cache.no-flush", "discard", "detect-zeroes")
+_KEPT_OF_A_LUN: Final = ("user", "password-secret", "initiator-name", "header-digest", "timeout")
+"""Who the VM is to the target of a LUN; the secret is an object, which is named here (``qapi/block-core.json``)."""
 _KEPT_OF_A_DRIVE_WORDS: Final = """
     if bus unit index media id cache aio discard detect-zeroes werror rerror snapshot readonly read-only serial
     throttling copy-on-read
@@ -17,16 +19,25 @@ _KEPT_OF_A_DRIVE_WORDS: Final = """
 _KEPT_OF_A_DRIVE: Final = frozenset(_KEPT_OF_A_DRIVE_WORDS.split())
 
 
-def with_image(argument: Argument, address: str, image_format: str) -> Argument:
-    """The argument that makes the same disk on another image: a file, a block device, or a URL."""
+def with_image(argument: Argument, address: str, image_format: str, others: Sequence[Argument] = ()) -> Argument:
+    """The argument that makes the same disk on another image: a file, a block device, or a URL. From one LUN to another
+    the account stays the same.
+
+    :param others: the command line, where the node of the image may have an argument of its own
+    """
+    account = _account(argument, others) if address.startswith("iscsi://") else {}
     if argument.name == "blockdev":
-        return Argument("blockdev", json.dumps(_node(argument.properties, address, image_format)))
+        node = _node(argument.properties, address, image_format)
+        if isinstance(node["file"], dict):
+            node["file"].update(account)
+        return Argument("blockdev", json.dumps(node))
     keys = drive_keys(argument) or {}
     kept = {
         key: value
         for key, value in keys.items()
         if key in _KEPT_OF_A_DRIVE or key.startswith(("throttling.", "cache."))
     }
+    kept |= {f"file.{key}": str(value) for key, value in account.items()}
     return Argument("drive", _drive(kept, address, image_format))
 
 
@@ -71,6 +82,19 @@ def children(arguments: Sequence[Argument], node_names: Sequence[str]) -> set[st
                 found.add(name)
                 waiting.append(name)
     return found
+
+
+def _account(argument: Argument, others: Sequence[Argument]) -> dict[str, object]:
+    """What is kept of a LUN, whose options stand beside those of its disk or in the node that these name."""
+    properties, prefix = argument.properties, "file."
+    for other in others:
+        if other.name == "blockdev" and other.properties.get("node-name", "\0") == properties.get("file"):
+            properties, prefix = other.properties, ""
+            break
+    if properties.get(f"{prefix}driver") != "iscsi":
+        return {}
+    kept = {key: properties.get(f"{prefix}{key}") for key in _KEPT_OF_A_LUN}
+    return {key: int(value) if key == "timeout" else value for key, value in kept.items() if value}
 
 
 def _references(properties: Properties) -> list[str]:

@@ -101,7 +101,7 @@ class _Rewriter:
         kept: list[Argument] = []
         for number, argument in enumerate(arguments):
             if number in disks:
-                kept.append(with_image(argument, disks[number].address, disks[number].format))
+                kept.append(with_image(argument, disks[number].address, disks[number].format, arguments))
             elif argument.name == "blockdev" and argument.properties.get("node-name") in unused:
                 continue
             elif argument.name not in _DROPPED or self._is_awaited(argument):
