@@ -97,10 +97,15 @@ class Stage:
 
 @contextmanager
 def staged(
-    build: QemuBuild, luns: tuple[str, ...] = (), mechanism_options: Mapping[str, Mapping[str, str]] | None = None
+    build: QemuBuild,
+    luns: tuple[str, ...] = (),
+    mechanism_options: Mapping[str, Mapping[str, str]] | None = None,
+    account: tuple[str, Path] | None = None,
 ) -> Iterator[Stage]:
     """The guest, its application under way, registered as ``vm001``. Its disks are the `luns` where there are two: raw,
     256 and 64 MiB, the second of them with ext4 (`make_ext4`) already.
+
+    :param account: by which its QEMU reaches the LUNs: a user of CHAP, and the file of the secret
     """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     with contextlib.ExitStack() as stack:
@@ -109,7 +114,8 @@ def staged(
         machine = LabMachine(
             place / "vm001",
             build,
-            disks=_disks(luns),
+            disks=_disks(luns, account[0] if account else ""),
+            extra_arguments=chap_arguments(account[1]) if account else (),
             network=bridge.network,
             settings={"ext4_disk": 2, "packets": 1},
         )
@@ -133,11 +139,16 @@ def staged(
         yield stage
 
 
-def _disks(luns: tuple[str, ...]) -> tuple[Disk, ...]:
+def chap_arguments(secret: Path) -> tuple[str, ...]:
+    """What makes the secret of a disk's `account` known to its QEMU."""
+    return "-object", f"secret,id=chap,file={secret}"
+
+
+def _disks(luns: tuple[str, ...], user: str) -> tuple[Disk, ...]:
     if not luns:
         return Disk("raw"), Disk("qcow2", 64 * MIB)
     first, second = luns
-    return Disk("raw", address=first), Disk("raw", 64 * MIB, second)
+    return Disk("raw", address=first, account=user), Disk("raw", 64 * MIB, second, user)
 
 
 def end_all(place: Path) -> None:

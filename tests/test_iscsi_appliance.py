@@ -1,5 +1,6 @@
-"""The patent's scenario whole: a storage appliance with thin volumes behind tgt, reached over SSH and iSCSI alone, and
-a working VM on the host whose disk is ``iqn.2009-12.com.example:001``; and what is left where the appliance vanishes.
+"""The patent's scenario whole: a storage appliance with thin volumes behind LIO and behind tgt, reached over SSH and
+iSCSI alone, and a working VM on the host whose disk is ``iqn.2009-12.com.example:001``; and what is left where the
+appliance vanishes. The targets of LIO ask for CHAP.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import pytest
 
 from tests.lab import Disk, LabMachine, disk_records, find_qemu, serial
 from tests.lab.appliance import USER, Appliance, add_known_hosts
+from tests.lab.lio import QEMU
 from tests.lab.qmp import seconds_between
 from tests.lab.sshd import make_key
 from tests.proxy import Proxy
-from tests.qemu_stage import MIB, end_all, until
+from tests.qemu_stage import MIB, chap_arguments, end_all, until
 from tests.test_live_backup_qemu import processes_of
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import SnapshotError, VmsnapError
@@ -35,31 +37,46 @@ pytestmark = [pytest.mark.qemu, pytest.mark.storage, pytest.mark.timeout(900)]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-TARGET = "iqn.2009-12.com.example:001"
+AUTHORITIES = {"lio": "iqn.2009-12.com.example", "tgt": "iqn.2009-12.com.example.tgt"}
+ACCOUNT, WORD = "keeper", "word-of-chap-12"
 SIZE_MIB = 80
 PAUSE_SECONDS = 100.0
 """Commands take seconds in an emulated appliance; in a real one they do not."""
 
 
 class Site:
-    """The appliance, the VM on the host, and vmsnap's state there."""
+    """The appliance, the VM on the host on what serves there (``lio`` or ``tgt``), and vmsnap's state there."""
 
-    def __init__(self, place: Path, appliance: Appliance, machine: LabMachine) -> None:
+    def __init__(self, place: Path, appliance: Appliance, server: str, machine: LabMachine) -> None:
         self.place = place
+        self.server = server
+        self.before = appliance.traces()
         self.appliance = appliance
         self.machine = machine
         self.folders = HostFolders.find(place / "state")
         self.repository: Repository = create_repository(str(place / "repository"))
 
+    def target(self, name: str = "001") -> str:
+        """The target of that name, as this server calls it."""
+        return f"{AUTHORITIES[self.server]}:{name}"
+
+    def address(self, name: str = "001") -> str:
+        """Its first disk."""
+        return self.appliance.address(self.target(name), self.server)
+
     def options(self, port: int = 0, user: str = "root") -> dict[str, str]:
-        """The mechanism's, its SSH behind another port where one is given."""
-        portal = f"127.0.0.1:{self.appliance.iscsi_port}"
+        """The mechanism's, its SSH behind another port where one is given. What serves there, it finds out."""
+        portal, ssh = self.appliance.portal(self.server), f"{user}@127.0.0.1:{port or self.appliance.ssh_port}"
+        given = {
+            "lio": {"chap_user": ACCOUNT, "chap_password_file": str(self.place / "word")},
+            "tgt": {"initiators": self.appliance.initiator},
+        }
         return {
-            "appliances": f"{portal}=ssh://{user}@127.0.0.1:{port or self.appliance.ssh_port}",
+            "appliances": f"{portal}=ssh://{ssh}",
             "known_hosts": str(self.appliance.known_hosts),
             "ssh_key": str(self.appliance.key),
-            "initiators": self.appliance.initiator,
             "pause_seconds": "90",
+            **given[self.server],
         }
 
     @contextlib.contextmanager
@@ -74,7 +91,7 @@ class Site:
         assert self.machine.oracle.status() == "running"
 
     def see_that_nothing_is_left(self) -> None:
-        assert self.appliance.traces() == {"pool", "vm001", TARGET}
+        assert self.appliance.traces() == self.before
         with self.controller() as controller:
             assert controller.journal.unfinished() == []
 
@@ -87,22 +104,37 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
+def appliance() -> Iterator[Appliance]:
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
+    try:
+        with Appliance(place / "appliance") as made:
+            yield made
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.fixture(scope="module", params=["lio", "tgt"])
+def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]:
+    server, place = request.param, Path(tempfile.mkdtemp(prefix="vmsnap-"))
+    target, lio = f"{AUTHORITIES[server]}:001", server == "lio"
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, place)
-        appliance = stack.enter_context(Appliance(place / "appliance"))
-        appliance.add(TARGET, "vm001", SIZE_MIB)
+        (place / "word").write_text(WORD)
         machine = LabMachine(
             place / "vm001",
             find_qemu("7.2"),
             memory_mib=256,
-            disks=(Disk("raw", SIZE_MIB * MIB, appliance.address(TARGET)),),
+            disks=(Disk("raw", SIZE_MIB * MIB, appliance.address(target, server), ACCOUNT if lio else ""),),
             settings={"slots": 64, "pause_us": 20000},
+            extra_arguments=chap_arguments(place / "word") if lio else (),
         )
+        if lio:
+            appliance.add_lio(target, "vm001", SIZE_MIB, f"{QEMU}:{machine.uuid}", ACCOUNT, WORD)
+        else:
+            appliance.add(target, "vm002", SIZE_MIB)
         stack.enter_context(machine)
         stack.callback(end_all, place)
-        made = Site(place, appliance, machine)
+        made = Site(place, appliance, server, machine)
         stack.callback(shutil.rmtree, made.folders.memory_dir, ignore_errors=True)
         machine.wait_for_check(1, timeout_seconds=200)
         with made.controller() as controller:
@@ -177,7 +209,7 @@ def test_what_is_left_in_an_appliance_that_vanished_is_removed_when_it_is_back(s
             site.see_that_the_guest_runs()
             kept = controller.recover().kept
             assert kept and all("\n" not in line for line in kept)
-    left = site.appliance.traces() - {"pool", "vm001", TARGET}
+    left = site.appliance.traces() - site.before
     assert left and all("vmsnap-" in name for name in left)
     with site.controller() as controller:
         assert controller.journal.unfinished()
@@ -190,9 +222,9 @@ def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(sit
     machine = site.machine
     with site.controller() as controller:
         held = controller.backup("vm001", site.repository, keep_duplicate=True, max_pause_seconds=PAUSE_SECONDS)
-        duplicate = f"iqn.2009-12.com.example:{held.duplicate}"
+        duplicate = site.address(held.duplicate)
         rows = {row.vm: row.disks[0].address for row in controller.table.rows()}
-        assert rows == {"vm001": site.appliance.address(TARGET), held.duplicate: site.appliance.address(duplicate)}
+        assert rows == {"vm001": site.address(), held.duplicate: duplicate}
         after = machine.wait_for_count(machine.latest_count() + 20)
         machine.kill()
         begun = len(machine.serial_text())
@@ -201,13 +233,13 @@ def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(sit
         text = machine.serial_text()[begun:]
         assert serial.faults(text) == [] and serial.counts(text)[0] <= after + 20
         assert controller.vm("vm001").state == VmState.EXECUTING.value
-        assert [disk.address for disk in controller.table.get("vm001").disks] == [site.appliance.address(duplicate)]
-    assert {duplicate, TARGET} <= site.appliance.traces()
+        assert [disk.address for disk in controller.table.get("vm001").disks] == [duplicate]
+    assert {site.target(held.duplicate), site.target()} <= site.appliance.traces()
 
 
 def test_somebody_without_rights_and_a_machine_that_is_another_are_one_clear_line(site: Site, tmp_path: Path) -> None:
     context = DriverContext(tmp_path / "state", tmp_path / "memory")
-    disk = ModelDisk("disk0", site.appliance.address(TARGET), SIZE_MIB * MIB)
+    disk = ModelDisk("disk0", site.address(), SIZE_MIB * MIB)
 
     def problem(options: Mapping[str, str]) -> str:
         mechanism = IscsiMechanism(context, options)

@@ -1,5 +1,6 @@
 """The patent's scenario on a tgtd of the host: a real guest whose disks are LUNs that its QEMU reaches by its own
-initiator, backed up with the snapshots exported as targets of their own, and its duplicate on LUNs of its own.
+initiator with an account of CHAP, backed up with the snapshots exported as targets of their own, and its duplicate on
+LUNs of its own, which it reaches by the same account.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["xfs"]
 pytestmark = [pytest.mark.qemu, pytest.mark.lab, pytest.mark.timeout(900)]
 
 TARGETS = ("iqn.2009-12.com.example:001", "iqn.2009-12.com.example:001-data")
+USER, WORD = "keeper", "a word of chap 12"
 
 
 class Bench:
@@ -57,10 +59,13 @@ def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench
     try:
         with TargetServer(tmp_path_factory.mktemp("tgtd")) as server:
             for index, target in enumerate(TARGETS):
-                server.add(target, images / f"disk{index}.img")
+                server.add(target, images / f"disk{index}.img", user=USER, password=WORD)
             first, second = map(server.address, TARGETS)
-            options = {"iscsi": {"control_port": str(server.control_port), "reading": "initiator"}}
-            with staged(find_qemu("7.2"), (first, second), options) as stage:
+            secret = tmp_path_factory.mktemp("secret") / "word"
+            secret.write_text(WORD)
+            chap = {"chap_user": USER, "chap_password_file": str(secret)}
+            options = {"iscsi": {**server.options, "reading": "initiator", **chap}}
+            with staged(find_qemu("7.2"), (first, second), options, (USER, secret)) as stage:
                 yield Bench(stage, server, images)
     finally:
         os.environ["PATH"] = path

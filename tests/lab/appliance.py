@@ -1,15 +1,18 @@
-"""A storage appliance: the storage guest with thin volumes behind tgt, an SSH server, and ports on the host's loopback.
+"""A storage appliance: the storage guest with thin volumes behind tgt and behind LIO, an SSH server, and ports on the
+host's loopback.
 
 Nothing of the host is used but by its network: its commands are given over SSH, its LUNs are reached by iSCSI.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from pathlib import Path
 from types import TracebackType
 
+from . import lio
 from .machine import LabError
 from .ports import free_ports
 from .qemus import cache_folder
@@ -39,22 +42,27 @@ device=$(losetup --find --show /tmp/group.pv)
 {pvcreate} --quiet $device
 {vgcreate} --quiet --physicalextentsize 1m vg0 $device
 {lvcreate} --yes --type thin-pool --size {pool_mib}m --name pool vg0
+{lio} start
 {programs}/tgtd --iscsi portal={address}:3260
 while ! tgtadm --lld iscsi --mode target --op show >/dev/null 2>&1; do sleep 0.1; done
 LD_LIBRARY_PATH={sshd}/usr/lib/x86_64-linux-gnu:{sshd}/lib/x86_64-linux-gnu \\
     {sshd}/usr/sbin/sshd -f /run/results/sshd_config
 """
+_LIO_PORT = 3261
 USER = "keeper"
 """Somebody on it who may log in, and is not root."""
 
 
 class Appliance:
-    """One appliance in a folder of its own, for a ``with``. Its tgtd listens on its network's address alone."""
+    """One appliance in a folder of its own, for a ``with``. Its tgtd and its LIO listen on its network's
+    address alone. What serves a target is named ``tgt`` or ``lio``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ssh_port, self.iscsi_port = free_ports(2)
-        self.guest = StorageGuest(folder, {self.ssh_port: 22, self.iscsi_port: 3260})
+        self.ssh_port, tgt_port, lio_port = free_ports(3)
+        self.ports = {"tgt": tgt_port, "lio": lio_port}
+        self.guest = StorageGuest(folder, {self.ssh_port: 22, tgt_port: 3260, lio_port: _LIO_PORT})
         self._scripts = 0
 
     @property
@@ -69,16 +77,20 @@ class Appliance:
 
     @property
     def initiator(self) -> str:
-        """The address from which it sees the host come."""
+        """The address from which its tgtd sees the host come."""
         return HOST_ADDRESS
 
     def url(self, user: str = "root") -> str:
         """Where its SSH is."""
         return f"ssh://{user}@127.0.0.1:{self.ssh_port}"
 
-    def address(self, target: str) -> str:
+    def portal(self, server: str) -> str:
+        """Where that kind of targets is reached."""
+        return f"127.0.0.1:{self.ports[server]}"
+
+    def address(self, target: str, server: str) -> str:
         """The address of a target's first disk."""
-        return f"iscsi://127.0.0.1:{self.iscsi_port}/{target}/1"
+        return f"iscsi://{self.portal(server)}/{target}/1"
 
     def start(self) -> None:
         """Boot it and have it serve; half a minute.
@@ -98,7 +110,9 @@ class Appliance:
         self.known_hosts.write_text(f"[127.0.0.1]:{self.ssh_port} {host_key}\n")
         commands = {name: _LVM.format(name) for name in ("pvcreate", "vgcreate", "lvcreate")}
         places = {"programs": programs(), "sshd": cache_folder() / "sshd"}
-        self.run(_SCRIPT.format(address=ADDRESS, user=USER, group_mib=420, pool_mib=380, **commands, **places))
+        self.run(
+            _SCRIPT.format(lio=_lio(), address=ADDRESS, user=USER, group_mib=420, pool_mib=380, **commands, **places)
+        )
 
     def run(self, script: str) -> str:
         """Run a script on its console, past SSH.
@@ -116,9 +130,9 @@ class Appliance:
         return self.run(f"{_LVM.format(command)} {shlex.join(words)}\n")
 
     def add(self, target: str, volume: str, size_mib: int) -> None:
-        """Make a thin volume, and a target whose disk it is, for this host."""
-        self.lvm("lvcreate", "--yes", "--virtualsize", f"{size_mib}m", "--thinpool", "pool", "--name", volume, "vg0")
-        number = 1 + self.targets().count("Target ")
+        """Make a thin volume, and a target of its tgtd whose disk it is, for this host."""
+        self._make(volume, size_mib)
+        number = 1 + len(self.targets())
         tgtadm = "/usr/local/sbin/tgtadm --lld iscsi"
         self.run(
             f"set -e\n{tgtadm} --mode target --op new --tid {number} --targetname {target}\n"
@@ -126,14 +140,25 @@ class Appliance:
             f"{tgtadm} --mode target --op bind --tid {number} --initiator-address {HOST_ADDRESS}\n"
         )
 
-    def targets(self) -> str:
-        """All that its tgtd shows."""
-        return self.run("/usr/local/sbin/tgtadm --lld iscsi --mode target --op show\n")
+    def add_lio(self, target: str, volume: str, size_mib: int, initiator: str, user: str, password: str) -> None:
+        """Make a thin volume, and a target of its LIO whose disk it is, for that initiator with that account."""
+        self._make(volume, size_mib)
+        words = shlex.join(["add", target, f"/dev/vg0/{volume}", initiator])
+        self.run(f"{_lio()} {words} <<'ACCOUNT'\n{user} {password}\nACCOUNT\n")
+
+    def targets(self) -> set[str]:
+        """The names of all targets of its tgtd."""
+        shown = self.run("/usr/local/sbin/tgtadm --lld iscsi --mode target --op show\n")
+        return {line.split()[2] for line in shown.splitlines() if line.startswith("Target ")}
 
     def traces(self) -> set[str]:
-        """The names of its volumes and targets."""
+        """The names of its volumes and targets, and what its LIO has open, each once."""
         volumes = self.lvm("lvs", "--noheadings", "--options", "lv_name", "vg0").split()
-        return {*volumes, *(line.split()[2] for line in self.targets().splitlines() if line.startswith("Target "))}
+        shown = json.loads(self.run(f"{_lio()} show\n"))
+        return {*volumes, *self.targets(), *shown["targets"], *(path.rpartition("/")[2] for path in shown["stores"])}
+
+    def _make(self, volume: str, size_mib: int) -> None:
+        self.lvm("lvcreate", "--yes", "--virtualsize", f"{size_mib}m", "--thinpool", "pool", "--name", volume, "vg0")
 
     def __enter__(self) -> Appliance:
         self.start()
@@ -161,3 +186,18 @@ def qemu_io(address: str, *commands: str) -> str:
     return subprocess.run(
         ["qemu-io", "-f", "raw", *words, address], capture_output=True, text=True, check=True, timeout=120
     ).stdout
+
+
+def _lio() -> str:
+    """The lab's program for LIO, as a shell in the guest is told to run it."""
+    return shlex.join(["/usr/bin/python3", lio.__file__, str(lio_library()), f"{ADDRESS}:{_LIO_PORT}"])
+
+
+def lio_library() -> Path:
+    """The folder that has rtslib.
+
+    :raise LookupError: when install.sh has not been run.
+    """
+    if not (cache_folder() / "lio/complete").exists():
+        raise LookupError("no rtslib in the cache: run tests/lab/install.sh as root")
+    return cache_folder() / "lio/root/usr/lib/python3/dist-packages"

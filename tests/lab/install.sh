@@ -4,8 +4,8 @@
 # Chromium, systemd and libvirt (neither of which is started; and what libvirt's Python binding is built with) from the
 # machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the guest's kernel, an SSH and a
 # WebDAV server that no system starts, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
-# iSCSI target tgt, zfs-fuse, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one. Run as root. Does
-# nothing when all is there; says nothing unless it fails.
+# iSCSI target tgt, zfs-fuse, rtslib for LIO, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one.
+# Run as root. Does nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
 set -eu
@@ -143,6 +143,18 @@ WRAPPER
     touch "$zfs/complete"
 }
 
+# Unpacked, not installed, for the same reason: by rtslib the tests make targets of LIO as its users do.
+unpack_lio() {
+    lio=$cache/lio
+    [ -e "$lio/complete" ] && return
+    refresh_lists
+    rm -rf "$lio"
+    needed=$(packages_for python3-rtslib-fb)
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$lio/root" download $needed
+    touch "$lio/complete"
+}
+
 # Unpacked, not installed: of Prometheus the tool alone that checks rules and metrics.
 unpack_promtool() {
     promtool=$cache/promtool
@@ -259,4 +271,5 @@ unpack_agent
 unpack_storage
 unpack_tgt
 unpack_zfs_fuse
+unpack_lio
 unpack_backported_qemu

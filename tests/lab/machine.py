@@ -36,6 +36,8 @@ class Disk:
     size_bytes: int = 256 * MIB
     address: str = ""
     """The LUN on which it lies, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator; empty for a file."""
+    account: str = ""
+    """The CHAP account there, whose secret is QEMU's object ``chap``; empty where none is asked for."""
 
 
 DEFAULT_DISKS = (Disk("qcow2"), Disk("raw"))
@@ -165,7 +167,7 @@ class LabMachine:
         arguments = []
         for index, disk in enumerate(self.disks):
             name = f"disk{index}"
-            where = _lun_options(disk.address) if disk.address else f"driver=file,filename={self.disk_path(index)}"
+            where = _lun_options(disk) if disk.address else f"driver=file,filename={self.disk_path(index)}"
             file = f"node-name={name}-file,{where}"
             node = f"driver={disk.format},node-name={name},file={name}-file"
             arguments += [
@@ -304,6 +306,7 @@ class LabMachine:
         return f"QEMU said {errors[-1000:]!r}, the guest {self.serial_text()[-500:]!r}"
 
 
-def _lun_options(address: str) -> str:
-    portal, target, lun = address.removeprefix("iscsi://").split("/")
-    return f"driver=iscsi,transport=tcp,portal={portal},target={target},lun={lun}"
+def _lun_options(disk: Disk) -> str:
+    portal, target, lun = disk.address.removeprefix("iscsi://").split("/")
+    account = f",user={disk.account},password-secret=chap" if disk.account else ""
+    return f"driver=iscsi,transport=tcp,portal={portal},target={target},lun={lun}{account}"

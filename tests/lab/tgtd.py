@@ -37,11 +37,28 @@ class TargetServer:
         self.control_port = self.port  # such as it takes, which are no TCP ports: 32767 at most
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = 0
+        self._users: set[str] = set()
+        self.this_host = ADDRESS
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of the mechanism ``iscsi``, for this server."""
+        return {"control_port": str(self.control_port)}
 
     @property
     def portal(self) -> str:
         """Where it listens."""
         return f"{ADDRESS}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Its process.
+
+        :raise LabError: when it does not run.
+        """
+        if self._process is None:
+            raise LabError("tgtd was not started")
+        return self._process.pid
 
     def address(self, target: str) -> str:
         """The address of a target's first disk."""
@@ -72,6 +89,7 @@ class TargetServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+        self._users.clear()
         for left in _SOCKETS.glob(f"socket.{self.control_port}*"):
             left.unlink()
 
@@ -103,7 +121,9 @@ class TargetServer:
         if path is not None:
             self.tell("--mode", "logicalunit", "--op", "new", *tid, "--lun", "1", "--backing-store", str(path))
         if user:
-            self.tell("--mode", "account", "--op", "new", "--user", user, "--password", password)
+            if user not in self._users:
+                self.tell("--mode", "account", "--op", "new", "--user", user, "--password", password)
+                self._users.add(user)
             self.tell("--mode", "account", "--op", "bind", *tid, "--user", user)
         self.tell("--mode", "target", "--op", "bind", *tid, "--initiator-address", ADDRESS)
         return number
@@ -121,6 +141,14 @@ class TargetServer:
         """All that is shown of one target."""
         (text,) = (text for _, name, text in self._shown() if name == target)
         return text
+
+    def access(self, target: str) -> list[str]:
+        """Whom a target admits."""
+        return self.about(target).split("ACL information:")[1].split()
+
+    def read_only(self, target: str) -> bool:
+        """Whether whoever is admitted may only read."""
+        return "Readonly: Yes" in self.about(target)
 
     def _shown(self) -> list[tuple[str, str, str]]:
         text = self.tell("--mode", "target", "--op", "show")

@@ -5,40 +5,59 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from vmsnap.errors import VmsnapError
+from vmsnap.errors import DriverUnavailable, VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.snapshots.iscsi.initiator import INSTALL
 from vmsnap_drivers.snapshots.iscsi.names import is_name_of_ours
 from vmsnap_drivers.snapshots.iscsi.places import Place, Places
 from vmsnap_drivers.snapshots.iscsi.stores import TAG
-from vmsnap_drivers.snapshots.iscsi.tgt import Target
+from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
 
 _EVERYWHERE = ("0.0.0.0:", "[::]:")
 
 
 def examine(places: Places) -> Sequence[Finding]:
-    """Each tgtd, where it listens, and what looks like ours and is not. Changes nothing."""
+    """Each tgtd and LIO, where it listens, and what looks like ours and is not. Changes nothing."""
     found = []
     for place in places.all():
-        try:
-            portals, targets = place.tgt.portals(), place.tgt.targets()
-        except VmsnapError as e:
-            found.append(Finding(place.name, "missing", e.message, e.cure))
-            continue
-        found.append(Finding(place.name, "ok", f"tgtd serves {len(targets)} targets at {', '.join(portals)}"))
-        found += [
-            Finding(
-                place.name, "note", f"tgtd listens at {portal}, for every network", "start it with --iscsi portal=…"
-            )
-            for portal in portals
-            if portal.startswith(_EVERYWHERE)
-        ]
-        found += _foreign(place, targets)
+        silent: list[VmsnapError] = []
+        for server in place.servers.values():
+            try:
+                found += _look_at(place, server)
+            except (NotRunning, DriverUnavailable) as e:
+                silent.append(e)
+            except VmsnapError as e:
+                found.append(Finding(place.name, "missing", e.message, e.cure))
+                break
+        if len(silent) == len(place.servers):
+            said = "; ".join(dict.fromkeys(e.message for e in silent))
+            found.append(Finding(place.name, "missing", said, silent[0].cure))
     if not found:
-        found.append(Finding("tgtd", "note", "none runs here, and no appliance is configured", "see docs: iscsi"))
+        found.append(
+            Finding("target", "note", "nothing serves here, and no appliance is configured", "see docs: iscsi")
+        )
     if shutil.which("qemu-nbd") is None:
         found.append(Finding("qemu-nbd", "missing", "it is not installed: LUNs of appliances cannot be read", INSTALL))
     return found
+
+
+def _look_at(place: Place, server: Targets) -> list[Finding]:
+    portals, targets = server.portals(), server.targets()
+    where = f" at {', '.join(portals)}" if portals else ""
+    open_ones = [portal for portal in portals if portal.startswith(_EVERYWHERE)]
+    return [
+        Finding(place.name, "ok", f"{server.label} serves {len(targets)} targets{where}"),
+        *(
+            Finding(
+                place.name,
+                "note",
+                f"{server.label} listens at {portal}, for every network",
+                "have it listen at an address of the storage network alone",
+            )
+            for portal in open_ones
+        ),
+        *_foreign(place, targets),
+    ]
 
 
 def _foreign(place: Place, targets: Sequence[Target]) -> list[Finding]:

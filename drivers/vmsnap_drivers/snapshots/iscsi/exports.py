@@ -1,18 +1,30 @@
 """Targets of ours: made, found again, removed; those of others are left alone whatever they are called.
 
-A target is ours by its backing store, which only we name so. One that has none yet is ours by a note that was written
-before it was made: whoever was killed in between has left it.
+A target is ours by its backing store, which only we name so. One that has none yet, or none any more, is ours by a note
+that was written before it was made or taken apart: whoever was killed in between has left it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmsnap.errors import SnapshotError
+from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 from vmsnap_drivers.snapshots.iscsi.places import Place
-from vmsnap_drivers.snapshots.iscsi.tgt import NotRunning, Target, taken
+from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Taken, Target, Targets
+
+
+@dataclass(frozen=True)
+class Export:
+    """A target of ours: what serves it where, and the backing store of its one LUN."""
+
+    place: Place
+    server: Targets
+    target: str
+    path: str
 
 
 class Exports:
@@ -22,50 +34,69 @@ class Exports:
         self._folder = folder
 
     def make(
-        self, place: Place, target: str, path: str, like: str, initiators: Sequence[str], *, read_only: bool
+        self, export: Export, beside: LunAddress, initiators: Sequence[str], duplicate: str, *, read_only: bool
     ) -> None:
-        """Export the backing store `path` as `target`, to these initiators, with the accounts of the target `like`.
-        Does nothing where that was done.
+        """Export a backing store beside a LUN, with the accounts of the target that this has: to these initiators, or
+        where there are none, to this host alone. Does nothing where that was done.
 
-        :raises SnapshotError: the name is taken, the target `like` is gone, or tgtd refused
+        :param duplicate: the VM whose disk it will be; empty for a snapshot
+        :raises SnapshotError: the name is taken, the LUN's target is gone, or it was refused
+        :raises UsageError: an initiator cannot be admitted
         """
-        targets = {each.name: each for each in place.tgt.targets()}
-        there, origin = targets.get(target), targets.get(like)
+        place, server, target = export.place, export.server, export.target
+        for initiator in initiators:
+            server.check_initiator(initiator)
+        targets = {each.name: each for each in server.targets()}
+        there, origin = targets.get(target), targets.get(beside.target)
         if there is not None:
-            if _is_on(there, path):
+            if _is_on(there, export.path):
                 return
-            raise taken(target)
+            raise Taken(target)
         if origin is None:
-            raise SnapshotError(f"the target {like} is gone from {place.name}")
+            raise SnapshotError(f"the target {beside.target} is gone from {place.name}")
         note = self._note(place, target)
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        note.touch(mode=0o600)
-        place.tgt.export(target, path, origin, initiators, read_only=read_only)
+        _write(note)
+        admitted = initiators or server.admitted(beside, origin, duplicate)
+        try:
+            server.export(target, export.path, origin, admitted, read_only=read_only)
+        except Taken:
+            note.unlink()  # in between, by somebody: it must not be thought ours
+            raise
         note.unlink()
 
-    def remove(self, place: Place, target: str, path: str, *, force: bool) -> None:
-        """Remove the target if it is ours; idempotent. Where no tgtd runs there is none.
+    def remove(self, export: Export, *, force: bool) -> None:
+        """Remove the target if it is ours; idempotent. Where nothing serves there is none.
 
         :param force: cut off whoever is connected
-        :raises SnapshotError: it is in use, or tgtd refused
+        :raises SnapshotError: it is in use, or it was refused
         """
+        place, server, target = export.place, export.server, export.target
         note = self._note(place, target)
         try:
-            found = place.tgt.find(target)
+            found = server.find(target)
         except NotRunning:
-            found = None
-        if found is not None and (_is_on(found, path) or (not found.disks and note.exists())):
+            note.unlink(missing_ok=True)
+            return
+        if found is not None and (_is_on(found, export.path) or (not found.disks and note.exists())):
             if found.sessions and not force:
                 raise SnapshotError(
                     f"the LUN {target} on {place.name} is in use by {', '.join(sorted(set(found.sessions)))}",
                     cure="end the VM that uses it, then: vmsnap recover",
                 )
-            place.tgt.delete(found, force=force)
+            _write(note)
+            server.delete(found, force=force)
+        if found is None or not found.disks:
+            server.release(export.path)
         note.unlink(missing_ok=True)
 
     def _note(self, place: Place, target: str) -> Path:
         name = hashlib.sha256(f"{place.portal} {target}".encode()).hexdigest()[:32]
         return self._folder / f"{name}.making"
+
+
+def _write(note: Path) -> None:
+    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    note.touch(mode=0o600)
 
 
 def _is_on(target: Target, path: str) -> bool:

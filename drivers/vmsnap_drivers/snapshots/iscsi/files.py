@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import ClassVar, Final
 
 from vmsnap.errors import SnapshotError
+from vmsnap_drivers.runner import one_line
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 
 _CAN_REFLINK: Final = frozenset(["xfs", "btrfs", "bcachefs", "ocfs2"])
@@ -21,9 +22,14 @@ class Files(Stores):
 
     kind: ClassVar[str] = "file"
 
-    def look(self, path: str) -> Origin:
+    def look(self, path: str) -> Origin | None:
         """See `Stores.look`."""
-        what, _, size = self._run(["stat", "--dereference", "--format=%F|%s", "--", path]).strip().partition("|")
+        done = self._ask(["stat", "--dereference", "--format=%F|%s", "--", path])
+        if done.status:
+            raise SnapshotError(f"the backing store {path} cannot be looked at: {one_line(done.stderr)}")
+        what, _, size = done.stdout.strip().partition("|")
+        if what == "block special file":
+            return None
         if what not in ("regular file", "regular empty file"):
             raise SnapshotError(f"{path} is a {what}")
         folder = str(PurePosixPath(path).parent)
@@ -43,7 +49,7 @@ class Files(Stores):
         """See `Stores.exists`."""
         return self._ask(["test", "-e", path]).status == 0
 
-    def prepare(self, origin: str, path: str) -> None:
+    def prepare(self, origin: str, path: str, tag: str) -> None:
         """Make the file, empty, and bring to the disk what a reflink would have to wait for."""
         self._make(path)
         self._run(["sync", "--data", "--", origin])

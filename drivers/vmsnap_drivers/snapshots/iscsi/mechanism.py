@@ -22,9 +22,9 @@ from vmsnap.roles import PATH, DiskReader, DriverContext, Option, SnapshotMechan
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.runner_ssh import SshSettings
-from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn, own_address_towards, parse
+from vmsnap_drivers.snapshots.iscsi.address import LunAddress, parse
 from vmsnap_drivers.snapshots.iscsi.doctor import examine
-from vmsnap_drivers.snapshots.iscsi.exports import Exports
+from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
 from vmsnap_drivers.snapshots.iscsi.files import Files
 from vmsnap_drivers.snapshots.iscsi.initiator import Account, InitiatorReader
 from vmsnap_drivers.snapshots.iscsi.names import (
@@ -37,9 +37,9 @@ from vmsnap_drivers.snapshots.iscsi.names import (
     target_of,
     to_data,
 )
-from vmsnap_drivers.snapshots.iscsi.places import Place, Places
+from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, ServerSettings
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
-from vmsnap_drivers.snapshots.iscsi.tgt import taken
+from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
 
 _MOST_AT_ONCE: Final = 8
 _PAUSE_SECONDS: Final = whole_number(1, 3600)
@@ -50,8 +50,8 @@ class IscsiMechanism(SnapshotMechanism):
     """Point-in-time copies of LUNs, taken of their backing stores where these lie, and exported as targets of their
     own: read-only for reading, a writable clone for a duplicate.
 
-    Targets are those of a tgtd on this host, or in storage appliances that are reached over SSH. A file is reflinked, a
-    thin volume gets a thin snapshot.
+    Targets are those of tgt or LIO on this host, or in storage appliances that are reached over SSH. A file is
+    reflinked, a thin volume gets a thin snapshot, another volume one with room for all that can be overwritten.
     """
 
     name: ClassVar[str] = "iscsi"
@@ -63,11 +63,12 @@ class IscsiMechanism(SnapshotMechanism):
             " that is not named is one of this host",
             "",
         ),
+        Option("server", "what serves the targets; auto: both are asked", AUTO, (AUTO, "tgt", "lio")),
         Option("control_port", "the control port of the tgtd on this host", "0", type=_CONTROL_PORT),
         Option(
             "initiators",
-            "who may use what is exported: addresses, or names (iqn.…), several with spaces; without it, this host's"
-            " address, as the portal sees it",
+            "who may use what is exported: addresses (tgt), or names (iqn.…), several with spaces; without it, this"
+            " host's address, as the portal sees it (tgt), or QEMU's names (LIO)",
             "",
         ),
         Option(
@@ -87,8 +88,10 @@ class IscsiMechanism(SnapshotMechanism):
         super().__init__(context, options)
         self._options = with_defaults(self.options, options)
         settings = SshSettings(self._options.get("known_hosts", ""), self._options.get("ssh_key", ""))
-        control_port = _CONTROL_PORT.read(self._options["control_port"])
-        self._places = Places(self._options["appliances"], control_port, settings)
+        servers = ServerSettings(
+            self._options["server"], _CONTROL_PORT.read(self._options["control_port"]), self._options["chap_user"]
+        )
+        self._places = Places(self._options["appliances"], servers, settings)
         self._exports = Exports(context.state_dir / self.name)
         self._kinds = self._places.of("").kinds
 
@@ -102,7 +105,7 @@ class IscsiMechanism(SnapshotMechanism):
         lun = parse(address)
         if lun is None or not self._places.serves(lun):
             raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
-        return Disk(device, address, self._origin(lun).size_bytes)
+        return Disk(device, address, self._find(lun)[1].size_bytes)
 
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See `SnapshotMechanism.plan`.
@@ -117,7 +120,7 @@ class IscsiMechanism(SnapshotMechanism):
     def prepare(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.prepare`."""
         for names in names_of(plan, self._kinds):
-            self._stores(names).prepare(names.origin, names.snapshot)
+            self._stores(names).prepare(names.origin, names.snapshot, plan.tag)
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
         """See `SnapshotMechanism.snapshot`. One command a disk, all at once.
@@ -143,7 +146,7 @@ class IscsiMechanism(SnapshotMechanism):
         for snapshot in snapshots:
             names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
             self._stores(names).settle(names.snapshot)
-            self._export(names.lun, names.target, names.snapshot, read_only=True)
+            self._make(self._export(names, names.target, names.snapshot), names.lun, read_only=True)
 
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
@@ -156,8 +159,8 @@ class IscsiMechanism(SnapshotMechanism):
         names = names_of(snapshot.plan, self._kinds)[index]
         path = self._stores(names).beside(names.origin, snapshot.plan.tag, index, name)
         target = clone_target_of(names.lun, name, index)
-        if self._place(names.lun).tgt.find(target) is not None:
-            raise taken(target)
+        if self._server(names).find(target) is not None:
+            raise Taken(target)
         data = {"index": index, "path": path, "target": target}
         return ClonePlan(self.name, snapshot.plan, snapshot.disk.device, name, folder, lasting, data)
 
@@ -165,7 +168,7 @@ class IscsiMechanism(SnapshotMechanism):
         """See `SnapshotMechanism.clone`. Made at once: it shares with the snapshot what is not overwritten."""
         names, source = self._clone(plan)
         self._stores(source).clone(source.snapshot, names.path, plan.snapshot.tag)
-        self._export(source.lun, names.target, names.path, read_only=False)
+        self._make(self._export(source, names.target, names.path), source.lun, plan.name, read_only=False)
         return Disk(snapshot.disk.device, str(source.lun.beside(names.target)), snapshot.disk.size_bytes)
 
     def delete_clone(self, plan: ClonePlan) -> None:
@@ -174,8 +177,7 @@ class IscsiMechanism(SnapshotMechanism):
         :raises SnapshotError: a VM uses it, or it cannot be removed or reached
         """
         names, source = self._clone(plan)
-        place = self._place(source.lun)
-        self._exports.remove(place, names.target, names.path, force=False)
+        self._exports.remove(self._export(source, names.target, names.path), force=False)
         self._stores(source).remove(names.path, plan.snapshot.tag)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
@@ -191,7 +193,7 @@ class IscsiMechanism(SnapshotMechanism):
         failed: SnapshotError | None = None
         for names in names_of(plan, self._kinds):
             try:
-                self._exports.remove(self._place(names.lun), names.target, names.snapshot, force=True)
+                self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
                 self._stores(names).remove(names.snapshot, plan.tag)
             except SnapshotError as e:
                 failed = failed or e
@@ -218,9 +220,10 @@ class IscsiMechanism(SnapshotMechanism):
             for stores, found in self._owned(place):
                 if (found.kind, _shown(place, found), found.tag) != (owned.kind, owned.name, owned.tag):
                     continue
-                for target in place.tgt.targets():
+                for server, target in list(place.all_targets()):
                     if [lun.path for lun in target.disks] == [found.path]:
-                        self._exports.remove(place, target.name, found.path, force=found.kind == "snapshot")
+                        export = Export(place, server, target.name, found.path)
+                        self._exports.remove(export, force=found.kind == "snapshot")
                 stores.remove(found.path, found.tag)
 
     def doctor(self) -> Sequence[Finding]:
@@ -237,7 +240,7 @@ class IscsiMechanism(SnapshotMechanism):
         lun = parse(disk.address)
         if lun is None or not self.handles(disk):
             raise SnapshotError(f"{disk.device} at {disk.address} is no raw LUN of a place that is known")
-        origin = self._origin(lun)
+        server, origin = self._find(lun)
         if origin.size_bytes != disk.size_bytes:
             raise SnapshotError(
                 f"{disk.address} has {disk.size_bytes} bytes for the VM, and {origin.size_bytes} where it lies"
@@ -247,20 +250,26 @@ class IscsiMechanism(SnapshotMechanism):
         snapshot, target = stores.beside(origin.path, tag, index), target_of(lun, tag, index)
         if stores.exists(snapshot):
             raise SnapshotError(f"there is {snapshot} on {place.name} already")
-        if place.tgt.find(target) is not None:
-            raise taken(target)
-        return LunNames(disk.address, origin.kind, origin.path, snapshot, target)
+        if server.find(target) is not None:
+            raise Taken(target)
+        return LunNames(disk.address, server.name, origin.kind, origin.path, snapshot, target)
 
-    def _origin(self, lun: LunAddress) -> Origin:
+    def _find(self, lun: LunAddress) -> tuple[Targets, Origin]:
         place = self._place(lun)
-        target = place.tgt.find(lun.target)
-        found = next((each for each in target.disks if each.number == lun.lun), None) if target is not None else None
-        if found is None:
+        server, target = place.serving(lun.target) or (None, Target(lun.target))
+        found = next((each for each in target.disks if each.number == lun.lun), None)
+        if server is None or found is None:
             raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
-        return place.look(found.path)
+        return server, place.look(found.path)
 
     def _place(self, lun: LunAddress) -> Place:
         return self._places.of(lun.portal)
+
+    def _server(self, names: LunNames) -> Targets:
+        place = self._place(names.lun)
+        if names.server not in place.servers:
+            raise SnapshotError(f"{names.target} was made by the server {names.server!r}", cure="see the option server")
+        return place.servers[names.server]
 
     def _stores(self, names: LunNames) -> Stores:
         return self._place(names.lun).kinds[names.kind]
@@ -269,16 +278,12 @@ class IscsiMechanism(SnapshotMechanism):
         names = clone_names_of(plan, self._kinds)
         return names, names_of(plan.snapshot, self._kinds)[names.index]
 
-    def _export(self, lun: LunAddress, target: str, path: str, *, read_only: bool) -> None:
-        place, initiators = self._place(lun), self._options["initiators"].split()
-        for initiator in initiators:
-            if not is_iqn(initiator) and not initiator.replace(".", "").replace(":", "").isalnum():
-                raise UsageError(f"initiators: {initiator!r} is neither an address nor a name")
-            if initiator.upper() == "ALL":
-                raise UsageError("initiators: everybody is nobody that may use a snapshot", cure="name addresses")
-        self._exports.make(
-            place, target, path, lun.target, initiators or [own_address_towards(lun)], read_only=read_only
-        )
+    def _export(self, names: LunNames, target: str, path: str) -> Export:
+        return Export(self._place(names.lun), self._server(names), target, path)
+
+    def _make(self, export: Export, beside: LunAddress, duplicate: str = "", *, read_only: bool) -> None:
+        initiators = self._options["initiators"].split()
+        self._exports.make(export, beside, initiators, duplicate, read_only=read_only)
 
     def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
         if not self._place(names.lun).here or self._options["reading"] == "initiator":
@@ -289,7 +294,7 @@ class IscsiMechanism(SnapshotMechanism):
         return DeviceReader(path, size_bytes, f"{what} {path}")
 
     def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
-        origins = [lun.path for target in place.tgt.targets() for lun in target.disks if lun.path.startswith("/")]
+        origins = [lun.path for _, target in place.all_targets() for lun in target.disks if lun.path.startswith("/")]
         return [(stores, owned) for stores in place.kinds.values() for owned in stores.owned(origins)]
 
 

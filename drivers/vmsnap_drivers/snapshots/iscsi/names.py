@@ -14,11 +14,12 @@ from vmsnap_drivers.snapshots.iscsi.stores import Stores
 
 @dataclass(frozen=True)
 class LunNames:
-    """One disk of a plan: its LUN (`address`), the backing store of that (`origin`, of the kind `kind`), the snapshot
-    to be made of it, and the target by which that is exported.
+    """One disk of a plan: its LUN (`address`), what serves it (`server`), the backing store of that (`origin`, of the
+    kind `kind`), the snapshot to be made of it, and the target by which that is exported.
     """
 
     address: str
+    server: str
     kind: str
     origin: str
     snapshot: str

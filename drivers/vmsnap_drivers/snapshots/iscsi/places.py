@@ -2,82 +2,127 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import LocalRunner, Runner
 from vmsnap_drivers.runner_ssh import SshRunner, SshSettings
 from vmsnap_drivers.snapshots.iscsi.address import DEFAULT_PORT, LunAddress, is_of_this_host
 from vmsnap_drivers.snapshots.iscsi.files import Files
+from vmsnap_drivers.snapshots.iscsi.lio import Lio
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Stores
+from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
 from vmsnap_drivers.snapshots.iscsi.tgt import Tgt
+from vmsnap_drivers.snapshots.iscsi.thick import ThickVolumes
 from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
 
 HERE: Final = "this host"
-_SOCKETS: Final = Path("/var/run/tgtd")
-_BLOCK_DEVICE: Final = "block special file"
+
+
+AUTO: Final = "auto"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What serves targets: `server` is the name of one kind, or `AUTO`, where all kinds are asked."""
+
+    server: str = AUTO
+    control_port: int = 0
+    chap_user: str = ""
 
 
 @dataclass
 class Place:
-    """One place where a tgtd serves targets. `name` is what messages call it, `portal` where it is reached; empty for
-    this host.
+    """One place where targets are served. `name` is what messages call it, `portal` where it is reached; empty for this
+    host. `servers` are what may serve there.
     """
 
     name: str
     portal: str
     runner: Runner
-    control_port: int
-    tgt: Tgt = field(init=False)
+    settings: ServerSettings
+    servers: Mapping[str, Targets] = field(init=False)
     kinds: Mapping[str, Stores] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tgt = Tgt(self.runner, self.control_port)
-        self.kinds = {stores.kind: stores for stores in (Files(self.runner), Volumes(self.runner))}
+        control_port = self.settings.control_port if self.here else 0
+        self.servers = {
+            server.name: server
+            for server in (Tgt(self.runner, control_port), Lio(self.runner, self.settings.chap_user))
+            if self.settings.server in (AUTO, server.name)
+        }
+        # In this order they are asked whose a backing store is.
+        self.kinds = {kind.kind: kind(self.runner) for kind in (Files, Volumes, ThickVolumes)}
 
     @property
     def here(self) -> bool:
         """It is this host."""
         return self.name == HERE
 
+    def serving(self, target: str) -> tuple[Targets, Target] | None:
+        """What serves a target, and the target.
+
+        :raises SnapshotError: nothing serves here, it cannot be asked, or two serve targets of that name
+        :raises DriverUnavailable: the programs are not installed by which it could be
+        """
+        found = [each for each in self.all_targets() if each[1].name == target]
+        if len(found) > 1:
+            both = " and ".join(server.label for server, _ in found)
+            raise SnapshotError(f"{both} both serve a target {target} on {self.name}", cure="see the option server")
+        return found[0] if found else None
+
+    def all_targets(self) -> Iterator[tuple[Targets, Target]]:
+        """All targets, each with what serves it. Raises as `serving` does."""
+        silent: list[NotRunning | DriverUnavailable] = []
+        asked = [server for server in self.servers.values() if not self.here or server.is_on_this_host()]
+        if not asked:
+            raise NotRunning(f"nothing serves targets on {self.name}", cure="start it, and see that vmsnap may tell it")
+        for server in asked:
+            try:
+                targets = server.targets()
+            except (NotRunning, DriverUnavailable) as e:
+                silent.append(e)
+                continue
+            yield from ((server, target) for target in targets)
+        if len(silent) == len(asked):
+            reasons = dict.fromkeys(e.message for e in silent)
+            raise type(silent[0])(f"nothing serves targets on {self.name}: {'; '.join(reasons)}", cure=silent[0].cure)
+
     def look(self, path: str) -> Origin:
         """What lies at the path of a backing store.
 
         :raises SnapshotError: it is not there, or cannot be snapshotted
         """
-        done = self.runner.run(["stat", "--dereference", "--format=%F", "--", path], 60.0)
-        if done.status:
-            raise SnapshotError(f"the backing store {path} on {self.name} cannot be looked at")
-        kind = Volumes.kind if done.stdout.strip() == _BLOCK_DEVICE else Files.kind
-        return self.kinds[kind].look(path)
+        for stores in self.kinds.values():
+            if (origin := stores.look(path)) is not None:
+                return origin
+        raise SnapshotError(f"{path} on {self.name} is of no kind that can be snapshotted")
 
 
 class Places:
     """All of them that are configured, made when they are asked for."""
 
-    def __init__(self, appliances: str, control_port: int, ssh: SshSettings) -> None:
+    def __init__(self, appliances: str, servers: ServerSettings, ssh: SshSettings) -> None:
         """Remember what is configured; no I/O.
 
         :raises UsageError: it is none
         """
-        self._control_port = control_port
+        self._servers = servers
         self._settings = ssh
         self._urls = dict(_entry(word) for word in appliances.replace(",", " ").split())
         self._made: dict[str, Place] = {}
 
     def serves(self, lun: LunAddress) -> bool:
-        """Whether its portal is one of an appliance that is configured, or of a tgtd on this host. Quick."""
+        """Whether its portal is one of an appliance that is configured, or of this host, which serves. Quick."""
         if lun.portal in self._urls:
             return True
-        return self.has_tgtd() and is_of_this_host(lun.host)
+        return self.has_server() and is_of_this_host(lun.host)
 
-    def has_tgtd(self) -> bool:
-        """Whether a tgtd of this host can be asked by us."""
-        return os.access(_SOCKETS / f"socket.{self._control_port}", os.W_OK)
+    def has_server(self) -> bool:
+        """Whether a tgtd of this host, or its LIO, can be told by us."""
+        return any(server.is_on_this_host() for server in self.of("").servers.values())
 
     def of(self, portal: str) -> Place:
         """The place behind a portal."""
@@ -85,14 +130,14 @@ class Places:
         if url not in self._made:
             if url:
                 runner: Runner = SshRunner(url, self._settings)
-                self._made[url] = Place(f"the appliance {url}", portal, runner, 0)
+                self._made[url] = Place(f"the appliance {url}", portal, runner, self._servers)
             else:
-                self._made[url] = Place(HERE, "", LocalRunner(), self._control_port)
+                self._made[url] = Place(HERE, "", LocalRunner(), self._servers)
         return self._made[url]
 
     def all(self) -> Iterator[Place]:
-        """This host where it has a tgtd, and all appliances."""
-        if self.has_tgtd():
+        """This host where it serves, and all appliances."""
+        if self.has_server():
             yield self.of("")
         for portal in self._urls:
             yield self.of(portal)

@@ -1,4 +1,4 @@
-"""What lies behind LUNs, and how it is snapshotted where it lies: files by reflink, thin volumes by LVM.
+"""What lies behind LUNs, and how it is snapshotted where it lies: files by reflink, volumes by LVM.
 
 Whatever is made lies beside its origin, in the same folder or volume group, and is named by its plan.
 """
@@ -38,7 +38,11 @@ class Owned:
 
 
 class Stores(ABC):
-    """One kind of backing stores, where `runner` runs commands. Paths are absolute."""
+    """One kind of backing stores, where `runner` runs commands. Paths are absolute.
+
+    A further kind is a further class: `kind` names it in plans, `look` tells its own from others', and `places.Place`
+    has the list.
+    """
 
     kind: ClassVar[str]
 
@@ -46,10 +50,10 @@ class Stores(ABC):
         self._runner = runner
 
     @abstractmethod
-    def look(self, path: str) -> Origin:
-        """What that is.
+    def look(self, path: str) -> Origin | None:
+        """What that is; None where it is none of this kind, so that the next kind is asked.
 
-        :raises SnapshotError: it is none of this kind, or cannot be snapshotted
+        :raises SnapshotError: it is not there, or cannot be snapshotted
         """
 
     @abstractmethod
@@ -66,7 +70,7 @@ class Stores(ABC):
     def exists(self, path: str) -> bool:
         """Whether there is something at that path."""
 
-    def prepare(self, origin: str, path: str) -> None:
+    def prepare(self, origin: str, path: str, tag: str) -> None:
         """Do what is slow about a snapshot; whoever writes to the origin goes on."""
 
     @abstractmethod

@@ -6,88 +6,66 @@ and are bound by their names.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import ClassVar, Final
 
-from vmsnap.errors import DriverUnavailable, SnapshotError
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import Runner, one_line
+from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn, own_address_towards
+from vmsnap_drivers.snapshots.iscsi.targets import Lun, NotRunning, Taken, Target, Targets
 
 INSTALL: Final = "install tgt"
-CONTROLLER: Final = 0
+_CONTROLLER: Final = 0
 """The LUN that every target has, which is no disk."""
 _SECONDS: Final = 60.0
 _TARGET: Final = re.compile(r"Target (\d+): (\S+)")
+_SOCKETS: Final = Path("/var/run/tgtd")
 _TRIES: Final = 5
 _NOBODY: Final = "tgt daemon"
 _EXISTS: Final = "this target already exists"
 
 
-class NotRunning(SnapshotError):
-    """No tgtd answers there: nothing is exported."""
-
-
-@dataclass(frozen=True)
-class Lun:
-    """One LUN of a target; `path` is its backing store."""
-
-    number: int
-    path: str = ""
-    read_only: bool = False
-
-
-@dataclass
-class Target:
-    """One target. `sessions` are the names of the initiators that are connected, `accounts` those of CHAP with which
-    they may be, `outgoing` the one by which the target shows who it is.
+class Tgt(Targets):
+    """The tgtd with that control port, where `runner` runs commands. It knows initiators by their addresses and by
+    their names.
     """
 
-    tid: int
-    name: str
-    luns: list[Lun] = field(default_factory=list)
-    sessions: list[str] = field(default_factory=list)
-    accounts: list[str] = field(default_factory=list)
-    outgoing: list[str] = field(default_factory=list)
-    access: list[str] = field(default_factory=list)
-
-    @property
-    def disks(self) -> list[Lun]:
-        """Its LUNs that are disks."""
-        return [lun for lun in self.luns if lun.number != CONTROLLER]
-
-
-class Tgt:
-    """The tgtd with that control port, where `runner` runs commands."""
+    name: ClassVar[str] = "tgt"
+    label: ClassVar[str] = "tgtd"
 
     def __init__(self, runner: Runner, control_port: int) -> None:
         self._runner = runner
         self._control_port = control_port
 
-    def targets(self) -> list[Target]:
-        """All targets.
+    def is_on_this_host(self) -> bool:
+        """See `Targets.is_on_this_host`."""
+        return os.access(_SOCKETS / f"socket.{self._control_port}", os.W_OK)
 
-        :raises NotRunning: no tgtd answers
-        :raises DriverUnavailable: tgtadm is not installed
-        :raises SnapshotError: it cannot be asked
-        """
+    def targets(self) -> list[Target]:
+        """See `Targets.targets`."""
         return parse(self._tgtadm("target", "show"))
 
     def portals(self) -> list[str]:
-        """Where it listens, such as ``127.0.0.1:3260``. Raises as `targets` does."""
+        """See `Targets.portals`."""
         found = re.findall(r"Portal: (\S+?)(?:,\d+)?$", self._tgtadm("portal", "show"), re.MULTILINE)
         return [str(portal) for portal in found]
 
-    def find(self, name: str) -> Target | None:
-        """The target of that name. Raises as `targets` does."""
-        return next((target for target in self.targets() if target.name == name), None)
+    def admitted(self, lun: LunAddress, like: Target, duplicate: str) -> Sequence[str]:
+        """See `Targets.admitted`: by the address that the portal sees."""
+        return [own_address_towards(lun)]
+
+    def check_initiator(self, initiator: str) -> None:
+        """See `Targets.check_initiator`: an address, or a name."""
+        if not is_iqn(initiator) and not initiator.replace(".", "").replace(":", "").isalnum():
+            raise UsageError(f"initiators: {initiator!r} is neither an address nor a name")
+        if initiator.upper() == "ALL":
+            raise UsageError("initiators: everybody is nobody that may use a snapshot", cure="name addresses")
 
     def export(self, name: str, path: str, like: Target, initiators: Sequence[str], *, read_only: bool) -> None:
-        """Make a target with one LUN, number 1, that the `initiators` (addresses, or names that begin with ``iqn.``)
-        may use with the accounts of the target `like`. Nobody can before all is as it is to be.
-
-        :raises SnapshotError: there is such a target, or tgtd refused
-        """
+        """See `Targets.export`. Whoever is bound at the end is admitted."""
         tid = self._make(name)
         self._tgtadm("logicalunit", "new", tid, "--lun", "1", "--backing-store", path)
         if read_only:
@@ -101,10 +79,7 @@ class Tgt:
             self._tgtadm("target", "bind", tid, kind, initiator)
 
     def delete(self, target: Target, *, force: bool) -> None:
-        """Remove a target. With `force` whoever is connected is cut off.
-
-        :raises SnapshotError: it is in use, or tgtd refused
-        """
+        """See `Targets.delete`."""
         self._tgtadm("target", "delete", str(target.tid), *(["--force"] if force else []))
 
     def _make(self, name: str) -> str:
@@ -121,7 +96,7 @@ class Tgt:
                     raise
             else:
                 return tid
-        raise taken(name)
+        raise Taken(name)
 
     def _tgtadm(self, mode: str, operation: str, tid: str = "", *more: str) -> str:
         argv = [
@@ -148,14 +123,6 @@ class Tgt:
         raise SnapshotError(f"tgtadm could not {operation} {mode} {tid}: {said}".replace("  ", " "))
 
 
-def taken(name: str) -> SnapshotError:
-    """What is said where a name is somebody's already."""
-    return SnapshotError(
-        f"there is an iSCSI target {name} already, which is left alone",
-        cure="remove it if nobody needs it, or see: vmsnap strays",
-    )
-
-
 def parse(text: str) -> list[Target]:
     """The targets in what ``tgtadm --mode target --op show`` prints."""
     found: list[Target] = []
@@ -163,11 +130,13 @@ def parse(text: str) -> list[Target]:
     for line in map(str.strip, text.splitlines()):
         begin = _TARGET.fullmatch(line)
         if begin:
-            found.append(Target(int(begin[1]), begin[2]))
+            found.append(Target(begin[2], int(begin[1])))
         elif line.endswith(" information:"):
             section = line.removesuffix(" information:")
         elif found and line:
             _take(found[-1], section, line)
+    for target in found:
+        target.disks = [lun for lun in target.disks if lun.number != _CONTROLLER]
     return found
 
 
@@ -175,11 +144,11 @@ def _take(target: Target, section: str, line: str) -> None:
     key, _, value = line.partition(": ")
     if section == "LUN":
         if key == "LUN":
-            target.luns.append(Lun(int(value)))
-        elif target.luns and key == "Backing store path":
-            target.luns[-1] = Lun(target.luns[-1].number, value, target.luns[-1].read_only)
-        elif target.luns and key == "Readonly":
-            target.luns[-1] = Lun(target.luns[-1].number, target.luns[-1].path, value == "Yes")
+            target.disks.append(Lun(int(value)))
+        elif target.disks and key == "Backing store path":
+            target.disks[-1] = Lun(target.disks[-1].number, value, target.disks[-1].read_only)
+        elif target.disks and key == "Readonly":
+            target.disks[-1] = Lun(target.disks[-1].number, target.disks[-1].path, value == "Yes")
     elif section == "I_T nexus" and key == "Initiator":
         target.sessions.append(value.partition(" alias: ")[0])
     elif section == "Account":

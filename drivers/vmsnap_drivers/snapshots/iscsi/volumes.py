@@ -1,7 +1,4 @@
-"""Backing stores that are thin logical volumes.
-
-Thick ones are refused: their snapshots run full, and nobody would watch them in an appliance.
-"""
+"""Backing stores that are thin logical volumes."""
 
 from __future__ import annotations
 
@@ -13,7 +10,9 @@ from typing import Any, ClassVar, Final
 from vmsnap.errors import SnapshotError
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 
-_FIELDS: Final = "lv_path,lv_size,lv_tags,pool_lv,vg_name,data_percent,metadata_percent"
+_FIELDS: Final = (
+    "lv_path,lv_size,lv_tags,lv_layout,origin,pool_lv,vg_name,vg_free,vg_extent_size,data_percent,metadata_percent"
+)
 _OURS: Final = "vmsnap-iscsi"
 """The tag of every volume that we have made. The mechanism lvm has another, and leaves ours alone."""
 _PLAN: Final = "vmsnap.plan="
@@ -31,13 +30,11 @@ class Volumes(Stores):
     kind: ClassVar[str] = "volume"
     _has_udev: bool | None = None
 
-    def look(self, path: str) -> Origin:
+    def look(self, path: str) -> Origin | None:
         """See `Stores.look`."""
         (found,) = self._lvs(path)
         if not found["pool_lv"]:
-            raise SnapshotError(
-                f"{path} is no thin volume", cure="put it into a thin pool, or choose --mechanism DISK=qcow2"
-            )
+            return None
         (pool,) = self._lvs(f"{found['vg_name']}/{found['pool_lv'].strip('[]')}")
         for what in ("data", "metadata"):
             used = float(pool[f"{what}_percent"] or 0)
@@ -84,9 +81,12 @@ class Volumes(Stores):
         return _value(row, _PLAN) if _OURS in row["lv_tags"].split(",") else ""
 
     def _create(self, origin: str, path: str, kind: str, tag: str, *more: str, seconds: float = 120.0) -> None:
-        tags = (_OURS, f"{_KIND}{kind}", f"{_PLAN}{tag}")
-        words = [word for each in tags for word in ("--addtag", _NOT_IN_A_TAG.sub("&", each))]
+        words = self._tags(kind, tag)
         self._lvm("lvcreate", "--snapshot", *more, *words, "--name", path.rpartition("/")[2], origin, seconds=seconds)
+
+    def _tags(self, kind: str, tag: str) -> list[str]:
+        tags = (_OURS, f"{_KIND}{kind}", f"{_PLAN}{tag}")
+        return [word for each in tags for word in ("--addtag", _NOT_IN_A_TAG.sub("&", each))]
 
     def _lvs(self, *names: str) -> list[dict[str, Any]]:
         options = ["--reportformat", "json", "--units", "b", "--nosuffix", "--options", _FIELDS]

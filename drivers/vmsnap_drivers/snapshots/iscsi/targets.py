@@ -1,0 +1,112 @@
+"""The role of what serves targets, tgt or LIO: what is exported, and how a target of ours is made and removed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from vmsnap.errors import SnapshotError
+from vmsnap_drivers.snapshots.iscsi.address import LunAddress
+
+
+class NotRunning(SnapshotError):
+    """Nothing of the kind serves there: nothing is exported."""
+
+
+class Taken(SnapshotError):
+    """The name of a target is somebody's already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"there is an iSCSI target {name} already, which is left alone",
+            cure="remove it if nobody needs it, or see: vmsnap strays",
+        )
+
+
+@dataclass(frozen=True)
+class Lun:
+    """One LUN of a target that is a disk; `path` is its backing store, empty where that is not told."""
+
+    number: int
+    path: str = ""
+    read_only: bool = False
+
+
+@dataclass
+class Target:
+    """One target. `sessions` are the names of the initiators that are connected, `accounts` those of CHAP with which
+    they may be, `outgoing` the one by which the target shows who it is, `access` who is admitted.
+    """
+
+    name: str
+    tid: int = 0
+    disks: list[Lun] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
+    accounts: list[str] = field(default_factory=list)
+    outgoing: list[str] = field(default_factory=list)
+    access: list[str] = field(default_factory=list)
+    portals: list[str] = field(default_factory=list)
+
+
+class Targets(ABC):
+    """One program or kernel part that serves targets. Its methods block.
+
+    All of them raise `NotRunning` where it does not serve, `DriverUnavailable` where a program is not installed by
+    which it is told, `SnapshotError` where it cannot be reached or refuses.
+    """
+
+    name: ClassVar[str]
+    """As the option ``server`` and plans have it."""
+    label: ClassVar[str]
+    """As messages have it."""
+
+    @abstractmethod
+    def is_on_this_host(self) -> bool:
+        """Whether there is one on this host, and we may tell it. Quick."""
+
+    @abstractmethod
+    def targets(self) -> list[Target]:
+        """All targets."""
+
+    @abstractmethod
+    def portals(self) -> list[str]:
+        """Where it listens, such as ``127.0.0.1:3260``."""
+
+    @abstractmethod
+    def admitted(self, lun: LunAddress, like: Target, duplicate: str) -> Sequence[str]:
+        """Who may use an export beside `lun`, whose target is `like`, where nobody was named: this host alone.
+
+        :param duplicate: the VM whose disk it will be; empty for a snapshot, which vmsnap reads
+        """
+
+    @abstractmethod
+    def check_initiator(self, initiator: str) -> None:
+        """See that an initiator which a person named can be admitted. No I/O.
+
+        :raises UsageError: it cannot
+        """
+
+    @abstractmethod
+    def export(self, name: str, path: str, like: Target, initiators: Sequence[str], *, read_only: bool) -> None:
+        """Make a target with one LUN, number 1, that the `initiators` may use with the accounts of the target `like`.
+        Nobody can before all is as it is to be.
+
+        :raises Taken: there is such a target
+        :raises SnapshotError: it was refused
+        """
+
+    @abstractmethod
+    def delete(self, target: Target, *, force: bool) -> None:
+        """Remove a target of ours. With `force` whoever is connected is cut off.
+
+        :raises SnapshotError: it is in use, or it was refused
+        """
+
+    def release(self, path: str) -> None:
+        """Let go of a backing store that `export` has opened, and whose target was not made; idempotent."""
+
+    def find(self, name: str) -> Target | None:
+        """The target of that name."""
+        return next((target for target in self.targets() if target.name == name), None)

@@ -1,0 +1,175 @@
+"""What goes wrong between vmsnap and whatever serves targets, tgt or LIO: each is one clear line, nothing is left, and
+nobody else's is touched. Test modules take these tests over, and have a fixture ``rig`` of their own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lun_rig import SIZE, TARGETS, LunRig
+from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.model import Window
+from vmsnap.testing.cloning import clone_all, delete_all
+from vmsnap.testing.rigs import read_all
+from vmsnap.testing.snapshot import contents_of, live
+
+
+def plan_of(rig: LunRig, tag: str = "vmsnap-x") -> Any:
+    return rig.mechanism().plan(rig.vm, rig.disks(), tag, Window.FREE)
+
+
+def test_a_target_that_has_the_name_already_is_left_alone_and_reported(rig: LunRig) -> None:
+    taken = "iqn.2009-12.com.example:vmsnap-x.0"
+    rig.server.add(taken, None)
+    before = rig.traces()
+    with pytest.raises(SnapshotError, match=r"there is an iSCSI target \S+:vmsnap-x.0 already, which is left alone"):
+        plan_of(rig)
+    assert any(taken in finding.message and finding.severity == "note" for finding in rig.mechanism().doctor())
+    assert not rig.mechanism().list_owned()
+    assert rig.traces() == before
+
+
+def test_a_name_that_somebody_takes_after_the_plan_fails_and_stays_somebodys(rig: LunRig) -> None:
+    life = live(rig, "snapshot", tag="vmsnap-x")
+    taken = "iqn.2009-12.com.example:vmsnap-x.1"
+    other = rig.images / "somebody.img"
+    other.write_bytes(bytes(SIZE))
+    rig.server.add(taken, other)
+    with pytest.raises(SnapshotError, match=r"vmsnap-x.1 already"):
+        life.mechanism.settle(life.snapshots)
+    life.end()
+    assert rig.server.targets()[taken] == [str(other)]
+    assert sorted(rig.server.targets()) == sorted([*TARGETS, taken])
+    assert not list(rig.images.glob("vmsnap-*"))
+
+
+def test_the_name_of_a_duplicates_lun_may_be_taken(rig: LunRig) -> None:
+    rig.server.add("iqn.2009-12.com.example:bk001", None)
+    life = live(rig)
+    with pytest.raises(SnapshotError, match=r"iqn.2009-12.com.example:bk001 already"):
+        clone_all(rig, life, "bk001")
+    life.end()
+    assert "iqn.2009-12.com.example:bk001" in rig.server.targets()
+
+
+def test_a_lun_in_use_is_not_removed_and_its_user_is_named(rig: LunRig) -> None:
+    life = live(rig)
+    clones = clone_all(rig, life, "bk001")
+    qemu_io = subprocess.Popen(
+        ["qemu-io", "-f", "raw", clones[0].disk.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert qemu_io.stdin is not None and qemu_io.stdout is not None
+        qemu_io.stdin.write(b"write -P 7 0 4096\n")
+        qemu_io.stdin.flush()
+        assert b"wrote 4096" in qemu_io.stdout.readline() + qemu_io.stdout.readline()
+        with pytest.raises(SnapshotError, match=r"is in use by iqn.2008-11.org.linux-kvm"):
+            delete_all(life.mechanism, clones)
+        assert rig.content(clones[0].disk)[:4096] == b"\7" * 4096
+    finally:
+        qemu_io.communicate()
+    delete_all(life.mechanism, clones)
+    life.end()
+    assert sorted(rig.server.targets()) == sorted(TARGETS)
+
+
+def test_a_snapshot_takes_no_writes_and_admits_this_host_alone(rig: LunRig) -> None:
+    life = live(rig)
+    address = rig.server.address("iqn.2009-12.com.example:" + life.plan.tag + ".0")
+    target = address.split("/")[3]
+    assert rig.server.read_only(target) and rig.server.access(target) == [rig.server.this_host]
+    done = subprocess.run(["qemu-io", "-f", "raw", "-c", "write 0 4096", address], capture_output=True, text=True)
+    assert done.returncode and "write protected" in done.stderr
+    assert contents_of(rig.mechanism(), life) == list(life.contents)
+    life.end()
+
+
+@pytest.mark.parametrize("initiators", ["ALL", "127.0.0.1 all", "10.0.0.1;reboot"])
+def test_nobody_and_everybody_are_no_initiators(rig: LunRig, initiators: str) -> None:
+    rig.options["initiators"] = initiators
+    life = live(rig, "snapshot")
+    with pytest.raises(UsageError, match="initiators"):
+        life.mechanism.settle(life.snapshots)
+    life.end()
+    assert sorted(rig.server.targets()) == sorted(TARGETS)
+
+
+def test_initiators_can_be_named_and_then_nobody_else_is_admitted(rig: LunRig) -> None:
+    rig.options["initiators"] = "iqn.2009-12.com.example:reader"
+    life = live(rig)
+    assert rig.server.access(f"iqn.2009-12.com.example:{life.plan.tag}.0") == ["iqn.2009-12.com.example:reader"]
+    with pytest.raises(SnapshotError, match="cannot be reached"):
+        life.mechanism.reader(life.snapshots[0])
+    life.end()
+
+
+def test_an_export_has_the_accounts_of_its_origin_and_no_secret_stands_in_a_command_line(
+    rig: LunRig, tmp_path: Path
+) -> None:
+    word = "a word of chap 12"
+    for target in TARGETS:
+        rig.server.remove(target)
+    for index, target in enumerate(TARGETS):
+        rig.server.add(target, rig.images / f"disk{index}.img", user=f"keeper{index}", password=word)
+    life = live(rig)
+    with pytest.raises(SnapshotError, match="cannot be reached"):
+        life.mechanism.reader(life.snapshots[0])
+    secret = tmp_path / "secret"
+    secret.write_text(word)
+    rig.options |= {"chap_user": "keeper0", "chap_password_file": str(secret)}
+    with rig.mechanism().reader(life.snapshots[0]) as reader:
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(path)]
+        assert any(b"qemu-nbd" in line and str(secret).encode() in line for line in lines)
+        assert not any(word.encode() in line for line in lines)
+        assert read_all(reader) == life.contents[0]
+    life.end()
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+    except OSError:
+        return False
+    return True
+
+
+def test_what_cannot_be_snapshotted_where_it_lies_is_refused_before_anything_is_made(
+    rig: LunRig, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere.img"
+    elsewhere.write_bytes(bytes(SIZE))
+    rig.server.add("iqn.2009-12.com.example:elsewhere", elsewhere)
+    disk = rig.disks()[0]
+    cases = [
+        ("iqn.2009-12.com.example:elsewhere", SIZE, "where a file cannot be snapshotted"),
+        ("iqn.2009-12.com.example:nobody", SIZE, "serves no LUN 1"),
+        (TARGETS[0], SIZE * 2, "has 2097152 bytes for the VM, and 1048576 where it lies"),
+    ]
+    before = rig.traces()
+    for target, size_bytes, message in cases:
+        wrong = replace(disk, address=rig.server.address(target), size_bytes=size_bytes)
+        with pytest.raises(SnapshotError, match=message):
+            rig.mechanism().plan(rig.vm, [wrong], "vmsnap-x", Window.FREE)
+    assert rig.traces() == before
+
+
+def test_a_plan_that_names_others_removes_nothing(rig: LunRig) -> None:
+    life = live(rig)
+    before = rig.traces()
+    (first, second) = life.plan.data["luns"]
+    for forged in (
+        {**first, "snapshot": first["origin"]},
+        {**first, "target": TARGETS[0]},
+        {**first, "origin": str(rig.images / "../images/disk0.img")},
+        {**first, "kind": "other"},
+        {**first, "server": "other"},
+    ):
+        with pytest.raises(SnapshotError, match=r"no snapshot of it|none of the mechanism iscsi|the server 'other'"):
+            life.mechanism.delete(replace(life.plan, data={"luns": [forged, second]}))
+    assert rig.traces() == before
+    life.end()
