@@ -87,6 +87,29 @@ def test_a_live_backup_is_read_from_targets_of_its_own_and_comes_to_life_beside_
     assert machine.faults() == [] and stage.bridge.repeated() == set()
 
 
+def test_two_mechanisms_of_one_vm_work_inside_one_pause(bench: Bench) -> None:
+    """One disk by QEMU's block layer, one in the target: RAM and both disks agree in what is brought to life."""
+    stage, machine = bench.stage, bench.stage.machine
+    graph, stops, reach = block_graph(machine), stage.stops(), {"qmp": str(machine.qmp_socket)}
+    stage.controller.remove_vm("vm001")
+    stage.controller.add_vm("vm001", "qemu", reach, {"disk0": "qcow2"})
+    result = stage.controller.backup("vm001", stage.repository)
+    assert stage.stops()[len(stops) :] == ["STOP", "RESUME"]
+    manifest = stage.repository.manifest(result.backup)
+    assert [(disk.device, disk.mechanism) for disk in manifest.disks] == [("disk0", "qcow2"), ("disk1", "iscsi")]
+    taken = [moment for moment in manifest.moments if moment.name in ("disks", "snapshot")]
+    assert len(taken) == 2
+    assert manifest.moments[0].name == "pause" and manifest.moments[-1].name == "resume"
+    verified = stage.controller.verify_boot(stage.repository, result.backup, timeout_seconds=200)
+    assert "serial" in verified.life
+    stage.controller.remove_vm("vm001")
+    stage.controller.add_vm("vm001", "qemu", reach)
+    assert block_graph(machine) == graph
+    bench.see_that_nothing_is_left()
+    machine.wait_for_check(machine.latest_check() + 1)
+    assert machine.faults() == []
+
+
 def test_a_consistent_backup_runs_its_duplicate_on_writable_luns(bench: Bench) -> None:
     stage, machine = bench.stage, bench.stage.machine
     entries, count, processes = stage.entries(), machine.latest_count(), processes_of(stage.place)

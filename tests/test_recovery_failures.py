@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from tests.conftest import Counted
+from tests.test_backup_failures import TWO_MECHANISMS
 from tests.test_duplicate_failures import (
     CASES,
     KILLS,
@@ -76,7 +77,7 @@ class Announced(FaultPlan):
 
 
 def world_of(*, guarded: bool) -> World:
-    made = World(guarded=guarded)
+    made = World(guarded=guarded, mechanisms=TWO_MECHANISMS)
     with made.controller() as controller:
         live = controller.backup("vm001", made.repository()).backup
     (made.folders.state_dir / "live").write_text(live)

@@ -17,7 +17,7 @@ from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import VmGone
 from vmsnap.guardian import Guard, NoGuard, start_for
 from vmsnap.host import HostFolders
-from vmsnap.model import VmState
+from vmsnap.model import Disk, SnapshotPlan, VmState, Window
 from vmsnap.places import create_repository, storage_for
 from vmsnap.repository import Repository
 from vmsnap.roles import DriverContext, Hypervisor, SnapshotMechanism
@@ -25,11 +25,32 @@ from vmsnap.testing.faults import FaultPlan, FaultyHypervisor, FaultySnapshotMec
 from vmsnap_drivers.hypervisors.simulated import lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import ask
 from vmsnap_drivers.hypervisors.simulated.layout import PAGE, Slots
+from vmsnap_drivers.snapshots.file import FileMechanism
 
 MIB = 1 << 20
 
 
-class FaultyDrivers(Drivers):
+class SecondMechanism(FileMechanism):
+    """A mechanism beside ``file``, so that a VM has two: of the same code, with a name and tags of its own."""
+
+    name = "second"
+
+    def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
+        """As the other one, whose files are then not this one's."""
+        return super().plan(vm, disks, f"{tag}-{self.name}", window)
+
+
+class WorldDrivers(Drivers):
+    """The drivers that are installed, and the second mechanism, which takes no disk that was not given to it."""
+
+    def mechanism(self, name: str) -> SnapshotMechanism:
+        """One of them."""
+        if name == SecondMechanism.name:
+            return SecondMechanism(self.context, {})
+        return super().mechanism(name)
+
+
+class FaultyDrivers(WorldDrivers):
     """Drivers whose calls fail as `faults` says."""
 
     def __init__(
@@ -55,7 +76,8 @@ def unguarded(_context: DriverContext, _vm: str, _hypervisor: str, _options: Map
 class World:
     """One simulated VM ``vm001`` with two disks, executing, and an empty repository.
 
-    Its disks are `images` where there are some; `mechanism_options` are those of the configuration.
+    Its disks are `images` where there are some; `mechanism_options` are those of the configuration, and `mechanisms`
+    those of its disks, ``file`` where none is named.
     """
 
     def __init__(
@@ -67,6 +89,7 @@ class World:
         deaf: bool = False,
         images: Sequence[Path] = (),
         mechanism_options: Mapping[str, Mapping[str, str]] | None = None,
+        mechanisms: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-test-", dir="/dev/shm"))
         self.folders = HostFolders.find(self.folder / "state")
@@ -86,7 +109,7 @@ class World:
         self.socket = Path(loaded.options["socket"])
         with self.controller() as controller:
             try:
-                controller.add_vm("vm001", "simulated", loaded.options)
+                controller.add_vm("vm001", "simulated", loaded.options, mechanisms)
             except VmGone as e:
                 log = record.log_path(self.socket)
                 e.add_note(log.read_text() if log.exists() else "its process left no last words")
@@ -129,7 +152,7 @@ class World:
         """A controller of this world, with faults."""
         context = self.folders.context()
         options = self.mechanism_options
-        drivers = Drivers(context, options) if faults is None else FaultyDrivers(context, faults, options)
+        drivers = WorldDrivers(context, options) if faults is None else FaultyDrivers(context, faults, options)
         return Controller(self.folders, drivers=drivers, start_guardian=self.start_guardian)
 
     def repository(self, faults: FaultPlan | None = None) -> Repository:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vmsnap.cli import output
-from vmsnap.controller.capture import choose_mechanisms
+from vmsnap.controller.choosing import choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.errors import VmsnapError
 from vmsnap.model import SeenVm

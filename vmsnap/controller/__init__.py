@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmsnap.controller.capture import GuardianStart, choose_mechanisms
+from vmsnap.controller.capture import GuardianStart
+from vmsnap.controller.choosing import choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.progress import Progress, ProgressCallback, silent

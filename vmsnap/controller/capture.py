@@ -6,36 +6,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
+from vmsnap.controller.choosing import by_mechanism, check_cloneable, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
-from vmsnap.errors import (
-    CannotCapture,
-    DoesNotConverge,
-    HypervisorError,
-    PauseExceeded,
-    ProtocolError,
-    VmGone,
-    VmsnapError,
-)
+from vmsnap.controller.instant import Instant
+from vmsnap.controller.snapshots import Snapshots
+from vmsnap.errors import CannotCapture, DoesNotConverge, PauseExceeded, ProtocolError, VmGone
 from vmsnap.guardian import Guard, NoGuard
 from vmsnap.journal import Operation
-from vmsnap.model import (
-    CapturePlan,
-    Disk,
-    DiskSnapshot,
-    Duplicate,
-    Moment,
-    SnapshotPlan,
-    VmDescription,
-    VmState,
-    to_json,
-)
+from vmsnap.model import CapturePlan, DiskSnapshot, Duplicate, Moment, VmDescription, VmState, to_json
 from vmsnap.protocol import Compensation, Instruction
 from vmsnap.repository import check_device
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, SnapshotMechanism
-from vmsnap.vmtable import DiskRow, VmRow, VmTable
+from vmsnap.vmtable import VmRow, VmTable
 
 T = TypeVar("T")
 
@@ -43,40 +28,6 @@ COPY_STALL_SECONDS = 10.0
 """How long the copy of the memory may stand still, beyond the pause that is allowed, before the guardian ends it."""
 
 GuardianStart = Callable[[DriverContext, str, str, Mapping[str, str]], Guard]
-
-
-@dataclass(frozen=True)
-class Instant:
-    """The evidence of one instant: the pause window, and that everything lies in it."""
-
-    paused: Moment | None
-    snapshots: tuple[Moment, ...]
-    duplicated: Moment
-    resumed: Moment | None
-
-    def moments(self) -> tuple[Moment, ...]:
-        """All of them, in the order of their times."""
-        known = [m for m in (self.paused, *self.snapshots, self.duplicated, self.resumed) if m is not None]
-        return tuple(sorted(known, key=lambda moment: moment.monotonic_ns))
-
-    def pause_seconds(self) -> float:
-        """How long the guest stood still because of us, by the hypervisor's own clock; 0 where it was stopped
-        anyway.
-        """
-        if self.paused is None or self.resumed is None:
-            return 0.0
-        return (self.resumed.wall_ns - self.paused.wall_ns) / 1e9
-
-    def check(self) -> None:
-        """:raises HypervisorError: it cannot be shown that memory and all disks come from one pause window"""
-        if self.paused is None or self.resumed is None:
-            return
-        for moment in (*self.snapshots, self.duplicated):
-            if not self.paused.monotonic_ns <= moment.monotonic_ns <= self.resumed.monotonic_ns:
-                raise HypervisorError(
-                    f"{moment.name} was not taken inside the pause window, so memory and disks are not of one instant",
-                    cure="this is a defect of the driver; the VM is not harmed",
-                )
 
 
 class Capture:
@@ -98,9 +49,6 @@ class Capture:
         self.executing = False
         self._owes_execution = False
         self._runs_again = False
-        self.mechanisms: dict[str, SnapshotMechanism] = {}
-        self.plans: list[tuple[int, SnapshotPlan]] = []
-        self.snapshots: list[DiskSnapshot] = []
         self._hypervisor: Hypervisor | None = None
         self._description: VmDescription | None = None
         self._plan: CapturePlan | None = None
@@ -108,6 +56,7 @@ class Capture:
         self._duplicate_position: int | None = None
         self._paused: Moment | None = None
         self._resumed: Moment | None = None
+        self._disks = Snapshots(operation, drivers)
         self._operation = operation
         self._drivers = drivers
         self._table = table
@@ -156,6 +105,16 @@ class Capture:
     def plan(self) -> CapturePlan:
         """How the RAM is captured."""
         return _known(self._plan, "capture plan")
+
+    @property
+    def mechanisms(self) -> Mapping[str, SnapshotMechanism]:
+        """Those of the disks, by their names."""
+        return self._disks.mechanisms
+
+    @property
+    def snapshots(self) -> Sequence[DiskSnapshot]:
+        """The snapshots that were taken."""
+        return self._disks.taken
 
     @property
     def duplicate(self) -> Duplicate:
@@ -243,17 +202,11 @@ class Capture:
         """
         description = self.description
         self._plan = self.hypervisor.plan_capture(self._request)
-        plans = []
-        for name, disks in by_mechanism(description.disks, self.row.disks).items():
-            mechanism = self.mechanisms[name] = self._drivers.mechanism(name)
-            plans.append(mechanism.plan(self.row.vm, disks, self._operation.name, self._plan.window))
-        for plan in plans:
-            self.plans.append((self._operation.will_make("snapshot", plan.mechanism, to_json(plan)), plan))
+        self._disks.plan(self.row.vm, by_mechanism(description.disks, self.row.disks), self._plan.window)
         self._duplicate_position = self._operation.will_make(
             "duplicate", self.row.hypervisor, to_json(self._request.duplicate)
         )
-        for plan in plans:
-            self.mechanisms[plan.mechanism].prepare(plan)
+        self._disks.prepare()
         if self.executing and not self._request.without:
             self._guard = self._start_guardian(
                 self._drivers.context, self.row.vm, self.row.hypervisor, dict(self.row.options)
@@ -280,16 +233,15 @@ class Capture:
         self._guard.arm(max(0.0, self._request.max_pause_seconds - paused_seconds))
 
     def snapshot(self) -> None:
-        """Fix all disks."""
-        for _, plan in self.plans:
-            self.snapshots += self.mechanisms[plan.mechanism].snapshot(plan)
+        """Fix all disks, several mechanisms side by side."""
+        self._disks.take()
 
     def take_duplicate(self) -> None:
         """Fix the memory.
 
         :raises ProtocolError: the disks were to be fixed before, and are not
         """
-        if self.plan.disks_first and len(self.snapshots) < sum(len(plan.disks) for _, plan in self.plans):
+        if self.plan.disks_first and not self._disks.complete:
             raise ProtocolError(f"capture {self.plan.capture!r} needs the disks' snapshots before the memory's")
         self._duplicate = self.hypervisor.duplicate()
 
@@ -308,10 +260,7 @@ class Capture:
             self.hypervisor.resume()
         self.delete_snapshots()
         self.discard_duplicate()
-        for mechanism in self.mechanisms.values():
-            mechanism.close()
-        self.mechanisms.clear()
-        self.plans.clear()
+        self._disks.forget()
         self._request = replace(self._request, without=(*self._request.without, capture))
         self.prepare()
 
@@ -328,8 +277,7 @@ class Capture:
         if self.executing:
             self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
         self.instant()
-        for _, plan in self.plans:
-            self.mechanisms[plan.mechanism].settle([s for s in self.snapshots if s.plan == plan])
+        self._disks.settle()
 
     # -- compensations
 
@@ -357,15 +305,7 @@ class Capture:
 
         :raises SnapshotError: the first that could not be removed, after all were tried
         """
-        failed: VmsnapError | None = None
-        for position, plan in self.plans:
-            try:
-                self.mechanisms[plan.mechanism].delete(plan)
-                self._operation.is_gone(position)
-            except VmsnapError as e:
-                failed = failed or e
-        if failed is not None:
-            raise failed
+        self._disks.delete()
 
     def discard_duplicate(self) -> None:
         """Remove the duplicate from host memory, unless it was handed over."""
@@ -377,8 +317,7 @@ class Capture:
 
     def close(self) -> None:
         """Let go of all connections. A guardian that is still there goes on alone: what it guards was not set right."""
-        for mechanism in self.mechanisms.values():
-            mechanism.close()
+        self._disks.close()
         if self._hypervisor is not None:
             self._hypervisor.close()
         self._guard.hand_over()
@@ -389,77 +328,6 @@ class Capture:
         self._operation.must_execute(False)
         guard, self._guard = self._guard, NoGuard()
         guard.dismiss()
-
-
-def by_mechanism(disks: Sequence[Disk], rows: Sequence[DiskRow]) -> dict[str, list[Disk]]:
-    """The disks that each mechanism of their rows takes, in order; those without one are read-only."""
-    chosen = {row.device: row.mechanism for row in rows}
-    found: dict[str, list[Disk]] = {}
-    for disk in disks:
-        name = chosen[disk.device]
-        if name is not None:
-            found.setdefault(name, []).append(disk)
-    return found
-
-
-def choose_mechanisms(
-    drivers: Drivers, disks: tuple[Disk, ...], chosen: tuple[DiskRow, ...] = ()
-) -> tuple[DiskRow, ...]:
-    """For each disk the mechanism that was `chosen` for it before, else the first that handles it; none for
-    read-only disks.
-
-    :raises CannotCapture: no installed mechanism handles a disk, or the chosen one does not
-    """
-    before = {row.device: row.mechanism for row in chosen}
-    known: dict[str, SnapshotMechanism] = {}
-
-    def mechanism(name: str) -> SnapshotMechanism:
-        if name not in known:
-            known[name] = drivers.mechanism(name)
-        return known[name]
-
-    rows = []
-    try:
-        for disk in disks:
-            name = before.get(disk.device)
-            if disk.read_only:
-                name = None
-            elif name is None:
-                names = drivers.mechanism_names()
-                name = next((name for name in names if mechanism(name).handles(disk)), None)
-                if name is None:
-                    raise CannotCapture(
-                        f"no snapshot mechanism handles disk {disk.device} at {disk.address}",
-                        cure=f"installed mechanisms: {', '.join(names)}; see: vmsnap doctor",
-                    )
-            elif not mechanism(name).handles(disk):
-                raise CannotCapture(
-                    f"snapshot mechanism {name!r} does not handle disk {disk.device} at {disk.address}",
-                    cure="register the VM again, with another --mechanism",
-                )
-            rows.append(DiskRow(disk.device, disk.address, name))
-    finally:
-        for instance in known.values():
-            instance.close()
-    return tuple(rows)
-
-
-def check_cloneable(vm: str, disks: tuple[DiskRow, ...], drivers: Drivers) -> None:
-    """See, before anything is touched, that the disks of a VM can be cloned for a duplicate.
-
-    :raises CannotCapture: the mechanism of one cannot clone
-    """
-    for disk in disks:
-        if disk.mechanism is None:
-            continue
-        mechanism = drivers.mechanism(disk.mechanism)
-        mechanism.close()
-        if not mechanism.clones:
-            raise CannotCapture(
-                f"snapshot mechanism {disk.mechanism!r} of disk {disk.device} makes no writable disks,"
-                f" so no duplicate of VM {vm!r} can run",
-                cure="back it up without --mode consistent and --keep-duplicate, or choose another --mechanism",
-            )
 
 
 def _known(value: T | None, what: str) -> T:

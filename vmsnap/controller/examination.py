@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap import registry
-from vmsnap.controller.capture import by_mechanism, choose_mechanisms
+from vmsnap.controller.choosing import by_mechanism, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.hostclock import is_synchronised
 from vmsnap.errors import VmsnapError

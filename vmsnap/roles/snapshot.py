@@ -67,6 +67,8 @@ class SnapshotMechanism(ABC):
       writes that the guest completed before the call are in, writes that it begins after the return are not.
     - **Within the pause.** `snapshot` does only what must be done while the guest stands still; all else belongs to
       `prepare` or `settle`.
+    - **Beside others.** A VM may have disks of several mechanisms: `snapshot` is then called on a thread of its own, at
+      the same time as theirs. No two calls go to one object at once.
     - **The guest is never harmed.** When the snapshot runs full or breaks, the snapshot is lost (`SnapshotError` on
       reading), not a write of the guest.
     - **Deletes leave nothing,** are idempotent, and touch nothing that does not stand in the plan.
