@@ -12,10 +12,10 @@ import pytest
 from tests.lab import available_qemus
 from tests.lab.qemus import QemuBuild
 from tests.qemu_stage import until
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.nbd_wire import NbdError
 from vmsnap_drivers.snapshots.qcow2 import server
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2.graph import CALL_SECONDS, PAUSE_CALL_SECONDS, BlockGraph
+from vmsnap_drivers.qemu.blocks.graph import CALL_SECONDS, PAUSE_CALL_SECONDS, BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 _GRANULARITY_BYTES: Final = 64 * 1024

@@ -8,9 +8,9 @@ from typing import Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Extent
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.nbd import NbdClient, NbdError
 from vmsnap_drivers.snapshots.qcow2 import bitmaps
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 _CONTEXT: Final = "qemu:dirty-bitmap:"

@@ -21,7 +21,7 @@ from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, OwnedResource, check_name, from_json, to_json
 from vmsnap.pagecache import write_all
 from vmsnap.roles import DiskReader
-from vmsnap_drivers.snapshots.qcow2.image import sync
+from vmsnap_drivers.qemu.blocks.image import sync
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM
 
 _CHUNK_BYTES: Final = 4 << 20

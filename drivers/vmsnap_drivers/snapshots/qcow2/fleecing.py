@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vmsnap.durable import remove
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames
 
 

@@ -30,16 +30,18 @@ from vmsnap.roles import (
     with_defaults,
 )
 from vmsnap.roles.filereader import FileReader
+from vmsnap_drivers.qemu.blocks import overlay
+from vmsnap_drivers.qemu.blocks.checks import check_disk
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
+from vmsnap_drivers.qemu.blocks.image import INSTALL, QemuImg
+from vmsnap_drivers.qemu.blocks.room import check_room, choose_folder
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, orphans, overlay, record, server
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, orphans, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
-from vmsnap_drivers.snapshots.qcow2.checks import check_disk, check_version
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
-from vmsnap_drivers.snapshots.qcow2.image import INSTALL, QemuImg
+from vmsnap_drivers.snapshots.qcow2.checks import check_version
 from vmsnap_drivers.snapshots.qcow2.keeping import KeptNotes
 from vmsnap_drivers.snapshots.qcow2.names import MECHANISM, PlanNames, choose_names
 from vmsnap_drivers.snapshots.qcow2.reader import Qcow2Reader
-from vmsnap_drivers.snapshots.qcow2.room import check_room, choose_folder
 from vmsnap_drivers.snapshots.qcow2.teardown import remove_all
 
 _READ_SECONDS: Final = 60.0
@@ -62,6 +64,7 @@ class Qcow2Mechanism(SnapshotMechanism):
     name: ClassVar[str] = MECHANISM
     clones: ClassVar[bool] = True
     changes: ClassVar[bool] = True
+    of_storage: ClassVar[bool] = False
     options: ClassVar[Sequence[Option]] = (
         Option(
             "folder",

@@ -14,6 +14,7 @@ from typing import Final
 
 from vmsnap.errors import ProtocolError, SnapshotError, UsageError
 from vmsnap.model import Disk, Json, SnapshotPlan, check_name, from_json, to_json
+from vmsnap_drivers.qemu.blocks.overlay import OverlayNames
 
 MECHANISM: Final = "qcow2"
 TAG_PREFIX: Final = "vmsnap-"
@@ -21,35 +22,18 @@ COPY_SUFFIX: Final = ".plan.json"
 
 
 @dataclass(frozen=True)
-class DiskNames:
+class DiskNames(OverlayNames):
     """What is made for one disk. All paths are absolute.
 
-    `filter`, `target`, `access`, `overlay` and `image` (the overlay's file) are names of block nodes; `access` and
-    `target` are exports too, and `commit_job` is the job which puts the overlay back. `overlay_file` is empty where
-    no overlay is needed. `bitmap` records what changes from the instant on, empty where nothing is to; `changes` is
-    a copy of an older one, and its export.
+    `filter`, `target` and `access` are names of block nodes; `access` and `target` are exports too. `bitmap` records
+    what changes from the instant on, empty where nothing is to; `changes` is a copy of an older one, and its export.
     """
 
-    filter: str
     target: str
     access: str
-    overlay: str
-    image: str
-    commit_job: str
     target_file: str
-    overlay_file: str
     bitmap: str
     changes: str
-
-    @property
-    def committing_file(self) -> str:
-        """What the overlay's file is called from the moment on at which its content begins to go back."""
-        return f"{self.overlay_file}.committing"
-
-    @property
-    def pivoting_file(self) -> str:
-        """What it is called from the moment on at which the guest may write to its disk itself again."""
-        return f"{self.overlay_file}.pivoting"
 
 
 @dataclass(frozen=True)

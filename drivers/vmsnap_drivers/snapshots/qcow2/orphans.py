@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.model import OwnedResource
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2 import record
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 from vmsnap_drivers.snapshots.qcow2.names import COPY_SUFFIX, MECHANISM, TAG_PREFIX
 
 KIND: Final = "block nodes"

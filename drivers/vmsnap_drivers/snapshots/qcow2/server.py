@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import Busy, HypervisorError, SnapshotError, VmGone
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.monitor import MonitorError
 from vmsnap_drivers.qemu.nbd_handshake import take_leave
 from vmsnap_drivers.qemu.nbd_socket import NbdSocket
 from vmsnap_drivers.qemu.nbd_wire import NbdError
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
 
 _ANSWERS_WITHIN_SECONDS: Final = 10.0
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from vmsnap.errors import SnapshotError, VmGone
 from vmsnap.model import Disk, SnapshotPlan
-from vmsnap_drivers.snapshots.qcow2 import bitmaps, changes, fleecing, overlay, record, server
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph
-from vmsnap_drivers.snapshots.qcow2.image import QemuImg
+from vmsnap_drivers.qemu.blocks import overlay
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph
+from vmsnap_drivers.qemu.blocks.image import QemuImg
+from vmsnap_drivers.qemu.blocks.salvage import salvage_overlay
+from vmsnap_drivers.snapshots.qcow2 import bitmaps, changes, fleecing, record, server
 from vmsnap_drivers.snapshots.qcow2.names import DiskNames, PlanNames
-from vmsnap_drivers.snapshots.qcow2.salvage import salvage_overlay
 
 
 def remove_all(graph: BlockGraph | None, image: QemuImg, plan: SnapshotPlan, names: PlanNames) -> None:

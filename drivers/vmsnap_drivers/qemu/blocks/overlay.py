@@ -1,10 +1,12 @@
-"""The overlay: how the instant is taken where no filter may stand in the graph, because the disks are about to be
-handed over (pre-copy): inactivating a ``copy-before-write`` filter's target fails (QEMU 7.2 and 10.0, tried).
+"""The overlay: the guest's device is connected to an empty one above its disk, which stays as it was at that instant.
 
-The guest's device is connected to an empty overlay above its disk, which stays as it was. That is dangerous for as
-long as it lasts: the newest data of the guest are not in its disk. So, as soon as the guest runs again, the filter of
-`fleecing` is put between overlay and disk, and the overlay is committed *through* it: from then on it is ordinary
-fleecing, and the overlay has lived for tens of milliseconds.
+Two need it. The mechanism ``qcow2``, where no filter may stand in the graph because the disks are about to be handed
+over (pre-copy): inactivating a ``copy-before-write`` filter's target fails (QEMU 7.2 and 10.0, tried). And `freeze`,
+for snapshots of the disk that are too slow for the pause.
+
+It is dangerous for as long as it lasts: the newest data of the guest are not in its disk. So the mechanism, as soon as
+the guest runs again, puts its filter between overlay and disk, and the overlay is committed *through* it: from then on
+it is ordinary fleecing, and the overlay has lived for tens of milliseconds.
 
 The device is connected to an overlay that has its backing node from the start, rather than by ``blockdev-snapshot``:
 that would reopen the disk read-only, and then the filter's file could not be written.
@@ -27,22 +29,45 @@ from typing import Final
 from vmsnap.durable import remove
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2.graph import BlockGraph, Deadline
-from vmsnap_drivers.snapshots.qcow2.image import sync
-from vmsnap_drivers.snapshots.qcow2.names import DiskNames
+from vmsnap_drivers.qemu.blocks.graph import BlockGraph, Deadline
+from vmsnap_drivers.qemu.blocks.image import sync
 
 _COMMIT_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True)
+class OverlayNames:
+    """What is made for the overlay of one disk. `overlay` and `image` (the overlay's file) are names of block nodes,
+    `commit_job` is the job which puts the overlay back, through the node `filter` where there is one of that name.
+    `overlay_file` is an absolute path, empty where no overlay is needed.
+    """
+
+    overlay: str
+    image: str
+    commit_job: str
+    overlay_file: str
+    filter: str
+
+    @property
+    def committing_file(self) -> str:
+        """What the overlay's file is called from the moment on at which its content begins to go back."""
+        return f"{self.overlay_file}.committing"
+
+    @property
+    def pivoting_file(self) -> str:
+        """What it is called from the moment on at which the guest may write to its disk itself again."""
+        return f"{self.overlay_file}.pivoting"
+
+
+@dataclass(frozen=True)
 class _Commit:
     disk: Disk
-    names: DiskNames
+    names: OverlayNames
     base: str
     running: bool
 
 
-def add_overlay(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
+def add_overlay(graph: BlockGraph, disk: Disk, names: OverlayNames) -> None:
     """Add the overlay above the disk, as durable as the disk is; its file is there and empty. The guest's device is
     not connected to it yet.
 
@@ -56,7 +81,7 @@ def add_overlay(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
     graph.add(_options(names, disk.handle["node"], cache))
 
 
-def put_back(graph: BlockGraph, disks: Sequence[tuple[Disk, DiskNames]]) -> None:
+def put_back(graph: BlockGraph, disks: Sequence[tuple[Disk, OverlayNames]]) -> None:
     """Write the overlays' content into the disks, through the filter where one is there, connect the guest's devices
     to what is below the overlays, and remove these. The guest may run. Idempotent; goes on where another process
     stopped. Blocks.
@@ -88,7 +113,7 @@ def put_back(graph: BlockGraph, disks: Sequence[tuple[Disk, DiskNames]]) -> None
         _await_end(graph, commit, mark)
 
 
-def remove_unconnected(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
+def remove_unconnected(graph: BlockGraph, disk: Disk, names: OverlayNames) -> None:
     """Remove the overlay's nodes if the guest does not use them. What the file still holds is for `salvage` to judge.
 
     :raises SnapshotError: QEMU refused, or the guest uses the overlay
@@ -102,14 +127,14 @@ def remove_unconnected(graph: BlockGraph, disk: Disk, names: DiskNames) -> None:
         graph.remove(names.image)
 
 
-def is_pivoted(graph: BlockGraph, disk: Disk, names: DiskNames) -> bool:
+def is_pivoted(graph: BlockGraph, disk: Disk, names: OverlayNames) -> bool:
     """Say whether an overlay is there that the guest surely does not need: this QEMU knows it, and the guest's device
     is connected to its disk.
     """
     return names.overlay in graph.node_names() and graph.top_of(disk) in (disk.handle["node"], names.filter)
 
 
-def remove_files(names: DiskNames) -> None:
+def remove_files(names: OverlayNames) -> None:
     """Remove the overlay's file under each of its names; succeeds where there is none. It must hold nothing."""
     remove(*map(Path, (names.overlay_file, names.committing_file, names.pivoting_file)))
 
@@ -163,7 +188,7 @@ def _touch(path: str) -> None:
         os.utime(path)
 
 
-def _options(names: DiskNames, backing: str, cache: dict[str, object]) -> dict[str, object]:
+def _options(names: OverlayNames, backing: str, cache: dict[str, object]) -> dict[str, object]:
     return {
         "driver": "qcow2",
         "node-name": names.overlay,

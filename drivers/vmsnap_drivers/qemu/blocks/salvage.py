@@ -15,15 +15,15 @@ from typing import Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
-from vmsnap_drivers.snapshots.qcow2 import overlay
-from vmsnap_drivers.snapshots.qcow2.image import QemuImg, sync
-from vmsnap_drivers.snapshots.qcow2.names import DiskNames
+from vmsnap_drivers.qemu.blocks import overlay
+from vmsnap_drivers.qemu.blocks.image import QemuImg, sync
+from vmsnap_drivers.qemu.blocks.overlay import OverlayNames
 
 _COMMIT_SLACK_NS: Final = 5_000_000_000
 """A running commit writes to the disk, and sets the overlay's time every second."""
 
 
-def salvage_overlay(image: QemuImg, disk: Disk, names: DiskNames) -> None:
+def salvage_overlay(image: QemuImg, disk: Disk, names: OverlayNames) -> None:
     """Bring what the overlay holds into the disk and remove it; no running QEMU knows it. Idempotent. Blocks.
 
     :raises SnapshotError: the disk was used since, or is in use, or it cannot be told: both files are as they were, and
@@ -54,7 +54,7 @@ def salvage_overlay(image: QemuImg, disk: Disk, names: DiskNames) -> None:
     sync(found.parent)
 
 
-def _find(names: DiskNames) -> Path | None:
+def _find(names: OverlayNames) -> Path | None:
     for name in (names.overlay_file, names.committing_file, names.pivoting_file):
         if name and Path(name).exists():
             return Path(name)
@@ -62,11 +62,13 @@ def _find(names: DiskNames) -> Path | None:
 
 
 def _check_unchanged(base: Path, found: Path, disk: Disk, slack_ns: int) -> None:
+    choice = f"to take the overlay's data: qemu-img commit {found}; to give them up: delete {found}"
+    if not disk.handle["file"].startswith("/"):
+        raise _keep(found, disk, "it is no file here, so it cannot be told whether it was written to since", choice)
     try:
         of_base, of_overlay = base.stat(), found.stat()
     except OSError as e:
         raise _keep(found, disk, f"{base} cannot be looked at: {e.strerror}", "bring it back, then run it again") from e
-    choice = f"to take the overlay's data: qemu-img commit {found}; to give them up: delete {found}"
     if not stat.S_ISREG(of_base.st_mode):
         raise _keep(found, disk, f"{base} is no file, so it cannot be told whether it was written to since", choice)
     if of_base.st_mtime_ns > of_overlay.st_mtime_ns + slack_ns:

@@ -16,7 +16,7 @@ _PART: Final = 50
 
 
 def needed_bytes(disk: Disk) -> int:
-    """The room that a snapshot of the disk must find: for what the guest may overwrite until it has been read, which
+    """The room that a snapshot or an overlay of the disk must find: for what the guest may write meanwhile, which
     nobody knows, 2 % of the disk, but at least 64 MiB, and never more than the whole disk with its qcow2 tables.
     """
     whole = disk.size_bytes + disk.size_bytes // 4096 + _MIB

@@ -1,0 +1,1 @@
+"""QEMU's block layer as drivers share it: the graph, overlays over disks, and image files."""
