@@ -17,7 +17,7 @@ from vmsnap.controller import Controller
 from vmsnap.controller.backup import BackupOrder, LiveBackup
 from vmsnap.controller.progress import silent
 from vmsnap.errors import VmsnapError
-from vmsnap.protocol import BACKUP_LIVE, Instruction
+from vmsnap.protocol import BACKUP_LIVE, BACKUP_LIVE_FROZEN, Instruction
 from vmsnap.repository import Repository
 from vmsnap.testing.faults import Effect, Fault, FaultPlan, single_faults
 from vmsnap_drivers.hypervisors.simulated.control import ask
@@ -25,7 +25,10 @@ from vmsnap_drivers.hypervisors.simulated.control import ask
 ORDERS = [
     (Instruction.SNAPSHOT, Instruction.DUPLICATE),
     (Instruction.DUPLICATE, Instruction.SNAPSHOT),
+    (Instruction.FREEZE, Instruction.DUPLICATE),
+    (Instruction.DUPLICATE, Instruction.FREEZE),
 ]
+"""Those with ``freeze`` are of backups whose disks are frozen."""
 
 
 TWO_MECHANISMS = {"disk1": "second"}
@@ -42,7 +45,7 @@ def world() -> Iterator[World]:
 def back_up(controller: Controller, repository: Repository, world: World, prefer: tuple[Instruction, ...] = ()) -> str:
     return (
         LiveBackup(
-            BackupOrder("vm001"),
+            BackupOrder("vm001", freeze=Instruction.FREEZE in prefer),
             repository,
             controller.drivers,
             controller.journal,
@@ -86,11 +89,13 @@ def calls_of_a_good_run(world: World, order: tuple[Instruction, ...]) -> FaultPl
     assert run_with(world, plan, order)
     world.see_that_all_is_well(backups=1)
     clear(world)
+    # It is asked again and again while snapshots are taken, more often where that takes longer.
+    plan.counts["check_frozen"] = min(plan.counts["check_frozen"], 1)
     return plan
 
 
 def test_the_orders_tried_here_are_all_orders_of_the_protocol() -> None:
-    steps = {path[3:5] for path in BACKUP_LIVE.paths()}
+    steps = {path[3:5] for protocol in (BACKUP_LIVE, BACKUP_LIVE_FROZEN) for path in protocol.paths()}
     assert steps == set(ORDERS)
 
 
@@ -127,6 +132,7 @@ def test_whatever_calls_fail_together_the_vm_runs_and_nothing_is_left(
         "describe", "plan_capture", "prepare", "prepare_disks", "pause", "snapshot", "duplicate", "resume", "settle",
         "finish_duplicate", "reader", "read_into", "put", "get", "list",
         "abandon", "delete_snapshots", "discard_duplicate",
+        "plan_freeze", "prepare_freeze", "freeze_disks", "check_frozen", "thaw_disks",
     ]  # fmt: skip
     faults = data.draw(
         st.lists(

@@ -27,6 +27,7 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         'spool_dir = "~/spool"\n'
         'memory_budget = "8GiB"\n'
         "compression_level = -3\n"
+        'freeze = "overlay"\n'
         'passphrase_command = "pass show backups"\n'
         "[mechanism.qcow2]\n"
         "workers = 4\n"
@@ -40,6 +41,7 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         spool_dir=Path("~/spool").expanduser(),
         memory_budget_bytes=8 << 30,
         compression_level=-3,
+        freeze="overlay",
         passphrase_command="pass show backups",
         mechanism_options={"qcow2": {"workers": "4", "fast": "yes"}},
     )
@@ -59,6 +61,7 @@ def test_everything_that_can_be_configured(tmp_path: Path) -> None:
         ("compression_level = 20", "from -7 to 19"),
         ("compression_level = '3'", "from -7 to 19"),
         ("compression_level = true", "from -7 to 19"),
+        ('freeze = "ice"', "must be 'none' or 'overlay'"),
         ('mechanism = "qcow2"', "must be tables"),
         ("[mechanism]\nqcow2 = 1", "must be a table"),
         ("[mechanism.qcow2]\nx = [1]", "a text or a number"),

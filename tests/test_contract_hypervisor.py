@@ -19,6 +19,7 @@ from vmsnap.model import (
     Disk,
     Duplicate,
     Finding,
+    FreezePlan,
     Moment,
     Nic,
     OwnedResource,
@@ -562,6 +563,43 @@ class LooksAtTheImagesAgain(SimulatedHypervisor):
         if found is not None and found.loaded and not list(duplicates_in(self.context.memory_dir)):
             raise HypervisorError("the images are gone")
         return super().resume()
+
+
+@caught_by("test_30_frozen_disks_stay_as_they_are_and_what_was_written_meanwhile_comes_to_them")
+class FreezeThatDoesNothing(SimulatedHypervisor):
+    def freeze_disks(self, plan: FreezePlan) -> Moment:
+        if self.state() is VmState.EXECUTING:
+            raise HypervisorError("it executes")
+        return Moment.now("freeze")
+
+    def check_frozen(self, plan: FreezePlan) -> None:
+        if not Path(plan.data["files"][0]).exists():
+            raise HypervisorError("it is thawed")
+
+
+@caught_by("test_30_frozen_disks_stay_as_they_are_and_what_was_written_meanwhile_comes_to_them")
+class ThawThatDropsWhatWasWritten(SimulatedHypervisor):
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        for name in plan.data["files"]:
+            if Path(name).exists():
+                with Path(name).open("r+b") as file:
+                    size_bytes = file.seek(0, os.SEEK_END)
+                    file.truncate(0)
+                    file.truncate(size_bytes)
+        super().thaw_disks(plan)
+
+
+@caught_by("test_31_disks_are_thawed_from_any_step_and_by_any_process")
+class ThawsOnlyItsOwn(SimulatedHypervisor):
+    own = False
+
+    def prepare_freeze(self, plan: FreezePlan) -> None:
+        self.own = True
+        super().prepare_freeze(plan)
+
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        if self.own:
+            super().thaw_disks(plan)
 
 
 @pytest.mark.parametrize(("driver", "scenario", "arguments"), BAD)

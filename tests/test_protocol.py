@@ -10,7 +10,9 @@ import pytest
 
 from vmsnap.protocol import (
     BACKUP_CONSISTENT,
+    BACKUP_CONSISTENT_FROZEN,
     BACKUP_LIVE,
+    BACKUP_LIVE_FROZEN,
     CONSOLIDATE,
     FAILOVER,
     PROTOCOLS,
@@ -24,6 +26,8 @@ from vmsnap.protocol import (
 from vmsnap.protocol.words import COMPENSATION_ORDER
 
 ROOT = Path(__file__).parent.parent
+REMOVING = (Compensation.DELETE_SNAPSHOTS, Compensation.DISCARD_DUPLICATE, Compensation.REMOVE_DISKS)
+BACKUPS = [BACKUP_LIVE, BACKUP_CONSISTENT, BACKUP_LIVE_FROZEN, BACKUP_CONSISTENT_FROZEN]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
@@ -45,7 +49,7 @@ def test_no_instruction_is_given_twice_on_any_path(protocol: Protocol) -> None:
         assert len(path) == len(set(path))
 
 
-@pytest.mark.parametrize("protocol", [BACKUP_LIVE, BACKUP_CONSISTENT], ids=lambda p: p.name)
+@pytest.mark.parametrize("protocol", BACKUPS, ids=lambda p: p.name)
 def test_whatever_was_begun_from_prepare_to_resume_the_vm_is_resumed_first_of_all(protocol: Protocol) -> None:
     for path in protocol.paths():
         after_prepare = path.index(Instruction.PREPARE) + 1
@@ -53,7 +57,7 @@ def test_whatever_was_begun_from_prepare_to_resume_the_vm_is_resumed_first_of_al
             assert protocol.to_undo(path[:length])[0] is Compensation.RESUME_VM
 
 
-@pytest.mark.parametrize("protocol", [BACKUP_LIVE, BACKUP_CONSISTENT], ids=lambda p: p.name)
+@pytest.mark.parametrize("protocol", BACKUPS, ids=lambda p: p.name)
 def test_disks_and_memory_are_fixed_between_pause_and_resume_in_either_order(protocol: Protocol) -> None:
     orders = set()
     for path in protocol.paths():
@@ -63,7 +67,21 @@ def test_disks_and_memory_are_fixed_between_pause_and_resume_in_either_order(pro
     assert len(orders) == 2
 
 
-@pytest.mark.parametrize("protocol", [BACKUP_CONSISTENT, CONSOLIDATE, VERIFY_BOOT], ids=lambda p: p.name)
+@pytest.mark.parametrize("protocol", [BACKUP_LIVE_FROZEN, BACKUP_CONSISTENT_FROZEN], ids=lambda p: p.name)
+def test_whatever_was_begun_while_disks_are_frozen_they_are_thawed_before_anything_is_removed(
+    protocol: Protocol,
+) -> None:
+    for path in protocol.paths():
+        for length in range(path.index(Instruction.PREPARE) + 1, len(path) + 1):
+            undone = protocol.to_undo(path[:length])
+            removing = [undone.index(each) for each in REMOVING if each in undone]
+            assert undone.index(Compensation.THAW_DISKS) < min(removing)
+        assert path.index(Instruction.RESUME) < path.index(Instruction.SNAPSHOT) < path.index(Instruction.THAW)
+
+
+@pytest.mark.parametrize(
+    "protocol", [BACKUP_CONSISTENT, BACKUP_CONSISTENT_FROZEN, CONSOLIDATE, VERIFY_BOOT], ids=lambda p: p.name
+)
 def test_a_duplicate_that_is_to_be_consolidated_runs_only_on_its_own_disks_with_its_network_cut(
     protocol: Protocol,
 ) -> None:

@@ -43,7 +43,13 @@ def backed_up(controller: Controller, repository: Repository) -> object:
     return controller.backup("vm001", repository)
 
 
+def backed_up_frozen(controller: Controller, repository: Repository) -> object:
+    return controller.backup("vm001", repository, freeze="overlay")
+
+
 LIVE = Case("live", backed_up, lambda _: None)
+FROZEN = Case("frozen", backed_up_frozen, lambda _: None)
+FREEZE_CALLS = ("plan_freeze", "prepare_freeze", "freeze_disks", "check_frozen", "thaw_disks")
 
 
 class AnyCall(FaultPlan):
@@ -136,7 +142,8 @@ def calls_of(world: World, case: Case) -> dict[str, int]:
     plan = FaultPlan()
     assert run_with(world, case.verb, plan)
     clear(world, case)
-    return dict(plan.counts)
+    # It is asked again and again while snapshots are taken, more often where that takes longer.
+    return {**plan.counts, "check_frozen": min(plan.counts["check_frozen"], 1)}
 
 
 def kill_recovery_until_it_gets_through(world: World, effect: Effect) -> int:
@@ -149,7 +156,7 @@ def kill_recovery_until_it_gets_through(world: World, effect: Effect) -> int:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", [LIVE, *CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LIVE, FROZEN, *CASES], ids=lambda case: case.name)
 def test_recovery_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
     world: World, case: Case, counted: Counted
 ) -> None:
@@ -191,7 +198,7 @@ def test_recovery_of_a_failover_that_is_killed_at_each_of_its_calls_is_ended_by_
     )
 
 
-def backup_with(world: World, fault: Fault) -> int:
+def backup_with(world: World, fault: Fault, freeze: str = "none") -> int:
     """Begin a backup in a process of its own, and see that the guest goes on when `fault` has come true; the process.
 
     It ends with 0 where the backup was made, else with 1.
@@ -203,7 +210,7 @@ def backup_with(world: World, fault: Fault) -> int:
         try:
             plan = Announced(fault, say)
             with world.controller(plan) as controller:
-                controller.backup("vm001", world.repository(plan), max_pause_seconds=MAX_PAUSE_SECONDS)
+                controller.backup("vm001", world.repository(plan), max_pause_seconds=MAX_PAUSE_SECONDS, freeze=freeze)
             status = 0
         except VmsnapError as error:
             status = 1 if "\n" not in str(error) else 2
@@ -224,9 +231,10 @@ def faults_of_a_backup(world: World, effects: tuple[Effect, ...]) -> list[Fault]
 
 @pytest.mark.timeout(900)
 def test_whatever_call_of_a_backup_hangs_the_guest_goes_on(guarded: World, counted: Counted) -> None:
-    faults = faults_of_a_backup(guarded, HANGS)
-    for fault in faults:
-        child = backup_with(guarded, fault)
+    faults = [(fault, "none") for fault in faults_of_a_backup(guarded, HANGS)]
+    faults += [(Fault(call, 1, effect), "overlay") for call in FREEZE_CALLS for effect in HANGS]
+    for fault, freeze in faults:
+        child = backup_with(guarded, fault, freeze)
         os.kill(child, signal.SIGKILL)  # nobody has waited for it, so that it is there, if only as a zombie
         os.waitpid(child, 0)
         recover_with(guarded)

@@ -53,8 +53,9 @@ try:
     elif verb == "verify":
         controller.verify_boot(open_repository(sys.argv[2]), stored, life_seconds=120, options=options)
     else:
-        mode = {"backup": "live"}.get(verb, verb)
-        controller.backup("vm001", open_repository(sys.argv[2]), mode=mode, max_pause_seconds=float(sys.argv[4]))
+        mode = {"backup": "live", "frozen": "live"}.get(verb, verb)
+        how = {"mode": mode, "freeze": "overlay" if verb == "frozen" else "none"}
+        controller.backup("vm001", open_repository(sys.argv[2]), max_pause_seconds=float(sys.argv[4]), **how)
 except (VmsnapError, Interrupted) as error:
     print("ERROR", error, flush=True)
     sys.exit(error.exit_code)
@@ -76,11 +77,11 @@ def worker_that_waits_at(
     number: int = 1,
     max_pause_seconds: float = MAX_PAUSE_SECONDS,
 ) -> subprocess.Popen[str]:
-    """A worker that backs up ``vm001`` into the repository at `url` (or, by `verb`, in mode ``consistent``, or lets its
-    duplicate take over: ``failover``, or does with a backup ``restore:ID``, as ``vm002``, ``consolidate:ID``, into
-    ``clean`` in the state folder, or ``verify:ID``), has come to its call number `number` of the driver method
-    `call`, and waits there for a byte on its standard input. Of several, with commas, it waits at the next ones too,
-    one after the other, and says ``HERE`` each time.
+    """A worker that backs up ``vm001`` into the repository at `url` (or, by `verb`, in mode ``consistent``, or with its
+    disks ``frozen``, or lets its duplicate take over: ``failover``, or does with a backup ``restore:ID``, as ``vm002``,
+    ``consolidate:ID``, into ``clean`` in the state folder, or ``verify:ID``), has come to its call number `number` of
+    the driver method `call`, and waits there for a byte on its standard input. Of several, with commas, it waits at the
+    next ones too, one after the other, and says ``HERE`` each time.
     """
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(state_dir), url, call, str(max_pause_seconds), verb, str(number)],

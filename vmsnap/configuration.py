@@ -10,6 +10,7 @@
     chunk_cache = "1GiB"                      # what may be kept there of each remote one's chunks; 0: none
     memory_budget = "8GiB"                    # what duplicates may take in memory together
     compression_level = 1                     # of zstd, from -7 (fastest) to 19 (smallest)
+    freeze = "overlay"                        # what vmsnap backup --freeze says where it is not given; else "none"
     passphrase_file = "/etc/vmsnap/passphrase"
     passphrase_command = "pass show backups"  # instead of passphrase_file; run without a shell
 
@@ -65,6 +66,7 @@ class Configuration:
     chunk_cache_bytes: int | None = None
     memory_budget_bytes: int | None = None
     compression_level: int | None = None
+    freeze: str | None = None
     passphrase_file: Path | None = None
     passphrase_command: str | None = field(default=None, repr=False)
     mechanism_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class _Reader:
             chunk_cache_bytes=self._size("chunk_cache", least=0),
             memory_budget_bytes=self._size("memory_budget"),
             compression_level=self._level("compression_level"),
+            freeze=self._freeze(),
             passphrase_file=self._folder("passphrase_file"),
             passphrase_command=self._text("passphrase_command"),
             mechanism_options=self._driver_options("mechanism", "qcow2"),
@@ -204,6 +207,12 @@ class _Reader:
         value = self._values.pop(key, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not -7 <= value <= 19):
             raise self._wrong(f"{key} must be a whole number from -7 to 19")
+        return value
+
+    def _freeze(self) -> str | None:
+        value = self._text("freeze")
+        if value not in (None, "none", "overlay"):
+            raise self._wrong("freeze must be 'none' or 'overlay'")
         return value
 
     def _driver_options(self, kind: str, example: str) -> dict[str, dict[str, str]]:

@@ -62,7 +62,8 @@ CREATE TABLE entry (
 CREATE TABLE resource (
     operation     TEXT NOT NULL REFERENCES operation ON DELETE CASCADE,
     position      INTEGER NOT NULL,
-    kind          TEXT NOT NULL,              -- 'snapshot', 'duplicate', 'clone', 'loaded', 'takeover', 'file'
+    kind          TEXT NOT NULL,              -- 'snapshot', 'freeze', 'duplicate', 'clone', 'loaded', 'takeover',
+                                              -- 'file'
     driver        TEXT NOT NULL,
     data          TEXT NOT NULL,              -- JSON: all that is needed to remove it
     gone          INTEGER NOT NULL DEFAULT 0,

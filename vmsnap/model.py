@@ -248,6 +248,20 @@ class SnapshotPlan:
 
 
 @dataclass(frozen=True)
+class FreezePlan:
+    """What a hypervisor is going to make to hold disks at one instant while the guest goes on, named before it exists.
+
+    Plain data: it is written to the journal before `Hypervisor.prepare_freeze`, and is enough for
+    `Hypervisor.thaw_disks` in another process, another day. `data` is the driver's own.
+    """
+
+    tag: str
+    vm: str
+    disks: tuple[Disk, ...]
+    data: Json = None
+
+
+@dataclass(frozen=True)
 class DiskSnapshot:
     """The content of one disk at `instant`. `data` is the mechanism's own. `mark` names this instant of this disk for
     `SnapshotMechanism.changed_extents` of later snapshots; empty where the mechanism keeps no record of changes.

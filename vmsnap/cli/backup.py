@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         vmsnap backup web1 -r /srv/backups
         vmsnap backup web1 -r /srv/backups --tag nightly --max-pause 0.5 --json
         vmsnap backup web1 -r /srv/backups --mode consistent --on-timeout keep-live
-        vmsnap backup web1 -r /srv/backups --keep-duplicate --keep-for 12h""",
+        vmsnap backup web1 -r /srv/backups --keep-duplicate --keep-for 12h
+        vmsnap backup web1 -r /srv/backups --freeze overlay""",
 )
 @click.argument("vm")
 @click.option(
@@ -60,6 +61,13 @@ if TYPE_CHECKING:
     help="Hold what was captured in memory, for vmsnap failover; the one before it goes.",
 )
 @duration_option("--keep-for", help="With --keep-duplicate: discard it after so long, such as 12h or 30min.")
+@click.option(
+    "--freeze",
+    type=click.Choice(["none", "overlay"]),
+    default=None,
+    help="overlay: take slow snapshots after the pause; what the guest writes meanwhile goes to an overlay, which is"
+    " put back then.  [default: 'freeze' in the configuration, else none]",
+)
 @limit_rate
 @by_agent(
     "backup",
@@ -82,6 +90,7 @@ def backup(
     on_timeout: str,
     keep_duplicate: bool,
     keep_for: int | None,
+    freeze: str | None,
 ) -> None:
     """Back up the registered VM whole: RAM, vCPUs and every disk, all from one instant.
 
@@ -108,6 +117,7 @@ def backup(
                 on_timeout=on_timeout,
                 keep_duplicate=keep_duplicate,
                 keep_seconds=keep_for,
+                freeze=freeze or session.configuration.freeze or "none",
                 accept_unencrypted=accept_unencrypted,
                 progress=progress,
             )

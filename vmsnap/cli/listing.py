@@ -133,6 +133,7 @@ def full_document(manifest: Manifest) -> dict[str, Any]:
     """One backup as the JSON of ``show`` shows it, the evidence included."""
     return {
         **backup_document(manifest),
+        "freeze": manifest.freeze or None,
         "disks": [
             {
                 "device": disk.device,
@@ -177,6 +178,7 @@ def _show(manifest: Manifest) -> None:
             ("mode", manifest.mode),
             ("hypervisor", f"{manifest.hypervisor} {manifest.hypervisor_version}".strip()),
             ("capture", manifest.capture),
+            *([("disks frozen", f"by {manifest.freeze}")] if manifest.freeze else []),
             ("pause", output.milliseconds(manifest.pause_seconds)),
             ("was executing", "yes" if manifest.resume_flag else "no"),
             ("memory", output.size(manifest.memory_bytes) if manifest.memory else "none, disks alone"),

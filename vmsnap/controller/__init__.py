@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vmsnap.controller.capture import GuardianStart
 from vmsnap.controller.choosing import choose_mechanisms
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.freezing import NO_FREEZE, is_frozen
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.progress import Progress, ProgressCallback, silent
 from vmsnap.controller.recovery import Recovery
@@ -208,6 +209,7 @@ class Controller:
         on_timeout: str = "fail",
         keep_duplicate: bool = False,
         keep_seconds: float | None = None,
+        freeze: str = NO_FREEZE,
         accept_unencrypted: bool = False,
         progress: ProgressCallback = silent,
         notify: Sequence[Callable[[BackupResult], None]] = (),
@@ -222,6 +224,7 @@ class Controller:
         :param on_timeout: ``fail``, or ``keep-live``: store the live backup where the guest does not shut down
         :param keep_duplicate: hold the captured machine in memory, on disks of its own, for `failover`; one that was
             held before is discarded then. With `keep_seconds` its time is over after so long.
+        :param freeze: ``overlay``: slow snapshots are taken after the pause, the guest running on overlays meanwhile
         :param accept_unencrypted: go on where an unencrypted repository has taken the place of an encrypted one
         :raises RepositoryError: that is so, and was not accepted
         :raises UnknownVm: not registered
@@ -243,18 +246,10 @@ class Controller:
             check_tag(tag)
         self.see_the_place(repository, accept_unencrypted=accept_unencrypted)
         begin: type[LiveBackup] = LiveBackup
-        order = BackupOrder(vm, max_pause_seconds, tuple(tags), keep_duplicate, keep_seconds)
+        order = BackupOrder(vm, max_pause_seconds, tuple(tags), keep_duplicate, keep_seconds, is_frozen(freeze))
         if mode == "consistent":
             begin = ConsistentBackup
-            order = ConsistentOrder(
-                order.vm,
-                order.max_pause_seconds,
-                order.tags,
-                order.keep_duplicate,
-                order.keep_seconds,
-                timeout_seconds,
-                on_timeout == "keep-live",
-            )
+            order = ConsistentOrder(**vars(order), timeout_seconds=timeout_seconds, keep_live=on_timeout == "keep-live")
         with self.interruption.handled():
             self._holding().discard_ended(silently)
             return begin(

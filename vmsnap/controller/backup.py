@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from vmsnap.controller.capture import Capture, GuardianStart
 from vmsnap.controller.clones import Clones
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Action, Execution
+from vmsnap.controller.freezing import OVERLAY
 from vmsnap.controller.holding import Holding, keep, tell_of_held
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.previous import Previous
@@ -21,26 +23,30 @@ from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Journal, Operation, duplicate_name_of
 from vmsnap.locks import vm_lock
 from vmsnap.model import DiskSnapshot, Duplicate
-from vmsnap.protocol import BACKUP_LIVE, Compensation, Condition, Instruction, Protocol
+from vmsnap.protocol import BACKUP_LIVE, BACKUP_LIVE_FROZEN, Compensation, Condition, Instruction, Protocol
 from vmsnap.repository import BackupFields, DiskImage, Manifest, ReadOnlyDisk, Repository
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 
 @dataclass(frozen=True)
 class BackupOrder:
-    """What is to be backed up, and how. `keep_duplicate`: hold it in memory afterwards, `keep_seconds` long at most."""
+    """What is to be backed up, and how. `keep_duplicate`: hold it in memory afterwards, `keep_seconds` long at most.
+    `freeze`: overlays hold the disks while their snapshots are taken, after the pause.
+    """
 
     vm: str
     max_pause_seconds: float = 5.0
     tags: tuple[str, ...] = ()
     keep_duplicate: bool = False
     keep_seconds: float | None = None
+    freeze: bool = False
 
 
 class LiveBackup:
-    """One backup in mode live: the actions and compensations of the protocol `BACKUP_LIVE`."""
+    """One backup in mode live: the actions and compensations of the protocol `BACKUP_LIVE`, or `BACKUP_LIVE_FROZEN`."""
 
-    protocol: Protocol = BACKUP_LIVE
+    protocols: ClassVar[tuple[Protocol, Protocol]] = (BACKUP_LIVE, BACKUP_LIVE_FROZEN)
+    """Without and with frozen disks."""
 
     def __init__(
         self,
@@ -87,7 +93,8 @@ class LiveBackup:
         with vm_lock(self._drivers.context.state_dir, self._order.vm, "backup"):
             self._recover_first(self._order.vm)
             row = self._table.get(self._order.vm)
-            operation = self._operation = self._journal.begin(self.protocol.name, row.vm, row.hypervisor, row.options)
+            protocol = self.protocols[self._order.freeze]
+            operation = self._operation = self._journal.begin(protocol.name, row.vm, row.hypervisor, row.options)
             self._capture = Capture(
                 row,
                 operation,
@@ -97,9 +104,10 @@ class LiveBackup:
                 max_pause_seconds=self._order.max_pause_seconds,
                 start_guardian=self._start_guardian,
                 needs_clones=self._needs_clones(),
+                freeze=self._order.freeze,
             )
             execution = Execution(
-                self.protocol,
+                protocol,
                 operation,
                 row.vm,
                 actions=self._actions(),
@@ -129,11 +137,17 @@ class LiveBackup:
         return {
             **self._capture.actions,
             Instruction.PREPARE: self._prepare,
+            **self._frozen_actions(),
             Instruction.STORE: self._store,
             Instruction.KEEP: self._keep,
             Instruction.RELEASE: self._release,
             Instruction.NOTIFY: self._tell,
         }
+
+    def _frozen_actions(self) -> dict[Instruction, Action]:
+        if not self._order.freeze:
+            return {}
+        return {Instruction.SNAPSHOT: self._snapshot_frozen, Instruction.THAW: self._thaw}
 
     def _compensations(self) -> dict[Compensation, Action]:
         return {
@@ -161,18 +175,34 @@ class LiveBackup:
         with tell_of_held(self._holding.held, self._order.vm):
             self._capture.prepare()
 
+    def _snapshot_frozen(self) -> None:
+        """The snapshots of frozen disks, and meanwhile the copy of the memory."""
+        self._capture.begin_snapshots()
+        self._finish_copy()
+        self._bars.show("snapshots of frozen disks", 0, None)
+        self._capture.snapshot_frozen()
+
+    def _thaw(self) -> None:
+        self._bars.show("thawing disks", 0, None)
+        self._capture.thaw()
+        self._capture.settle_frozen()
+        self._enter_captured()
+
+    def _enter_captured(self) -> None:
+        self._enter_duplicate(
+            [
+                DiskRow(snapshot.disk.device, f"{snapshot.plan.mechanism}:{snapshot.plan.tag}", None)
+                for snapshot in self._capture.snapshots
+            ],
+            "captured",
+        )
+
     def _finish_copy(self) -> Duplicate:
         """After the pause: the evidence, what the mechanisms had put off, and the copy of the memory."""
         if self._finished is None:
             capture, memory_bytes = self._capture, self._capture.description.memory_bytes
             capture.settled()
-            self._enter_duplicate(
-                [
-                    DiskRow(snapshot.disk.device, f"{snapshot.plan.mechanism}:{snapshot.plan.tag}", None)
-                    for snapshot in capture.snapshots
-                ],
-                "captured",
-            )
+            self._enter_captured()
             self._finished = capture.finish_duplicate(
                 lambda done: self._bars.show("copying memory", done, memory_bytes)
             )
@@ -252,6 +282,7 @@ class LiveBackup:
             hypervisor_version=description.hypervisor_version,
             mode=mode,
             capture=capture.plan.capture,
+            freeze=OVERLAY if capture.frozen else "",
             pause_seconds=instant.pause_seconds(),
             moments=instant.moments(),
             resume_flag=capture.executing,

@@ -11,12 +11,13 @@ from typing import TypeVar
 
 from vmsnap.controller.choosing import by_mechanism, check_cloneable, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.freezing import FrozenDisks
 from vmsnap.controller.instant import Instant
 from vmsnap.controller.snapshots import Snapshots
 from vmsnap.errors import CannotCapture, DoesNotConverge, PauseExceeded, ProtocolError, VmGone
 from vmsnap.guardian import Guard, NoGuard
 from vmsnap.journal import Operation
-from vmsnap.model import CapturePlan, DiskSnapshot, Duplicate, Moment, VmDescription, VmState, to_json
+from vmsnap.model import CapturePlan, Disk, DiskSnapshot, Duplicate, Moment, VmDescription, VmState, to_json
 from vmsnap.protocol import Compensation, Instruction
 from vmsnap.repository import check_device
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor, SnapshotMechanism
@@ -44,11 +45,16 @@ class Capture:
         max_pause_seconds: float,
         start_guardian: GuardianStart,
         needs_clones: bool = False,
+        freeze: bool = False,
     ) -> None:
+        """`freeze`: disks are held within the pause, and their snapshots taken after it, where their mechanisms and the
+        hypervisor can do that.
+        """
         self.row = row
         self.executing = False
         self._owes_execution = False
         self._runs_again = False
+        self._is_free = False
         self._hypervisor: Hypervisor | None = None
         self._description: VmDescription | None = None
         self._plan: CapturePlan | None = None
@@ -64,6 +70,7 @@ class Capture:
         self._start_guardian = start_guardian
         self._needs_clones = needs_clones
         self._guard: Guard = NoGuard()
+        self._frozen = FrozenDisks(self.hypervisor, operation, drivers) if freeze else None
 
     @property
     def actions(self) -> dict[Instruction, Callable[[], None]]:
@@ -73,6 +80,8 @@ class Capture:
             Instruction.PREPARE: self.prepare,
             Instruction.PAUSE: self.pause,
             Instruction.SNAPSHOT: self.snapshot,
+            Instruction.FREEZE: self.freeze,
+            Instruction.THAW: self.thaw,
             Instruction.DUPLICATE: self.take_duplicate,
             Instruction.RESUME: self.resume,
         }
@@ -83,6 +92,7 @@ class Capture:
         return {
             Compensation.RESUME_VM: self.make_it_run,
             Compensation.ABANDON_CAPTURE: self.abandon,
+            Compensation.THAW_DISKS: self.thaw,
             Compensation.DELETE_SNAPSHOTS: self.delete_snapshots,
             Compensation.DISCARD_DUPLICATE: self.discard_duplicate,
         }
@@ -109,12 +119,17 @@ class Capture:
     @property
     def mechanisms(self) -> Mapping[str, SnapshotMechanism]:
         """Those of the disks, by their names."""
-        return self._disks.mechanisms
+        return {**self._disks.mechanisms, **(self._frozen.snapshots.mechanisms if self._frozen else {})}
 
     @property
     def snapshots(self) -> Sequence[DiskSnapshot]:
         """The snapshots that were taken."""
-        return self._disks.taken
+        return [*self._disks.taken, *(self._frozen.snapshots.taken if self._frozen else ())]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether disks were held, and their snapshots taken after the pause."""
+        return self._frozen is not None and self._frozen.moment is not None
 
     @property
     def duplicate(self) -> Duplicate:
@@ -138,6 +153,8 @@ class Capture:
         :raises PauseExceeded: the guest stood still longer than it was allowed to
         """
         moments = {snapshot.instant for snapshot in self.snapshots}
+        if self._frozen is not None and self._frozen.moment is not None:
+            moments.add(self._frozen.moment)
         instant = Instant(
             self._paused,
             tuple(sorted(moments, key=lambda moment: moment.monotonic_ns)),
@@ -155,7 +172,7 @@ class Capture:
 
     def finish_duplicate(self, progress: Callable[[int], None]) -> Duplicate:
         """Wait until the copy is complete. From then on the VM does not depend on us, and the guardian has done its
-        duty.
+        duty, unless it still has to see to it that frozen disks are thawed.
         """
         copied_bytes = -1
 
@@ -184,6 +201,8 @@ class Capture:
         if description.state not in (VmState.EXECUTING, VmState.STOPPED):
             raise VmGone(f"VM {self.row.vm!r} is {description.state.value}", cure="start it, then back it up")
         self.executing = description.state is VmState.EXECUTING
+        if self._frozen is not None:
+            self._frozen.check()
         for disk in description.disks:
             check_device(disk.device)
         disks = choose_mechanisms(self._drivers, description.disks, self.row.disks)
@@ -202,11 +221,16 @@ class Capture:
         """
         description = self.description
         self._plan = self.hypervisor.plan_capture(self._request)
-        self._disks.plan(self.row.vm, by_mechanism(description.disks, self.row.disks), self._plan.window)
+        chosen: Mapping[str, Sequence[Disk]] = by_mechanism(description.disks, self.row.disks)
+        if self._frozen is not None:
+            chosen = self._frozen.plan(self.row.vm, chosen, self._plan.window)
+        self._disks.plan(self.row.vm, chosen, self._plan.window)
         self._duplicate_position = self._operation.will_make(
             "duplicate", self.row.hypervisor, to_json(self._request.duplicate)
         )
         self._disks.prepare()
+        if self._frozen is not None:
+            self._frozen.prepare()
         if self.executing and not self._request.without:
             self._guard = self._start_guardian(
                 self._drivers.context, self.row.vm, self.row.hypervisor, dict(self.row.options)
@@ -236,12 +260,19 @@ class Capture:
         """Fix all disks, several mechanisms side by side."""
         self._disks.take()
 
+    def freeze(self) -> None:
+        """Hold the disks, and fix those for which that is not needed."""
+        if self._frozen is not None:
+            self._frozen.freeze()
+        self._disks.take()
+
     def take_duplicate(self) -> None:
         """Fix the memory.
 
         :raises ProtocolError: the disks were to be fixed before, and are not
         """
-        if self.plan.disks_first and not self._disks.complete:
+        frozen = self._frozen is None or self._frozen.complete
+        if self.plan.disks_first and not (frozen and self._disks.complete):
             raise ProtocolError(f"capture {self.plan.capture!r} needs the disks' snapshots before the memory's")
         self._duplicate = self.hypervisor.duplicate()
 
@@ -249,6 +280,30 @@ class Capture:
         """Let the VM run."""
         self._resumed = self.hypervisor.resume()
         self._await_copy()
+
+    def begin_snapshots(self) -> None:
+        """Begin with the snapshots of frozen disks; `snapshot_frozen` ends it."""
+        if self._frozen is not None:
+            self._frozen.begin()
+
+    def snapshot_frozen(self) -> None:
+        """Wait for the snapshots of frozen disks. Blocks for as long as they take."""
+        if self._frozen is not None:
+            self._frozen.take()
+
+    def thaw(self) -> None:
+        """Put back what the guest wrote while its disks were frozen. Idempotent; what cannot be put back now stays
+        where it is, and in the journal.
+        """
+        if self._frozen is not None:
+            self._frozen.thaw()
+            if self._is_free:
+                self._settle_debt()
+
+    def settle_frozen(self) -> None:
+        """What the mechanisms of frozen disks have put off until these were thawed."""
+        if self._frozen is not None:
+            self._frozen.snapshots.settle()
 
     def _prepare_without(self, capture: str) -> None:
         """Take back what was prepared, the guest running, and prepare again for another way: the disks' part depends
@@ -258,9 +313,13 @@ class Capture:
         self.hypervisor.abandon()
         if self.executing:
             self.hypervisor.resume()
+        if self._frozen is not None:
+            self._frozen.thaw()
         self.delete_snapshots()
         self.discard_duplicate()
         self._disks.forget()
+        if self._frozen is not None:
+            self._frozen.forget()
         self._request = replace(self._request, without=(*self._request.without, capture))
         self.prepare()
 
@@ -305,7 +364,11 @@ class Capture:
 
         :raises SnapshotError: the first that could not be removed, after all were tried
         """
-        self._disks.delete()
+        try:
+            self._disks.delete()
+        finally:
+            if self._frozen is not None:
+                self._frozen.snapshots.delete()
 
     def discard_duplicate(self) -> None:
         """Remove the duplicate from host memory, unless it was handed over."""
@@ -318,12 +381,20 @@ class Capture:
     def close(self) -> None:
         """Let go of all connections. A guardian that is still there goes on alone: what it guards was not set right."""
         self._disks.close()
+        if self._frozen is not None:
+            self._frozen.snapshots.close()
         if self._hypervisor is not None:
             self._hypervisor.close()
         self._guard.hand_over()
 
     def _settle_debt(self) -> None:
-        """The VM does not depend on us any more: neither the guardian nor a recovery has to see to it."""
+        """The VM does not depend on us any more: neither the guardian nor a recovery has to see to it. Not so while
+        what the guest writes goes to an overlay: a guardian puts that back where we die.
+        """
+        self._is_free = True
+        if self._frozen is not None and self._frozen.owed:
+            self._guard.disarm()
+            return
         self._owes_execution = False
         self._operation.must_execute(False)
         guard, self._guard = self._guard, NoGuard()

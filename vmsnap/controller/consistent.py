@@ -17,7 +17,7 @@ from vmsnap.controller.running import RunningDuplicate
 from vmsnap.controller.storing import Storing
 from vmsnap.errors import HypervisorError, ProtocolError
 from vmsnap.model import Moment
-from vmsnap.protocol import BACKUP_CONSISTENT, Compensation, Condition, Instruction
+from vmsnap.protocol import BACKUP_CONSISTENT, BACKUP_CONSISTENT_FROZEN, Compensation, Condition, Instruction
 from vmsnap.roles import LoadRequest
 
 
@@ -32,12 +32,13 @@ class ConsistentOrder(BackupOrder):
 
 
 class ConsistentBackup(LiveBackup):
-    """One backup in mode consistent: the actions and compensations of the protocol `BACKUP_CONSISTENT`.
+    """One backup in mode consistent: the actions and compensations of the protocol `BACKUP_CONSISTENT`, or
+    `BACKUP_CONSISTENT_FROZEN`.
 
     It begins as a live one. The working VM is not asked for anything once it runs again, but which disks it has.
     """
 
-    protocol = BACKUP_CONSISTENT
+    protocols = (BACKUP_CONSISTENT, BACKUP_CONSISTENT_FROZEN)
     _order: ConsistentOrder
     _clones: Clones | None = None
     _running: RunningDuplicate | None = None

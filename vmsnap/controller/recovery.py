@@ -25,7 +25,7 @@ from vmsnap.journal import (
     is_duplicate_name,
 )
 from vmsnap.locks import vm_lock
-from vmsnap.model import ClonePlan, SnapshotPlan, VmState, from_json
+from vmsnap.model import ClonePlan, FreezePlan, SnapshotPlan, VmState, from_json
 from vmsnap.roles import Hypervisor
 from vmsnap.vmtable import VmTable
 
@@ -144,6 +144,7 @@ class Recovery:
             return self._settle_takeover(row, resource)
         remove = {
             "snapshot": self._delete_snapshot,
+            "freeze": self._thaw_disks,
             "clone": self._delete_clone,
             "duplicate": self._discard_duplicate,
             "loaded": self._destroy_loaded,
@@ -160,6 +161,13 @@ class Recovery:
             mechanism.delete(from_json(resource.data, SnapshotPlan))
         finally:
             mechanism.close()
+
+    def _thaw_disks(self, row: OperationRow, resource: Resource) -> None:
+        hypervisor = self._drivers.hypervisor(resource.driver, row.vm, row.options)
+        try:
+            hypervisor.thaw_disks(from_json(resource.data, FreezePlan))
+        finally:
+            hypervisor.close()
 
     def _delete_clone(self, _row: OperationRow, resource: Resource) -> None:
         mechanism = self._drivers.mechanism(resource.driver)

@@ -93,11 +93,14 @@ class Strays:
             with closing(self._drivers.mechanism(stray.driver)) as mechanism:
                 mechanism.remove_owned(stray)
             return
-        with closing(self._drivers.hypervisor_of_host(stray.driver, stray.name)) as hypervisor:
+        purpose = "strays" if stray.kind == "overlay" else stray.name  # that of an overlay is no VM's
+        with closing(self._drivers.hypervisor_of_host(stray.driver, purpose)) as hypervisor:
             if stray.kind == "duplicate":
                 hypervisor.discard_duplicate(stray.name)
             elif stray.kind == "vm":
                 hypervisor.destroy()
+            elif stray.kind == "overlay":
+                hypervisor.thaw_owned(stray)
             else:
                 raise UsageError(f"the {stray.kind} {stray.name} of {stray.driver} cannot be removed by vmsnap")
 

@@ -6,7 +6,9 @@ diagrams in docs/ are drawn from it and the property tests run over it.
 
 from vmsnap.protocol.tables import (
     BACKUP_CONSISTENT,
+    BACKUP_CONSISTENT_FROZEN,
     BACKUP_LIVE,
+    BACKUP_LIVE_FROZEN,
     CONSOLIDATE,
     FAILOVER,
     PROTOCOLS,
@@ -17,7 +19,9 @@ from vmsnap.protocol.words import Compensation, Condition, Instruction, Protocol
 
 __all__ = [
     "BACKUP_CONSISTENT",
+    "BACKUP_CONSISTENT_FROZEN",
     "BACKUP_LIVE",
+    "BACKUP_LIVE_FROZEN",
     "CONSOLIDATE",
     "FAILOVER",
     "PROTOCOLS",

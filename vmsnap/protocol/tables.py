@@ -71,6 +71,71 @@ BACKUP_CONSISTENT = Protocol(
     window=BACKUP_LIVE.window,
 )
 
+# The disks are held within the pause, and their snapshots taken after it, which may be slow. The overlays have the
+# guest's newest data: they go back before anything else is removed.
+BACKUP_LIVE_FROZEN = Protocol(
+    name="backup, mode live, disks frozen",
+    transitions={
+        (S.READY, I.CHECK): S.CHECKED,
+        (S.CHECKED, I.PREPARE): S.PREPARED,
+        (S.PREPARED, I.PAUSE): S.PAUSED,
+        (S.PAUSED, I.FREEZE): S.FROZEN,
+        (S.PAUSED, I.DUPLICATE): S.DUPLICATED,
+        (S.FROZEN, I.DUPLICATE): S.CAPTURED,
+        (S.DUPLICATED, I.FREEZE): S.CAPTURED,
+        (S.CAPTURED, I.RESUME): S.RESUMED,
+        (S.RESUMED, I.SNAPSHOT): S.SNAPSHOTTED,
+        (S.SNAPSHOTTED, I.THAW): S.THAWED,
+        (S.THAWED, I.STORE): S.STORED,
+        (S.STORED, I.KEEP): S.KEPT,
+        (S.KEPT, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        **BACKUP_LIVE.compensations,
+        I.PREPARE: (C.RESUME_VM, C.ABANDON_CAPTURE, C.THAW_DISKS, C.DELETE_SNAPSHOTS, C.DISCARD_DUPLICATE),
+        I.FREEZE: (C.RESUME_VM, C.THAW_DISKS, C.DELETE_SNAPSHOTS),
+        I.SNAPSHOT: (C.ABANDON_CAPTURE, C.THAW_DISKS, C.DELETE_SNAPSHOTS),
+        I.THAW: (C.THAW_DISKS,),
+    },
+    conditions=BACKUP_LIVE.conditions,
+    window=frozenset({I.PAUSE, I.FREEZE, I.DUPLICATE, I.RESUME}),
+)
+
+BACKUP_CONSISTENT_FROZEN = Protocol(
+    name="backup, mode consistent, disks frozen",
+    transitions={
+        (S.READY, I.CHECK): S.CHECKED,
+        (S.CHECKED, I.PREPARE): S.PREPARED,
+        (S.PREPARED, I.PAUSE): S.PAUSED,
+        (S.PAUSED, I.FREEZE): S.FROZEN,
+        (S.PAUSED, I.DUPLICATE): S.DUPLICATED,
+        (S.FROZEN, I.DUPLICATE): S.CAPTURED,
+        (S.DUPLICATED, I.FREEZE): S.CAPTURED,
+        (S.CAPTURED, I.RESUME): S.RESUMED,
+        (S.RESUMED, I.SNAPSHOT): S.SNAPSHOTTED,
+        (S.SNAPSHOTTED, I.THAW): S.THAWED,
+        (S.THAWED, I.LOAD): S.LOADED,
+        (S.LOADED, I.SWITCH_DISKS): S.SWITCHED,
+        (S.SWITCHED, I.CUT_NETWORK): S.CUT,
+        (S.CUT, I.RESUME_DUPLICATE): S.DUPLICATE_RESUMED,
+        (S.DUPLICATE_RESUMED, I.AWAIT_EXECUTING): S.DUPLICATE_EXECUTING,
+        (S.DUPLICATE_EXECUTING, I.SHUT_DOWN): S.SHUTTING_DOWN,
+        (S.SHUTTING_DOWN, I.AWAIT_STOPPED): S.DUPLICATE_STOPPED,
+        (S.DUPLICATE_STOPPED, I.STORE): S.STORED,
+        (S.STORED, I.KEEP): S.KEPT,
+        (S.KEPT, I.RELEASE): S.RELEASED,
+        (S.RELEASED, I.NOTIFY): S.DONE,
+    },
+    compensations={
+        **BACKUP_LIVE_FROZEN.compensations,
+        I.LOAD: BACKUP_CONSISTENT.compensations[I.LOAD],
+        I.RELEASE: BACKUP_CONSISTENT.compensations[I.RELEASE],
+    },
+    conditions=BACKUP_CONSISTENT.conditions,
+    window=BACKUP_LIVE_FROZEN.window,
+)
+
 RESTORE = Protocol(
     name="restore",
     transitions={
@@ -148,4 +213,13 @@ FAILOVER = Protocol(
     conditions={},
 )
 
-PROTOCOLS: tuple[Protocol, ...] = (BACKUP_LIVE, BACKUP_CONSISTENT, RESTORE, CONSOLIDATE, FAILOVER, VERIFY_BOOT)
+PROTOCOLS: tuple[Protocol, ...] = (
+    BACKUP_LIVE,
+    BACKUP_CONSISTENT,
+    BACKUP_LIVE_FROZEN,
+    BACKUP_CONSISTENT_FROZEN,
+    RESTORE,
+    CONSOLIDATE,
+    FAILOVER,
+    VERIFY_BOOT,
+)

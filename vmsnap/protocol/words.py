@@ -17,7 +17,11 @@ class Instruction(enum.Enum):
     PAUSE = "pause"
     """Stop the vCPUs if they execute, drain and flush; then state := stopped, resume_flag := 1."""
     SNAPSHOT = "snapshot"
-    """Fix the disks."""
+    """Fix the disks; of those that are held, after the pause."""
+    FREEZE = "freeze"
+    """Hold the disks at this instant: what the guest writes from now on goes to overlays."""
+    THAW = "thaw"
+    """Put the overlays back."""
     DUPLICATE = "duplicate"
     """Fix memory and vCPU state."""
     RESUME = "resume"
@@ -58,9 +62,11 @@ class State(enum.Enum):
     PREPARED = "prepared"
     PAUSED = "paused"
     SNAPSHOTTED = "snapshotted"
+    FROZEN = "frozen"
     DUPLICATED = "duplicated"
     CAPTURED = "captured"
     RESUMED = "resumed"
+    THAWED = "thawed"
     LOADED = "loaded"
     SWITCHED = "switched"
     CUT = "cut"
@@ -92,6 +98,7 @@ class Compensation(enum.Enum):
 
     RESUME_VM = "resume the VM"
     ABANDON_CAPTURE = "abandon the capture"
+    THAW_DISKS = "thaw the disks"
     DELETE_SNAPSHOTS = "delete the snapshots"
     DISCARD_DUPLICATE = "discard the duplicate"
     DROP_UNCOMMITTED = "drop what was not committed"
@@ -103,6 +110,7 @@ class Compensation(enum.Enum):
 COMPENSATION_ORDER: tuple[Compensation, ...] = (
     Compensation.RESUME_VM,
     Compensation.ABANDON_CAPTURE,
+    Compensation.THAW_DISKS,
     Compensation.SETTLE_TAKEOVER,
     Compensation.DESTROY_LOADED,
     Compensation.REMOVE_DISKS,

@@ -73,7 +73,8 @@ class BackupFields:
     """What the caller of `BackupWriter.commit` knows of a backup.
 
     `definition` and `duplicate_details` are the hypervisor driver's, opaque. `moments` are the evidence of one
-    instant. `device_state` is None where only disks are kept. `memory_bytes` is the guest's RAM.
+    instant. `freeze` says how disks were held while their snapshots were taken after the pause (``overlay``), empty
+    where none was. `device_state` is None where only disks are kept. `memory_bytes` is the guest's RAM.
     """
 
     vm: str
@@ -85,6 +86,7 @@ class BackupFields:
     memory: tuple[MemoryImage, ...] = ()
     device_state: ImageRecord | None = None
     capture: str = ""
+    freeze: str = ""
     moments: tuple[Moment, ...] = ()
     pause_seconds: float | None = None
     resume_flag: bool = False

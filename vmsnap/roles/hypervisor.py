@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vmsnap.errors import HypervisorError
+from vmsnap.errors import CannotCapture, HypervisorError
 from vmsnap.model import (
     CapturePlan,
     Disk,
     Duplicate,
     Finding,
+    FreezePlan,
     Json,
     Moment,
     Nic,
@@ -104,6 +105,10 @@ class Hypervisor(ABC):
     options: ClassVar[Sequence[Option]] = ()
     needs: ClassVar[Sequence[Need]] = ()
     """Programs and modules without which it does nothing here; ``vmsnap drivers`` names those that are missing."""
+    freezes: ClassVar[bool] = False
+    """`plan_freeze`, `prepare_freeze`, `freeze_disks`, `check_frozen`, `thaw_disks` and `thaw_owned` work; else they
+    raise.
+    """
 
     def __init__(self, vm: str, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember name, context and checked options; no I/O."""
@@ -225,6 +230,64 @@ class Hypervisor(ABC):
     def discard_duplicate(self, name: str) -> None:
         """Remove the duplicate of that name from host memory; succeeds where there is none."""
 
+    # -- holding disks
+
+    def plan_freeze(self, disks: Sequence[Disk], tag: str) -> FreezePlan:
+        """Name all that is made to hold these disks at one instant; see that there is room. No side effects.
+
+        What the guest writes to a disk that is held goes elsewhere, so that the disk's own bytes stay as they are, for
+        snapshots which are too slow for the pause::
+
+            plan_freeze → (journal) → prepare_freeze → [pause] → freeze_disks → [resume] → check_frozen … → thaw_disks
+
+        `tag` (``vmsnap-…``) is part of every name. From `freeze_disks` on the guest's newest data are not in its disk,
+        so nothing but `thaw_disks`, which brings them there, ever removes what holds them.
+
+        :raises CannotCapture: this driver has `freezes` = False
+        :raises VmsnapError: it cannot be done (no room, something stands on a disk); nothing was made
+        """
+        raise _cannot_freeze(self.name)
+
+    def prepare_freeze(self, plan: FreezePlan) -> None:
+        """Do everything slow, the guest running. Blocks.
+
+        :raises VmsnapError: not possible; the core calls `thaw_disks`
+        """
+        raise _cannot_freeze(self.name)
+
+    def freeze_disks(self, plan: FreezePlan) -> Moment:
+        """Hold the disks; called while the guest stands still, its I/O drained and flushed. Returns the moment, between
+        the call and its return.
+
+        :raises VmsnapError: failed, or the guest executes; the core calls `thaw_disks`
+        """
+        raise _cannot_freeze(self.name)
+
+    def check_frozen(self, plan: FreezePlan) -> None:
+        """See that the disks are held still and that there is room for what the guest writes. Quick; any number of
+        times, between `freeze_disks` and `thaw_disks`.
+
+        :raises VmsnapError: they are not, so that what was read of them is of no instant; or the room is running out
+        """
+        raise _cannot_freeze(self.name)
+
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        """Bring what the guest wrote meanwhile into its disks, connect it to them, and remove all that was made for
+        `plan`, whatever of it exists, from whatever step. The guest may run, stand still, or be gone. Idempotent, in
+        any process. Blocks.
+
+        :raises VmsnapError: something is left; nothing that the guest wrote is lost, and a later call tries again
+        """
+        raise _cannot_freeze(self.name)
+
+    def thaw_owned(self, owned: OwnedResource) -> None:
+        """Do as `thaw_disks` for something of the kind ``overlay`` that `list_owned` has named, and whose plan nobody
+        has any more; the user said so.
+
+        :raises VmsnapError: as `thaw_disks`
+        """
+        raise _cannot_freeze(self.name)
+
     # -- bringing back
 
     def duplicate_options(self) -> Mapping[str, str]:
@@ -309,3 +372,7 @@ class Hypervisor(ABC):
 
     def close(self) -> None:
         """Let go of the connection; idempotent. The VM and its duplicates stay as they are."""
+
+
+def _cannot_freeze(driver: str) -> CannotCapture:
+    return CannotCapture(f"driver {driver!r} cannot hold disks at an instant", cure="back it up without --freeze")

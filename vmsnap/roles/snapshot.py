@@ -84,6 +84,10 @@ class SnapshotMechanism(ABC):
     """`changed_extents` works, and snapshots bear marks."""
     asked_first: ClassVar[bool] = False
     """It takes disks for what they lie on, and is asked before the mechanisms that take any disk of a hypervisor."""
+    of_storage: ClassVar[bool] = True
+    """What lies at the disk's address is all it needs: it can be asked after the pause too, while the hypervisor holds
+    the disk (`Hypervisor.freeze_disks`). False where it works through the hypervisor itself.
+    """
 
     def __init__(self, context: DriverContext, options: Mapping[str, str]) -> None:
         """Remember context and checked options; no I/O."""

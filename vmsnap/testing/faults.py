@@ -31,6 +31,7 @@ from vmsnap.model import (
     Duplicate,
     Extent,
     Finding,
+    FreezePlan,
     Moment,
     Nic,
     OwnedResource,
@@ -178,7 +179,7 @@ class FaultyHypervisor(Hypervisor):
     def __init__(self, driver: Hypervisor, plan: FaultPlan) -> None:
         """Wrap `driver`."""
         super().__init__(driver.vm, driver.context, {})
-        vars(self).update(name=driver.name, options=driver.options)
+        vars(self).update(name=driver.name, options=driver.options, freezes=driver.freezes)
         self.driver = driver
         self.plan = plan
 
@@ -240,6 +241,30 @@ class FaultyHypervisor(Hypervisor):
     def discard_duplicate(self, name: str) -> None:
         """See the role."""
         return self._call(self.driver.discard_duplicate, name)
+
+    def plan_freeze(self, disks: Sequence[Disk], tag: str) -> FreezePlan:
+        """See the role."""
+        return self._call(self.driver.plan_freeze, disks, tag)
+
+    def prepare_freeze(self, plan: FreezePlan) -> None:
+        """See the role."""
+        return self._call(self.driver.prepare_freeze, plan)
+
+    def freeze_disks(self, plan: FreezePlan) -> Moment:
+        """See the role."""
+        return self._call(self.driver.freeze_disks, plan)
+
+    def check_frozen(self, plan: FreezePlan) -> None:
+        """See the role."""
+        return self._call(self.driver.check_frozen, plan)
+
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        """See the role."""
+        return self._call(self.driver.thaw_disks, plan)
+
+    def thaw_owned(self, owned: OwnedResource) -> None:
+        """See the role."""
+        return self._call(self.driver.thaw_owned, owned)
 
     def duplicate_options(self) -> Mapping[str, str]:
         """See the role; never fails on plan, as it does no I/O."""
@@ -315,6 +340,7 @@ class FaultySnapshotMechanism(SnapshotMechanism):
             options=driver.options,
             clones=driver.clones,
             changes=driver.changes,
+            of_storage=driver.of_storage,
         )
         self.driver = driver
         self.fault_plan = plan

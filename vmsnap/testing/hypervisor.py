@@ -8,9 +8,9 @@ A driver joins by inheriting `HypervisorContract` and giving it one fixture::
             with MyRig(tmp_path) as rig:
                 yield rig
 
-Each scenario is a sentence of the contract, which its docstring quotes or says in other words. Scenarios below 40 ask
-and capture; those from 40 on bring back (`vmsnap.testing.bringing_back`), those from 60 on take a failed VM's place
-(`vmsnap.testing.taking_over`).
+Each scenario is a sentence of the contract, which its docstring quotes or says in other words. Scenarios below 30 ask
+and capture; those from 30 on hold disks (`vmsnap.testing.freezing`), those from 40 on bring back
+(`vmsnap.testing.bringing_back`), those from 60 on take a failed VM's place (`vmsnap.testing.taking_over`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vmsnap.errors import HypervisorError, UnknownVm, UsageError, VmGone, Vmsnap
 from vmsnap.model import CapturePlan, Duplicate, VmDescription, VmState, from_json, to_json
 from vmsnap.roles import CaptureRequest, Hypervisor
 from vmsnap.testing.bringing_back import BringingBackScenarios
+from vmsnap.testing.freezing import FreezingScenarios
 from vmsnap.testing.rigs import HypervisorRig, digest
 from vmsnap.testing.sentences import Scenarios
 from vmsnap.testing.taking_over import TakingOverScenarios
@@ -400,7 +401,9 @@ class CapturingScenarios(Scenarios):
         assert rig.verdict(rig.vm) == ""
 
 
-class HypervisorContract(AskingScenarios, CapturingScenarios, BringingBackScenarios, TakingOverScenarios):
+class HypervisorContract(
+    AskingScenarios, CapturingScenarios, FreezingScenarios, BringingBackScenarios, TakingOverScenarios
+):
     """All scenarios of the role."""
 
     @pytest.fixture

@@ -38,6 +38,7 @@ class BackupRequest(LimitedRequest):
     keep_for_seconds: Annotated[int, Field(gt=0, le=366 * 86400)] | None = None
     timeout_seconds: Seconds = 300.0
     on_timeout: Literal["fail", "keep-live"] = "fail"
+    freeze: Literal["none", "overlay"] | None = Field(None, description="as configured there, where it is left out")
     accept_unencrypted: bool = Field(False, description="administrators alone")
 
     def needs(self) -> str:
@@ -53,6 +54,7 @@ class BackupRequest(LimitedRequest):
         found = [f"--mode={self.mode}", f"--max-pause={self.max_pause_seconds!r}", *each("--tag", self.tags)]
         found += [f"--timeout={self.timeout_seconds!r}", f"--on-timeout={self.on_timeout}"]
         found += flags(keep_duplicate=self.keep_duplicate, accept_unencrypted=self.accept_unencrypted)
+        found += [f"--freeze={self.freeze}"] if self.freeze else []
         found += [f"--keep-for={self.keep_for_seconds}s"] if self.keep_for_seconds else []
         return [*found, "--", self.vm]
 

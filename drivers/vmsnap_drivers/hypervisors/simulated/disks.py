@@ -7,11 +7,13 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vmsnap.errors import HypervisorError
 from vmsnap_drivers.hypervisors.simulated.layout import MAX_DISKS, MIN_DISK_BYTES, PAGE
+from vmsnap_drivers.hypervisors.simulated.overlay import Overlay
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,25 @@ class DiskImage:
 
 @dataclass(frozen=True)
 class OpenDisk:
-    """One disk that a VM has open and locked."""
+    """One disk that a VM has open and locked; while it is frozen, what the guest writes goes to the `overlay`."""
 
     image: DiskImage
     descriptor: int
     size_bytes: int
+    overlay: Overlay | None = None
+
+    def read(self, size_bytes: int, offset: int) -> bytes:
+        """What the guest sees there."""
+        if self.overlay is not None:
+            return self.overlay.read(size_bytes, offset)
+        return os.pread(self.descriptor, size_bytes, offset)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Take it from the guest."""
+        if self.overlay is not None:
+            self.overlay.write(data, offset)
+        else:
+            os.pwrite(self.descriptor, data, offset)
 
 
 def open_disk(image: DiskImage) -> OpenDisk:
@@ -121,8 +137,41 @@ class Disks:
     def flush(self) -> None:
         """Bring everything written to the disks themselves."""
         for disk in self.all:
-            if not disk.image.read_only:
+            if disk.overlay is not None:
+                disk.overlay.flush()
+            elif not disk.image.read_only:
                 os.fdatasync(disk.descriptor)
+
+    def freeze(self, overlays: Mapping[str, Path]) -> None:
+        """Let writes to these devices go to overlays, which are there and empty.
+
+        :raises HypervisorError: a device is none, read-only or frozen, or its overlay cannot be opened
+        """
+        wanted = {disk.image.device: disk for disk in self.all if disk.overlay is None and not disk.image.read_only}
+        if not overlays.keys() <= wanted.keys():
+            raise HypervisorError(f"not all of {', '.join(overlays)} are disks that can be frozen")
+        opened: dict[str, Overlay] = {}
+        try:
+            for device, path in overlays.items():
+                opened[device] = Overlay(path, wanted[device].descriptor)
+        except OSError as e:
+            for overlay in opened.values():
+                overlay.close()
+            raise HypervisorError(f"cannot open the overlay {e.filename}: {e.strerror}") from e
+        self.all = [replace(disk, overlay=opened.get(disk.image.device, disk.overlay)) for disk in self.all]
+
+    def thaw(self, overlays: Mapping[str, Path]) -> None:
+        """Write what these overlays hold into their disks, let further writes go there, and remove them; those that are
+        not over their disk are left alone.
+
+        :raises OSError: one could not be written; the guest goes on with it
+        """
+        for number, disk in enumerate(self.all):
+            if disk.overlay is not None and disk.overlay.path == overlays.get(disk.image.device):
+                disk.overlay.commit()
+                self.all[number] = replace(disk, overlay=None)
+                disk.overlay.close()
+                disk.overlay.path.unlink()
 
     def unlock(self) -> None:
         """Let others have them."""
@@ -132,5 +181,7 @@ class Disks:
     def close(self) -> None:
         """Close all, and so unlock them; idempotent."""
         for disk in self.all:
+            if disk.overlay is not None:
+                disk.overlay.close()
             os.close(disk.descriptor)
         self.all = []

@@ -25,6 +25,7 @@ from vmsnap.model import (
     Disk,
     Duplicate,
     Finding,
+    FreezePlan,
     MemoryRegion,
     Moment,
     Nic,
@@ -45,7 +46,7 @@ from vmsnap.roles import (
     seconds,
     with_defaults,
 )
-from vmsnap_drivers.hypervisors.simulated import lifecycle, record
+from vmsnap_drivers.hypervisors.simulated import freezing, lifecycle, record
 from vmsnap_drivers.hypervisors.simulated.control import Control, NoAnswer, Reply
 from vmsnap_drivers.hypervisors.simulated.duplicates import DuplicateFolder, duplicates_in
 from vmsnap_drivers.hypervisors.simulated.loading import plan_loading
@@ -69,13 +70,14 @@ _STATES = {
 
 
 class SimulatedHypervisor(Hypervisor):
-    """One simulated VM, over its control socket.
+    """One simulated VM, over its control socket. Disks in use can be held by overlays.
 
     A guest whose RAM and disks disagree has faulted: its state is `VmState.ENDED`, and `describe` says why in its
     refusals. A VM that has ended keeps its process until it is destroyed or stopped.
     """
 
     name = "simulated"
+    freezes = True
     options = (
         Option("socket", "path of the VM's control socket; without it the VM is found by its name", type=PATH),
         Option("timeout", "after how long a call that the VM does not answer is given up", "5", type=_TIMEOUT),
@@ -290,6 +292,43 @@ class SimulatedHypervisor(Hypervisor):
             raise HypervisorError(f"duplicate {name!r} was not prepared")
         return found[0]
 
+    # -- holding disks
+
+    def plan_freeze(self, disks: Sequence[Disk], tag: str) -> FreezePlan:
+        """An overlay beside each disk; see the role."""
+        return freezing.plan(self.vm, disks, tag, self._freezes)
+
+    def prepare_freeze(self, plan: FreezePlan) -> None:
+        """Make the overlays; see the role."""
+        freezing.prepare(plan)
+
+    def freeze_disks(self, plan: FreezePlan) -> Moment:
+        """Let the guest write to them; see the role."""
+        return freezing.freeze(plan, self._call)
+
+    def check_frozen(self, plan: FreezePlan) -> None:
+        """Ask the VM; see the role."""
+        freezing.check(plan, self._call)
+
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        """Put the overlays back, with or without the VM; see the role."""
+        freezing.thaw(plan, self._call, self.socket)
+
+    def thaw_owned(self, owned: OwnedResource) -> None:
+        """Thaw by the record of the plan; its VM is the one that has the disks. See the role."""
+        plan = freezing.plan_of(owned, self._freezes)
+        if plan is not None:
+            SimulatedHypervisor(plan.vm, self.context, {"socket": self._socket_of(plan.vm)}).thaw_disks(plan)
+
+    def _socket_of(self, vm: str) -> str:
+        places = record.records_in(lifecycle.run_folder(self.context.state_dir))
+        found = [path for path, entry in places if entry.vm == vm]
+        return str(found[0] if found else lifecycle.socket_of(self.context.state_dir, vm))
+
+    @property
+    def _freezes(self) -> Path:
+        return self.context.state_dir / self.name / freezing.FOLDER
+
     # -- bringing back
 
     def duplicate_options(self) -> Mapping[str, str]:
@@ -375,7 +414,7 @@ class SimulatedHypervisor(Hypervisor):
         if here is not None:
             entries[self.socket] = here
         owned += [OwnedResource("vm", entry.vm, entry.vm, self.name) for entry in entries.values() if entry.loaded]
-        return owned
+        return owned + freezing.list_owned(self.name, self._freezes)
 
     def close(self) -> None:
         """Close the connection; idempotent."""

@@ -57,14 +57,14 @@ class Guest:
 
         :raises HypervisorError: a disk holds something else
         """
-        found = [unpack_superblock(os.pread(disk.descriptor, PAGE, 0)) for disk in disks.all]
+        found = [unpack_superblock(disk.read(PAGE, 0)) for disk in disks.all]
         machine = next((superblock.machine for superblock in found if superblock is not None), os.urandom(16))
         for disk, superblock in zip(disks.all, found, strict=True):
-            if superblock is None and os.pread(disk.descriptor, PAGE, 0).strip(b"\0"):
+            if superblock is None and disk.read(PAGE, 0).strip(b"\0"):
                 raise HypervisorError(f"{disk.image.path} holds something that the simulated guest did not write")
             if superblock is not None and superblock.machine != machine:
                 raise HypervisorError(f"{disk.image.path} is a disk of another guest than {disks.all[0].image.path}")
-        latest = [latest_record(disk.descriptor, disk.size_bytes, machine) for disk in disks.all]
+        latest = [latest_record(disk.read, disk.size_bytes, machine) for disk in disks.all]
         counter = max(latest)
         guest = cls(ram, disks)
         guest._write_header(machine, counter, 0)
@@ -140,7 +140,7 @@ class Guest:
             number = self._get(STARTED_OFFSET, index)
             if number != self._get(COMPLETED_OFFSET, index):
                 at = Slots.of(disk.size_bytes).offset(number)
-                os.pwrite(disk.descriptor, pack_record(self.machine, number), at)
+                disk.write(pack_record(self.machine, number), at)
                 self._set(COMPLETED_OFFSET, index, number)
 
     def drain(self) -> None:
@@ -156,7 +156,7 @@ class Guest:
         first = logged - kept
         log = b"".join(COUNTER.pack(self._get(LOG_OFFSET, entry % LOG_ENTRIES)) for entry in range(first, logged))
         if not self.disks.all[0].image.read_only:
-            os.pwrite(self.disks.all[0].descriptor, log, LOG_BLOCK * PAGE)
+            self.disks.all[0].write(log, LOG_BLOCK * PAGE)
             self.disks.flush()
         self._write_superblocks(Superblock(machine, True, counter, len(log)))
         self.disks.flush()
@@ -164,7 +164,7 @@ class Guest:
     def _write_superblocks(self, superblock: Superblock) -> None:
         for disk in self.disks.all:
             if not disk.image.read_only:
-                os.pwrite(disk.descriptor, pack_superblock(superblock), 0)
+                disk.write(pack_superblock(superblock), 0)
 
     # -- checking
 
@@ -190,9 +190,9 @@ class Guest:
             slots = Slots.of(disk.size_bytes)
             wanted = self._get(COMPLETED_OFFSET, index)
             at = slots.offset(wanted)
-            if wanted and unpack_record(os.pread(disk.descriptor, PAGE, at), machine) != wanted:
+            if wanted and unpack_record(disk.read(PAGE, at), machine) != wanted:
                 return f"{disk.image.device} lacks record {wanted}"
-            following = unpack_record(os.pread(disk.descriptor, PAGE, slots.offset(wanted + 1)), machine)
+            following = unpack_record(disk.read(PAGE, slots.offset(wanted + 1)), machine)
             if following is not None and following > wanted:
                 return f"{disk.image.device} has record {following}, RAM knows of {wanted}"
         return ""
@@ -203,10 +203,10 @@ class Guest:
         if found:
             return found
         for disk in self.disks.all:
-            superblock = unpack_superblock(os.pread(disk.descriptor, PAGE, 0))
+            superblock = unpack_superblock(disk.read(PAGE, 0))
             if superblock is None or superblock.machine != self.machine:
                 return f"{disk.image.device} is not this guest's disk"
-            latest = latest_record(disk.descriptor, disk.size_bytes, self.machine)
+            latest = latest_record(disk.read, disk.size_bytes, self.machine)
             if latest != self._get(COMPLETED_OFFSET, self.disks.all.index(disk)):
                 return f"{disk.image.device} ends at record {latest}"
         wrong = wrong_stamps(memoryview(self.ram), self.counter, len(self.ram))

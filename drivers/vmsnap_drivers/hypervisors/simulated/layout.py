@@ -11,7 +11,9 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 PAGE = 4096
@@ -118,10 +120,10 @@ def unpack_record(block: bytes, machine: bytes) -> int | None:
     return int(number)
 
 
-def latest_record(descriptor: int, size_bytes: int, machine: bytes) -> int:
-    """The highest record on a disk; 0 when there is none."""
+def latest_record(read: Callable[[int, int], bytes], size_bytes: int, machine: bytes) -> int:
+    """The highest record on a disk of which `read` gives so many bytes from an offset; 0 when there is none."""
     slots = Slots.of(size_bytes)
-    found = (unpack_record(os.pread(descriptor, PAGE, slots.offset(slot)), machine) for slot in range(slots.count))
+    found = (unpack_record(read(PAGE, slots.offset(slot)), machine) for slot in range(slots.count))
     return max((number for number in found if number is not None), default=0)
 
 
@@ -144,7 +146,8 @@ def read_disk(path: Path) -> DiskContent | None:
         if superblock is None:
             return None
         log = os.pread(descriptor, superblock.log_bytes, LOG_BLOCK * PAGE)
-        latest = latest_record(descriptor, os.lseek(descriptor, 0, os.SEEK_END), superblock.machine)
+        size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+        latest = latest_record(partial(os.pread, descriptor), size_bytes, superblock.machine)
     finally:
         os.close(descriptor)
     entries = tuple(number for (number,) in COUNTER.iter_unpack(log))

@@ -147,6 +147,8 @@ class Machine:
             "resume": self.resume,
             "duplicate": self.duplicate,
             "abandon": self.abandon,
+            "freeze": self.freeze,
+            "thaw": self.thaw,
             "switch_disks": self.switch_disks,
             "cut_network": self.cut_network,
             "shut_down": self.shut_down,
@@ -195,6 +197,7 @@ class Machine:
                 "path": disk.image.path,
                 "read_only": disk.image.read_only,
                 "size_bytes": disk.size_bytes,
+                "overlay": str(disk.overlay.path) if disk.overlay is not None else "",
             }
             for disk in self.hardware.disks.all
         ]
@@ -309,6 +312,19 @@ class Machine:
         """Forget what a capture left waiting here; the execution state stays."""
         return {}
 
+    def freeze(self, overlays: list[dict[str, str]]) -> dict[str, Any]:
+        """Hold the disks as they are: the guest writes to overlays from now on."""
+        if self.state != STOPPED:
+            raise HypervisorError("disks can be frozen only while the VM is stopped")
+        moment = _moment()
+        self.hardware.disks.freeze(_by_device(overlays))
+        return moment
+
+    def thaw(self, overlays: list[dict[str, str]]) -> dict[str, Any]:
+        """Put the overlays back, between two cycles of the guest."""
+        self.hardware.disks.thaw(_by_device(overlays))
+        return {}
+
     def switch_disks(self, disks: list[dict[str, Any]]) -> dict[str, Any]:
         """Connect other images."""
         if self.state != STOPPED:
@@ -336,6 +352,10 @@ class Machine:
         """End the process after the answer; what the guest did not flush is lost."""
         self.quitting = True
         return {}
+
+
+def _by_device(overlays: list[dict[str, str]]) -> dict[str, Path]:
+    return {overlay["device"]: Path(overlay["path"]) for overlay in overlays}
 
 
 def _moment() -> dict[str, int]:
