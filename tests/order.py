@@ -27,7 +27,9 @@ _LONG = {
     "test_strays": 70, "test_slow_repository_qemu": 60, "test_pause_limits": 60, "test_iscsi_qemu": 60,
     "test_iscsi_contract": 60, "test_agent_api": 60, "test_agent_page": 60, "test_agent_remote": 60,
     "test_libvirt_driver": 60, "test_simulated_contract": 60, "test_repository_stress": 60, "test_docs_blocks": 60,
-    "in_guest/test_systemd": 50, "test_file_failures": 45, "test_power_loss": 45, "test_libvirt_changes": 45,
+    "in_guest/test_lio": 60, "test_libvirt_fsfreeze": 60, "test_libvirt_firmware": 60, "test_side_by_side": 60,
+    "test_libvirt_iscsi": 50, "in_guest/test_systemd": 50, "test_file_failures": 45, "test_power_loss": 45,
+    "test_libvirt_changes": 45,
     "test_libvirt_inputs": 45, "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,
 }  # fmt: skip
 SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}

@@ -4,7 +4,6 @@ was, stores nothing, and nothing of it is left.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
 from tests.lab.libvirtd import Libvirtd
+from tests.lab.ports import free_port
 from tests.libvirt_stage import Stage, staged
 from tests.qemu_stage import until
 from tests.workers import worker_that_waits_at
@@ -27,13 +27,6 @@ def stage() -> Iterator[Stage]:
     with staged() as made:
         made.controller.backup("vm001", made.repository)
         yield made
-
-
-def free_port() -> int:
-    """One on the loopback that nobody has."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def told_by(stage: Stage, call: str, meanwhile: Callable[[], object]) -> str:
