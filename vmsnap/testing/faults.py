@@ -101,10 +101,8 @@ class FaultPlan:
     def __init__(self, *faults: Fault, hang_seconds: float = HANG_SECONDS, slow_seconds: float = SLOW_SECONDS) -> None:
         """Plan these faults."""
         self._faults = {(fault.method, fault.number): fault for fault in faults}
-        self._hang_seconds = hang_seconds
-        self._slow_seconds = slow_seconds
-        self._released = threading.Event()
-        self._lock = threading.Lock()
+        self._hang_seconds, self._slow_seconds = hang_seconds, slow_seconds
+        self._released, self._lock = threading.Event(), threading.Lock()
         self.counts: Counter[str] = Counter()
         """How often each method was called."""
         self.calls: list[str] = []
@@ -180,8 +178,7 @@ class FaultyHypervisor(Hypervisor):
         """Wrap `driver`."""
         super().__init__(driver.vm, driver.context, {})
         vars(self).update(name=driver.name, options=driver.options, freezes=driver.freezes)
-        self.driver = driver
-        self.plan = plan
+        self.driver, self.plan = driver, plan
 
     def _call(self, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return self.plan.call(HypervisorError, target.__name__, target, *args, **kwargs)
