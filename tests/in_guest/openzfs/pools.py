@@ -11,6 +11,7 @@ from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.zfs.lookup import node_of
 
 MIB = 1 << 20
+_SEEN_BY_THE_KERNEL = Path("/root/tmp")
 _MODULES = ("spl", "znvpair", "zcommon", "icp", "zavl", "zunicode", "zlua", "zzstd", "zfs")
 """In the order in which they need each other: they have no place in ``modules.dep``."""
 
@@ -32,13 +33,16 @@ def load_modules() -> None:
         if path.exists():
             more = ["zfs_arc_max=67108864"] if name == "zfs" else []
             run("insmod", str(path), *more)
+    # The kernel opens a pool's files by their paths from its own root, in which this one is /root.
+    _SEEN_BY_THE_KERNEL.mkdir(parents=True, exist_ok=True)
+    run("mount", "--bind", "/tmp", str(_SEEN_BY_THE_KERNEL))
 
 
 @contextmanager
 def pool(folder: Path, name: str, size_mib: int = 256) -> Iterator[str]:
     """An empty pool, whose file systems are mounted below `folder`."""
     load_modules()
-    disk = folder / f"{name}.img"
+    disk = Path("/root", folder.relative_to("/"), f"{name}.img")
     with disk.open("wb") as file:
         file.truncate(size_mib * MIB)
     run("zpool", "create", "-o", "cachefile=none", "-m", str(folder / name), name, str(disk))

@@ -105,7 +105,7 @@ class Zfs:
         """
         argv = ["zfs", "get", "-Hp", *_kind_of([name]), "-o", "value", "guid", name]
         done = self._run(argv, _ASKING_SECONDS)
-        if done.status and "does not exist" not in done.stderr:
+        if done.status and not _is_missing(done):
             raise _failure(argv, done)
         return done.status == 0
 
@@ -167,7 +167,7 @@ class Zfs:
         """
         argv = ["zfs", "release", plan, name]
         done = self._run(argv, _CHANGING_SECONDS, changes=True)
-        if done.status and not re.search(r"no such tag|does not exist", done.stderr):
+        if done.status and "no such tag" not in done.stderr and not _is_missing(done):
             raise _failure(argv, done)
         self._destroy("-d", name)
         if not cloned and self.exists(name):
@@ -191,7 +191,7 @@ class Zfs:
         argv = ["zfs", "destroy", *arguments]
         deadline = time.monotonic() + _BUSY_SECONDS
         while (done := self._run(argv, _CHANGING_SECONDS, changes=True)).status:
-            if re.search(r"does not exist|could not find any snapshots", done.stderr):
+            if _is_missing(done):
                 return
             # udev looks at a volume that is new, whoever read it has closed it just now
             if "busy" not in done.stderr or time.monotonic() > deadline:
@@ -219,6 +219,11 @@ def marked(kind: str, plan: str) -> tuple[str, ...]:
 def pool_of(name: str) -> str:
     """The pool in which that lies."""
     return re.split("[/@#]", name, maxsplit=1)[0]
+
+
+def _is_missing(done: Output) -> bool:
+    """Whether what a command was about is not there. Each kind of thing has words of its own."""
+    return bool(re.search(r"does not exist|no such pool or dataset|could not find any snapshots", done.stderr))
 
 
 def _kind_of(names: Sequence[str]) -> tuple[str, ...]:
