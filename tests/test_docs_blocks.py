@@ -61,7 +61,7 @@ WHOLE = {
     ("restore-onto.md", "vmsnap export"): ELSEWHERE + "test_cli_export_onto.py; the page's Python is run here",
     ("sftp.md", "Match User"): "lines of sshd_config; test_sftp_access.py has a server with its own",
     ("tutorial.md", "python3 -m venv"): ELSEWHERE + "test_out_of_tree_examples.py, in an environment of its own",
-    ("zfs.md", "zfs allow"): ELSEWHERE + "in_guest/openzfs/test_zfs_failures.py, on OpenZFS",
+    ("zfs.md", "zfs allow"): "needs OpenZFS and another user; the page says that it is not tried",
     ("writing-a-storage-backend.md", "pip install"): ELSEWHERE + "test_out_of_tree_examples.py",
     ("writing-a-storage-backend.md", "vmsnap"): ELSEWHERE + "test_writing_a_storage_backend.py",
     ("writing-a-snapshot-mechanism.md", "plan →"): "a picture, no command",
