@@ -49,12 +49,11 @@ class TestBackups(BackupScenarios):
             assert not result.warnings, "they would say why a disk was read whole"
             assert len(bookmarks(tank)) == len(before) and bookmarks(tank) != before
             assert controller.strays() == [], "its disks are registered"
+            addresses = {disk.address for disk in controller.table.get("vm001").disks}
         mechanism = ZfsMechanism(world.folders.context(), {})
         marks = [owned for owned in mechanism.list_owned() if owned.kind == "mark"]
         assert len(marks) == len(bookmarks(tank))
-        assert {mark.name.partition(" of ")[2] for mark in marks} == {
-            disk.address for disk in controller.table.get("vm001").disks
-        }
+        assert {mark.name.partition(" of ")[2] for mark in marks} == addresses
         mechanism.remove_owned(marks[0])
         assert len(bookmarks(tank)) == len(marks) - 1
         mechanism.forget_marks("vm001")
