@@ -11,6 +11,9 @@ from vmsnap.model import ClonePlan, DiskSnapshot, SnapshotPlan, check_name
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn, name_beside, parse
 from vmsnap_drivers.snapshots.iscsi.stores import Stores
 
+SERVERS = ("tgt", "lio")
+"""The names of what can serve targets."""
+
 
 @dataclass(frozen=True)
 class LunNames:
@@ -76,6 +79,10 @@ def names_of(plan: SnapshotPlan, kinds: Mapping[str, Stores]) -> tuple[LunNames,
         found = tuple(LunNames(**entry) for entry in plan.data["luns"])
         for index, names in enumerate(found):
             ours = kinds[names.kind].beside(names.origin, plan.tag, index)
+            if names.server not in SERVERS:
+                raise SnapshotError(
+                    f"the plan {plan.tag!r} is none of the mechanism iscsi: the server {names.server!r}"
+                )
             absolute = names.origin.startswith("/") and ".." not in names.origin.split("/")
             if not absolute or names.snapshot != ours or names.target != target_of(names.lun, plan.tag, index):
                 raise SnapshotError(f"the plan {plan.tag!r} names {names.snapshot}, no snapshot of it")
