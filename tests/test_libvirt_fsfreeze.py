@@ -139,11 +139,8 @@ def frozen_by_worker(worker: subprocess.Popen[str], stage: Stage) -> None:
 
 @pytest.mark.parametrize(
     ("call", "kill"),
-    [
-        ("pause", frozen_by_worker),
-        ("duplicate", lambda worker, _: worker.kill()),
-        ("resume", lambda worker, _: worker.kill()),
-    ],
+    [("pause", frozen_by_worker), ("resume", lambda worker, _: worker.kill())],
+    ids=["while it freezes", "while the guest is frozen"],
 )
 def test_a_worker_that_is_killed_between_freezing_and_thawing(
     stage: Stage, call: str, kill: Callable[[subprocess.Popen[str], Stage], None]

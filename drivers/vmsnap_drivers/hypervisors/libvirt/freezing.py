@@ -26,7 +26,7 @@ _THAW: Final = "guest-fsfreeze-thaw"
 _STATUS: Final = "guest-fsfreeze-status"
 _THAWED: Final = "thawed"
 _ANSWER_SECONDS: Final = 3.0
-_THAW_SECONDS: Final = 10.0
+_THAW_SECONDS: Final = 30.0
 _BETWEEN_TRIES_SECONDS: Final = 0.1
 
 
@@ -108,7 +108,7 @@ class FrozenFileSystems:
 
     def thaw(self) -> float | None:
         """Thaw them, the guest running, and see that they are; returns for how many seconds they were frozen, None
-        where this object has not frozen them. Idempotent. Blocks for 10 s, and for a last try.
+        where this object has not frozen them. Idempotent. Blocks for 30 s, and for a last try.
 
         :raises HypervisorError: the agent does not answer; they may be frozen
         """
