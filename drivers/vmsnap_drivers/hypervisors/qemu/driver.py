@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, Finding, OwnedResource, VmDescription, VmState
-from vmsnap.roles import PATH, DriverContext, LoadedVm, LoadRequest, Option
+from vmsnap.roles import PATH, YES_NO, DriverContext, LoadedVm, LoadRequest, Option, with_defaults
 from vmsnap_drivers.hypervisors.qemu import describe, launch, owned, tpm
+from vmsnap_drivers.hypervisors.qemu.blocks import plain_files
 from vmsnap_drivers.qemu import doctor, fence, life, own_disks, process
 from vmsnap_drivers.qemu.capture import learned
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
@@ -19,9 +21,17 @@ class QemuHypervisor(MonitoredHypervisor):
     """A VM of a QEMU (7.2 to 10.0 tried), reached by its QMP socket."""
 
     name = "qemu"
+    freezes = True
     options = (
         Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)", type=PATH),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
+        Option(
+            "plain_files",
+            "whether raw disks that are files may be taken as such, by the mechanism file: where it cannot reflink, it"
+            " copies them in the pause, or with --freeze overlay after it",
+            "no",
+            type=YES_NO,
+        ),
     )
     needs = (doctor.QEMU,)
 
@@ -29,11 +39,12 @@ class QemuHypervisor(MonitoredHypervisor):
         super().__init__(vm, context, options)
         self._folder = launch.run_folder(context.state_dir, vm)
         self._socket = options.get("qmp") or str(self._folder / "qmp.sock")
+        self._vouches = YES_NO.read(with_defaults(self.options, options)["plain_files"])
 
     # -- asking
 
     def describe(self) -> VmDescription:
-        return describe.describe(self.vm, self.monitor)
+        return self._described_by(self.monitor)
 
     def list_vms(self) -> Sequence[str]:
         return [mark.vm for mark in self._marks() if launch.is_alive(mark)]
@@ -86,7 +97,8 @@ class QemuHypervisor(MonitoredHypervisor):
         return Monitor.borrow(self._socket)
 
     def _described_by(self, monitor: Monitor) -> VmDescription:
-        return describe.describe(self.vm, monitor)
+        found = describe.describe(self.vm, monitor)
+        return replace(found, disks=plain_files(found.disks)) if self._vouches else found
 
     def _marks(self) -> list[launch.LoadedMark]:
         runs = self._folder.parent

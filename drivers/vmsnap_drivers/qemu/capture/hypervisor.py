@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vmsnap.errors import Busy, CannotCapture, HypervisorError, ProtocolError, UnknownVm, UsageError, VmGone
-from vmsnap.model import CapturePlan, Duplicate, Json, Moment, Nic, RamImage, VmState, check_name
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    Duplicate,
+    FreezePlan,
+    Json,
+    Moment,
+    Nic,
+    OwnedResource,
+    RamImage,
+    VmState,
+    check_name,
+)
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor
-from vmsnap_drivers.qemu import ending, network, process
+from vmsnap_drivers.qemu import ending, freeze, network, process
 from vmsnap_drivers.qemu.capture import duplicates, learned, plan, record, settings
 from vmsnap_drivers.qemu.capture.cow import CowCapture, can_hold
 from vmsnap_drivers.qemu.capture.drain import Drain
@@ -148,6 +160,28 @@ class MonitoredHypervisor(Hypervisor):
     def discard_duplicate(self, name: str) -> None:
         duplicates.discard(self.name, self.context, name)
 
+    # -- holding disks
+
+    def plan_freeze(self, disks: Sequence[Disk], tag: str) -> FreezePlan:
+        if not self.freezes:
+            return super().plan_freeze(disks, tag)
+        return freeze.plan_freeze(self.vm, self.monitor, disks, tag, self._freeze_records, self.context.spool_dir)
+
+    def prepare_freeze(self, plan: FreezePlan) -> None:
+        freeze.prepare(plan, self.monitor)
+
+    def freeze_disks(self, plan: FreezePlan) -> Moment:
+        return freeze.freeze(plan, self.monitor)
+
+    def check_frozen(self, plan: FreezePlan) -> None:
+        freeze.check(plan, self.monitor)
+
+    def thaw_disks(self, plan: FreezePlan) -> None:
+        freeze.thaw(plan)
+
+    def thaw_owned(self, owned: OwnedResource) -> None:
+        freeze.thaw_owned(owned, self._freeze_records)
+
     # -- bringing back
 
     def cut_network(self) -> tuple[Nic, ...]:
@@ -167,6 +201,10 @@ class MonitoredHypervisor(Hypervisor):
     def _state_folder(self) -> Path:
         """What the driver keeps of its VMs is below it."""
         return self.context.state_dir / self.name
+
+    @property
+    def _freeze_records(self) -> Path:
+        return self._state_folder / freeze.FOLDER
 
     @property
     def _record(self) -> Path:
