@@ -83,7 +83,12 @@ def main() -> int:
     options = _parser().parse_args()
     memory_mib = memory_mib_for(options.memory * MIB)
     with staged(
-        memory_mib=memory_mib, own_mib=OWN_MIB, stamp_mib=LOAD["stamp_mib"], dirty_pages=LOAD["dirty_pages"]
+        memory_mib=memory_mib,
+        own_mib=OWN_MIB,
+        stamp_mib=LOAD["stamp_mib"],
+        dirty_pages=LOAD["dirty_pages"],
+        pause_us=LOAD["pause_us"],
+        stall_us=LOAD["stall_us"],
     ) as stage:
         fill_memory(stage.machine, _human_monitor(stage))
         rows = _measure(stage, options.rounds, options.reference)

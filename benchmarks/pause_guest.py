@@ -37,7 +37,7 @@ _SPARE_BYTES = 1536 * MIB
 _STALL_LINES_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
-LOAD = {"stamp_mib": 64, "dirty_pages": 32}
+LOAD = {"stamp_mib": 64, "dirty_pages": 32, "pause_us": 5000, "stall_us": 500}
 """The workload's settings: each count, some 100 of them a second, writes 32 pages of RAM and a record on the disk."""
 
 

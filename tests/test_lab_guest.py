@@ -23,7 +23,7 @@ def qemu(request: pytest.FixtureRequest) -> QemuBuild:
 @pytest.fixture
 def raw_machine(tmp_path: Path) -> Iterator[LabMachine]:
     """A running guest whose disks can be tampered with as plain files, past its first turn of the ring."""
-    settings = {"slots": 64, "check_every": 50, "count_every": 1}
+    settings = {"slots": 64, "check_every": 50, "count_every": 1, "stall_us": 500}
     with LabMachine(tmp_path, find_qemu("7.2"), memory_mib=256, disks=RAW_DISKS, settings=settings) as machine:
         machine.wait_for_check(100)
         yield machine

@@ -40,7 +40,7 @@ static void *watch(void *unused)
     int64_t last = now_us(), changed = 0, longest = 0;
     int second = rtc(RTC_SECONDS), time_of_day = 0;
     for (;;) {
-        struct timespec nap = {.tv_nsec = 500000};
+        struct timespec nap = {.tv_nsec = (long)setting("stall_us") * 1000};
         nanosleep(&nap, NULL);
         int64_t now = now_us();
         int second_now = rtc(RTC_SECONDS);
