@@ -100,7 +100,8 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vmsnap-") as folder:
         report = Path(folder) / "report.xml"
-        words = ["-v", "-o", "timeout=3600", "-o", "junit_duration_report=total", f"--junitxml={report}", *TESTS]
+        words = ["-v", "-o", "timeout=3600", "-o", "junit_duration_report=total", f"--junitxml={report}"]
+        words += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "loadfile", *TESTS]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words],
             cwd=ROOT,

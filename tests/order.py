@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _LONG = {
     "test_libvirt_crashes": 430, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
-    "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 180,
-    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 150,
+    "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 200,
+    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 280,
     "in_guest/test_lvm_backup": 140,
     "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 110,
     "in_guest/test_lvm_failures": 100, "test_libvirt_contract": 100, "test_contract_hypervisor": 100,
@@ -27,7 +27,7 @@ _LONG = {
     "test_strays": 70, "test_slow_repository_qemu": 60, "test_pause_limits": 60, "test_iscsi_qemu": 60,
     "test_iscsi_contract": 60, "test_agent_api": 60, "test_agent_page": 60, "test_agent_remote": 60,
     "test_libvirt_driver": 60, "test_simulated_contract": 60, "test_repository_stress": 60, "test_docs_blocks": 60,
-    "in_guest/test_lio": 60, "test_libvirt_fsfreeze": 60, "test_libvirt_firmware": 60, "test_side_by_side": 60,
+    "in_guest/test_lio": 250, "test_libvirt_fsfreeze": 60, "test_libvirt_firmware": 60, "test_side_by_side": 60,
     "test_libvirt_iscsi": 50, "in_guest/test_systemd": 50, "test_file_failures": 45, "test_power_loss": 45,
     "test_libvirt_changes": 45,
     "test_libvirt_inputs": 45, "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,

@@ -340,8 +340,7 @@ def test_ram_in_files_of_huge_pages(build: QemuBuild, host: Host, place: Path) -
         subprocess.run(["umount", str(mounted)], check=True)
 
 
-@pytest.mark.parametrize("form", ["blockdev", "drive"])
-def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: Path, form: str) -> None:
+def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: Path) -> None:
     variables = place / "variables.fd"
     shutil.copy(VARIABLES, variables)
     # fmt: off
@@ -355,7 +354,7 @@ def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: 
             "-blockdev", f"driver=raw,node-name=variables,file.driver=file,file.filename={variables}",
             "-machine", "pflash0=code,pflash1=variables",
         ]),
-    }[form]
+    }["drive" if build.version == "7.2" else "blockdev"]  # firmware boots for half a minute: one form each
     # fmt: on
     machine = LabMachine(place / "vm001", build, machine_type="q35", extra_arguments=arguments, round_memory=True)
     with running(machine):
