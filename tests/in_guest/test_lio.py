@@ -5,9 +5,8 @@ their users make them; files lie on a real XFS.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,7 @@ from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO
 from tests.lun_failures import plan_of
-from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
+from tests.lun_rig import TARGETS, LunRig, rig_on
 from tests.test_file_mechanism import xfs
 from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import Disk, Window
@@ -24,11 +23,7 @@ from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
-from vmsnap_drivers.runner import LocalRunner
-from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
-from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
-from vmsnap_drivers.snapshots.iscsi.lio import Lio
-from vmsnap_drivers.snapshots.iscsi.places import HERE, Place, ServerSettings
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
 
 __all__ = ["xfs"]
 pytestmark = pytest.mark.storage
@@ -126,77 +121,3 @@ def test_a_volume_outside_of_a_thin_pool_has_snapshots_that_never_run_full(serve
         with pytest.raises(SnapshotError, match=r"no room in volume group vg0 for a snapshot of /dev/vg0/vm001"):
             mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
         server.remove(target)
-
-
-class Dying(Lio):
-    """What changes LIO is done by a process that is killed before its step number `dies_at`."""
-
-    def __init__(self) -> None:
-        super().__init__(LocalRunner())
-        self.dies_at: int | None = None
-
-    def _tell(self, operation: str, *, changes: bool = True, **request: Any) -> Any:
-        if self.dies_at is None or not changes:
-            return super()._tell(operation, changes=changes, **request)
-        child = os.fork()
-        if child == 0:
-            try:
-                _die_at(self.dies_at)
-                lio_program.OPERATIONS[operation](request)
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status):
-            raise SnapshotError("it was killed")
-        return {}
-
-
-def _die_at(step: int) -> None:
-    """Have this process end hard before so many changes of the file system."""
-    left = iter(range(step))
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def change(*args: Any, **kwargs: Any) -> Any:
-            if next(left, None) is None:
-                os._exit(9)
-            return real(*args, **kwargs)
-
-        return change
-
-    for name in ("mkdir", "rmdir", "symlink_to", "unlink", "write_text"):
-        setattr(Path, name, counted(getattr(Path, name)))
-
-
-@pytest.mark.parametrize("operation", ["export", "delete"])
-def test_a_killed_export_or_removal_leaves_nothing_that_a_later_removal_does_not_find(
-    rig: LunRig, server: LioServer, operation: str, record_property: Callable[[str, object], None]
-) -> None:
-    image = rig.images / "vmsnap-x~0~bk001~clone.iscsi"
-    image.write_bytes(bytes(SIZE))
-    dying = Dying()
-    place = Place(HERE, "", LocalRunner(), ServerSettings())
-    export = Export(place, dying, f"{AUTHORITY}:bk001", str(image))
-    exports, beside = Exports(rig.scratch / "notes"), rig.lun(rig.disks()[0])
-    before, stores = server.targets(), server.stores()
-    steps = 0
-    while True:
-        if operation == "delete":
-            exports.make(export, beside, (), "bk001", read_only=False)
-        dying.dies_at = steps
-        try:
-            if operation == "export":
-                exports.make(export, beside, (), "bk001", read_only=False)
-            else:
-                exports.remove(export, force=False)
-            break
-        except SnapshotError as e:
-            assert e.message == "it was killed"
-        dying.dies_at = None
-        exports.remove(export, force=False)
-        assert server.targets() == before and server.stores() == stores
-        steps += 1
-    dying.dies_at = None
-    exports.remove(export, force=False)
-    assert server.targets() == before and server.stores() == stores and not list((rig.scratch / "notes").iterdir())
-    assert steps > 10
-    record_property("counted", f"LIO, killed before each of {steps} steps of the operation {operation}")
