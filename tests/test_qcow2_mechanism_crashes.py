@@ -206,10 +206,12 @@ def test_an_overlay_that_somebody_runs_on_is_left_alone(machine: Machine, contex
     machine.flush()
     machine.kill()
     overlay = PlanNames.of(plan).disks[0].overlay_file
-    argv = ["qemu-nbd", "-t", "-k", str(machine.folder.parent / "other.sock"), "-f", "qcow2", overlay]
-    other = subprocess.Popen(argv, start_new_session=True)
+    socket = machine.folder.parent / "other.sock"
+    other = subprocess.Popen(["qemu-nbd", "-t", "-k", str(socket), "-f", "qcow2", overlay], start_new_session=True)
+    # Its socket is there before it opens the image, and locks it.
+    served = ["qemu-img", "info", f"nbd+unix:///?socket={socket}"]
     try:
-        await_true(lambda: (machine.folder.parent / "other.sock").exists(), "the other program")
+        await_true(lambda: subprocess.run(served, capture_output=True).returncode == 0, "the other program")
         with pytest.raises(SnapshotError, match="lock"):
             driver.delete(plan)
         assert Path(overlay).exists()
