@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2s
@@ -29,6 +29,7 @@ from vmsnap.errors import (
 )
 from vmsnap.model import Disk, FreezePlan, Moment, OwnedResource, check_name, from_json, to_json
 from vmsnap_drivers.qemu.blocks import overlay
+from vmsnap_drivers.qemu.blocks.attempt import attempt
 from vmsnap_drivers.qemu.blocks.checks import check_disk
 from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.blocks.image import QemuImg
@@ -176,7 +177,7 @@ def thaw(plan: FreezePlan) -> None:
         with Monitor.borrow(names.monitor) as monitor:
             failures = _with_qemu(BlockGraph(monitor), disks)
     except (VmGone, UnknownVm):
-        failures = [found for disk, own in disks for found in _attempt(partial(salvage_overlay, _IMAGE, disk, own))]
+        failures = [found for disk, own in disks for found in attempt(partial(salvage_overlay, _IMAGE, disk, own))]
     except (Busy, UsageError, HypervisorError) as e:
         raise SnapshotError(e.message, cure=e.cure) from e
     if failures:
@@ -214,11 +215,11 @@ def thaw_owned(owned: OwnedResource, folder: Path) -> None:
 
 def _with_qemu(graph: BlockGraph, disks: Sequence[tuple[Disk, OverlayNames]]) -> list[SnapshotError]:
     # Abreast where all goes well, so that the overlays' lives are short; then each for itself, for what did not.
-    _attempt(partial(overlay.put_back, graph, disks))
-    failures = [found for disk, own in disks for found in _attempt(partial(_thaw_disk, graph, disk, own))]
+    attempt(partial(overlay.put_back, graph, disks))
+    failures = [found for disk, own in disks for found in attempt(partial(_thaw_disk, graph, disk, own))]
     # A guest that QEMU has stopped because an overlay found no room goes on where there is some now.
     if graph.call("query-status")["status"] == _NO_ROOM:
-        failures += _attempt(partial(graph.call, "cont"))
+        failures += attempt(partial(graph.call, "cont"))
     return failures
 
 
@@ -229,16 +230,6 @@ def _thaw_disk(graph: BlockGraph, disk: Disk, own: OverlayNames) -> None:
     if disposable:
         overlay.remove_files(own)
     salvage_overlay(_IMAGE, disk, own)
-
-
-def _attempt(step: Callable[[], object]) -> list[SnapshotError]:
-    try:
-        step()
-    except SnapshotError as e:
-        return [e]
-    except OSError as e:
-        return [SnapshotError(f"{e.filename} could not be removed: {e.strerror}")]
-    return []
 
 
 def _write_record(plan: FreezePlan, path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from vmsnap.errors import SnapshotError, VmGone
 from vmsnap.model import Disk, SnapshotPlan
 from vmsnap_drivers.qemu.blocks import overlay
+from vmsnap_drivers.qemu.blocks.attempt import attempt
 from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.blocks.image import QemuImg
 from vmsnap_drivers.qemu.blocks.salvage import salvage_overlay
@@ -40,18 +40,18 @@ def remove_all(graph: BlockGraph | None, image: QemuImg, plan: SnapshotPlan, nam
 def _with_qemu(
     graph: BlockGraph, image: QemuImg, disks: list[tuple[Disk, DiskNames]], names: PlanNames
 ) -> list[SnapshotError]:
-    failures = _attempt(partial(_end_exports, graph, names))
+    failures = attempt(partial(_end_exports, graph, names))
     for disk, own in disks:
-        failures += _attempt(partial(_clean_disk, graph, image, disk, own))
+        failures += attempt(partial(_clean_disk, graph, image, disk, own))
     return failures
 
 
 def _without_qemu(image: QemuImg, disks: list[tuple[Disk, DiskNames]], names: PlanNames) -> list[SnapshotError]:
-    failures = _attempt(partial(Path(names.socket).unlink, missing_ok=True))
+    failures = attempt(partial(Path(names.socket).unlink, missing_ok=True))
     for disk, own in disks:
-        failures += _attempt(partial(fleecing.remove_files, own))
+        failures += attempt(partial(fleecing.remove_files, own))
         if own.overlay_file:
-            failures += _attempt(partial(salvage_overlay, image, disk, own))
+            failures += attempt(partial(salvage_overlay, image, disk, own))
     return failures
 
 
@@ -87,13 +87,3 @@ def _clean_disk(graph: BlockGraph, image: QemuImg, disk: Disk, own: DiskNames) -
     bitmaps.let_go(graph, disk)
     if own.overlay_file:
         salvage_overlay(image, disk, own)
-
-
-def _attempt(step: Callable[[], None]) -> list[SnapshotError]:
-    try:
-        step()
-    except SnapshotError as e:
-        return [e]
-    except OSError as e:
-        return [SnapshotError(f"{e.filename} could not be removed: {e.strerror}")]
-    return []

@@ -50,7 +50,7 @@ def look_up(address: str) -> Place | None:
         if stat.S_ISREG(status.st_mode):
             return _file(Path(address).resolve(strict=True), status)
     except (OSError, ValueError, RuntimeError):
-        pass
+        return None  # nothing is there, or nothing that we may look at; whoever takes it says what
     return None
 
 
