@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk_rig import sync, write
 from tests.lab.zfs_fuse import ZfsFuse
 from tests.test_zfs_contract import zfs
-from tests.zfs_rig import MIB, ZfsRig, make_image, names, sync, write
+from tests.zfs_rig import MIB, TAG, ZfsRig, make_image, names, snapshot_of
 from vmsnap.errors import SnapshotError
-from vmsnap.model import Disk, DiskSnapshot, SnapshotPlan, Window
+from vmsnap.model import Disk, SnapshotPlan, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import eventually
@@ -28,7 +29,6 @@ from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 __all__ = ["zfs"]
 
 pytestmark = pytest.mark.lab
-TAG = "vmsnap-t"
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +59,6 @@ def mechanism(tmp_path: Path) -> Iterator[ZfsMechanism]:
 
 def mechanism_with(folder: Path, **options: str) -> ZfsMechanism:
     return ZfsMechanism(DriverContext(folder / "state", folder / "memory"), {"pause_seconds": "60", **options})
-
-
-def snapshot_of(mechanism: ZfsMechanism, *disks: Disk, tag: str = TAG) -> tuple[DiskSnapshot, ...]:
-    plan = plan_of(mechanism, *disks, tag=tag)
-    mechanism.prepare(plan)
-    for disk in disks:
-        sync(disk.address)
-    taken = mechanism.snapshot(plan)
-    mechanism.settle(taken)
-    return taken
 
 
 def plan_of(mechanism: ZfsMechanism, *disks: Disk, tag: str = TAG) -> SnapshotPlan:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk_rig import sync, write
 from tests.lab.zfs_fuse import ZfsFuse, programs
 from tests.test_zfs_contract import zfs
-from tests.zfs_rig import MIB, make_image, sync, write
+from tests.zfs_rig import MIB, make_image
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmsnap.model import Disk
-from vmsnap.roles import DriverContext, SnapshotMechanism
-from vmsnap.testing.rigs import SnapshotRig
+from tests.disk_rig import DiskRig, sync, write
+from vmsnap.model import Disk, DiskSnapshot, Window
+from vmsnap.roles import SnapshotMechanism
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
 MIB = 1 << 20
+TAG = "vmsnap-t"
 Run = Callable[..., str]
 """Gives a command to ZFS past the mechanism, and returns what it prints."""
 
@@ -23,64 +23,32 @@ def make_image(path: Path, size_bytes: int, device: str) -> Disk:
     return Disk(device, str(path), size_bytes)
 
 
-def write(address: str, offset: int, data: bytes) -> None:
-    """Write to a file or a device."""
-    descriptor = os.open(address, os.O_WRONLY)
-    try:
-        assert os.pwrite(descriptor, data, offset) == len(data)
-    finally:
-        os.close(descriptor)
-
-
-def sync(address: str) -> None:
-    """Bring all that was written there."""
-    descriptor = os.open(address, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def names(run: Run, pool: str) -> set[str]:
     """All that there is in a pool, bookmarks too where there are such."""
     return set(run("zfs", "list", "-H", "-r", "-t", "all", "-o", "name", pool).splitlines())
 
 
-class ZfsRig(SnapshotRig):
-    """Two disks; the writer is the test itself."""
+def snapshot_of(mechanism: SnapshotMechanism, *disks: Disk, tag: str = TAG) -> tuple[DiskSnapshot, ...]:
+    """Snapshots of what was written to disks of ``vm001``."""
+    plan = mechanism.plan("vm001", disks, tag, Window.FREE)
+    mechanism.prepare(plan)
+    for disk in disks:
+        sync(disk.address)
+    taken = tuple(mechanism.snapshot(plan))
+    mechanism.settle(taken)
+    return taken
+
+
+class ZfsRig(DiskRig):
+    """Two disks, volumes or image files."""
+
+    kind = ZfsMechanism
 
     def __init__(
         self, run: Run, pool: str, folder: Path, disks: Sequence[Disk], options: dict[str, str] | None = None
     ) -> None:
-        self.scratch = folder
-        self.context = DriverContext(folder / "state", folder / "memory")
-        self.options = {"pause_seconds": "60", **(options or {})}
-        self._run, self._pool, self._disks = run, pool, tuple(disks)
-        self.mechanisms: list[SnapshotMechanism] = []
-        for disk in disks:
-            write(disk.address, 0, bytes(disk.size_bytes))
-            for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
-                write(disk.address, at, os.urandom(4096))
-
-    def mechanism(self) -> SnapshotMechanism:
-        self.mechanisms.append(ZfsMechanism(self.context, self.options))
-        return self.mechanisms[-1]
-
-    def disks(self) -> tuple[Disk, ...]:
-        return self._disks
-
-    def write(self, disk: Disk, offset: int, data: bytes) -> None:
-        write(disk.address, offset, data)
-
-    def content(self, disk: Disk) -> bytes:
-        return Path(disk.address).read_bytes()
-
-    def pause(self) -> None:
-        for disk in self._disks:
-            sync(disk.address)
-
-    def resume(self) -> None:
-        pass
+        super().__init__(folder, disks, {"pause_seconds": "60", **(options or {})}, _empty)
+        self._run, self._pool = run, pool
 
     def traces(self) -> frozenset[str]:
         # the folders of the mechanism stay
@@ -99,3 +67,7 @@ class ZfsRig(SnapshotRig):
             mechanism.close()
             for owned in mechanism.list_owned():
                 mechanism.remove_owned(owned)
+
+
+def _empty(disk: Disk) -> None:
+    write(disk.address, 0, bytes(disk.size_bytes))

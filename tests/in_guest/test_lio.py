@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_guest.volumes import make_thick, run, sync, volume_group, volumes, write
+from tests.disk_rig import sync, write
+from tests.in_guest.volumes import make_thick, run, volume_group, volumes
 from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, volume_group, volumes, write
+from tests.disk_rig import write
+from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, volume_group, volumes
 from tests.test_duplicate_failures import run_and_be_killed
 from tests.world import World
 from vmsnap.cli.backends import vmsnap_lvm

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.in_guest.volumes import LvmRig, make_pool, make_thick, make_thin, volume_group
-from vmsnap.errors import SnapshotError
+from tests.unmarked import Unmarked
 from vmsnap.model import Disk
-from vmsnap.testing.rigs import SnapshotRig
-from vmsnap.testing.snapshot import SnapshotContract, live
+from vmsnap.testing.snapshot import SnapshotContract
 
 pytestmark = pytest.mark.storage
 
@@ -33,30 +32,16 @@ def thin_disks(group: str) -> tuple[Disk, ...]:
     return make_thin(group, "pool", "thin0", 1), make_thin(group, "pool", "thin1", 3)
 
 
-class TestThick(SnapshotContract):
+class TestThick(Unmarked):
+    """Nothing tells what has changed on a thick volume."""
+
+    somebodys_mark = "vg/any"
+
     @pytest.fixture
     def rig(self, thick_disks: tuple[Disk, ...], tmp_path: Path) -> Iterator[LvmRig]:
         rig = LvmRig(tmp_path, thick_disks, {"pause_seconds": "60"}, thin=False)
         yield rig
         rig.end()
-
-    def test_25_changed_extents_name_every_change(self, rig: SnapshotRig) -> None:
-        """Nothing tells what has changed on a thick volume: there is no mark, and whoever asks is told so."""
-        life = live(rig)
-        assert {snapshot.mark for snapshot in life.snapshots} == {""}
-        for since in ("", "vg/any"):
-            with pytest.raises(SnapshotError):
-                list(life.mechanism.changed_extents(life.snapshots[0], since))
-        life.end()
-
-    def test_26_a_record_of_changes_goes_on_until_another_is_kept_in_its_stead(self, rig: SnapshotRig) -> None:
-        """Keeping and forgetting what there is not does nothing."""
-        life = live(rig)
-        before = rig.traces()
-        life.mechanism.keep_mark(life.snapshots[0])
-        life.mechanism.forget_marks(rig.vm)
-        assert rig.traces() == before
-        life.end()
 
 
 class TestThin(SnapshotContract):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, run, sync, volume_group, volumes, write
+from tests.disk_rig import sync, write
+from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, run, volume_group, volumes
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, DiskSnapshot, Window
 from vmsnap.roles import DriverContext

@@ -9,11 +9,12 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from tests.disk_rig import DiskRig
 from vmsnap.model import Disk
-from vmsnap.roles import DriverContext, SnapshotMechanism
-from vmsnap.testing.rigs import SnapshotRig
+from vmsnap.roles import SnapshotMechanism
 from vmsnap_drivers.snapshots.lvm import LvmMechanism
 
 MIB = 1 << 20
@@ -76,24 +77,6 @@ def volumes() -> dict[str, str]:
     return {row["lv_full_name"]: row["lv_attr"] for row in json.loads(report)["report"][0]["lv"]}
 
 
-def write(device: str, offset: int, data: bytes) -> None:
-    """Write to a device, through the page cache."""
-    descriptor = os.open(device, os.O_WRONLY)
-    try:
-        assert os.pwrite(descriptor, data, offset) == len(data)
-    finally:
-        os.close(descriptor)
-
-
-def sync(device: str) -> None:
-    """Bring all that was written to the device."""
-    descriptor = os.open(device, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def empty(disk: Disk, *, discard: bool) -> None:
     """Have the whole disk read as zeros."""
     descriptor = os.open(disk.address, os.O_WRONLY)
@@ -103,39 +86,13 @@ def empty(disk: Disk, *, discard: bool) -> None:
         os.close(descriptor)
 
 
-class LvmRig(SnapshotRig):
-    """Two volumes; the writer is the test itself."""
+class LvmRig(DiskRig):
+    """Two volumes."""
+
+    kind = LvmMechanism
 
     def __init__(self, folder: Path, disks: tuple[Disk, ...], options: dict[str, str], *, thin: bool) -> None:
-        self.scratch = folder
-        self.context = DriverContext(folder / "state", folder / "memory")
-        self.options = options
-        self._disks = disks
-        self.mechanisms: list[SnapshotMechanism] = []
-        for disk in disks:
-            empty(disk, discard=thin)
-            for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
-                self.write(disk, at, os.urandom(4096))
-
-    def mechanism(self) -> SnapshotMechanism:
-        self.mechanisms.append(LvmMechanism(self.context, self.options))
-        return self.mechanisms[-1]
-
-    def disks(self) -> tuple[Disk, ...]:
-        return self._disks
-
-    def write(self, disk: Disk, offset: int, data: bytes) -> None:
-        write(disk.address, offset, data)
-
-    def content(self, disk: Disk) -> bytes:
-        return Path(disk.address).read_bytes()
-
-    def pause(self) -> None:
-        for disk in self._disks:
-            sync(disk.address)
-
-    def resume(self) -> None:
-        pass
+        super().__init__(folder, disks, options, partial(empty, discard=thin))
 
     def traces(self) -> frozenset[str]:
         # the folder of locks of the mechanism stays

@@ -15,7 +15,7 @@ from types import TracebackType
 from . import lio
 from .machine import LabError
 from .ports import free_ports
-from .qemus import cache_folder
+from .qemus import cache_folder, unpacked
 from .sshd import make_key
 from .storage import ADDRESS, HOST_ADDRESS, StorageGuest
 from .tgtd import programs
@@ -198,6 +198,4 @@ def lio_library() -> Path:
 
     :raise LookupError: when install.sh has not been run.
     """
-    if not (cache_folder() / "lio/complete").exists():
-        raise LookupError("no rtslib in the cache: run tests/lab/install.sh as root")
-    return cache_folder() / "lio/root/usr/lib/python3/dist-packages"
+    return unpacked("lio", "rtslib") / "root/usr/lib/python3/dist-packages"

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .qemus import cache_folder
+from .qemus import cache_folder, unpacked
 
 _SOURCES = Path(__file__).parent / "guest"
 _BUSYBOX = Path("/bin/busybox")
@@ -106,12 +106,10 @@ def _build(folder: Path, modules: Path) -> Path:
 
 def _build_agent(folder: Path, modules: Path) -> Path:
     """An archive of the agent with the libraries that it is linked with, and the driver of its port."""
-    unpacked = cache_folder() / "agent"
-    if not (unpacked / "complete").exists():
-        raise LookupError("QEMU's guest agent is not in the cache: run tests/lab/install.sh as root")
+    agent = unpacked("agent", "guest agent of QEMU's")
     place = folder / "root" / "agent"
     (place / "lib").mkdir(parents=True)
-    program = unpacked / "usr/sbin/qemu-ga"
+    program = agent / "usr/sbin/qemu-ga"
     shutil.copy(program, place)
     shutil.copy(modules / f"{_AGENT_MODULE}.ko", place)
     where = {"LD_LIBRARY_PATH": f"{unpacked}/usr/lib/x86_64-linux-gnu:{unpacked}/lib/x86_64-linux-gnu"}

@@ -16,6 +16,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE, "/var/cache/vmsnap-lab"))
 
 
+def unpacked(name: str, what: str) -> Path:
+    """The folder below it into which install.sh has unpacked `what`.
+
+    :raise LookupError: when install.sh has not been run.
+    """
+    folder = cache_folder() / name
+    if not (folder / "complete").exists():
+        raise LookupError(f"no {what} in the cache: run tests/lab/install.sh as root")
+    return folder
+
+
 @dataclass(frozen=True)
 class QemuBuild:
     """One QEMU. Its arguments and environment are all that a second process needs to be the same.

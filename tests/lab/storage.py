@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .machine import LabError
-from .qemus import cache_folder, find_qemu
+from .qemus import cache_folder, find_qemu, unpacked
 
 _BUSYBOX = Path("/bin/busybox")
 _INIT = Path(__file__).parent / "storage_guest/init"
@@ -195,9 +195,7 @@ class StorageGuest:
 
 def _boot_files() -> tuple[Path, Path]:
     """Kernel and initramfs; the latter is built at the first call and whenever something that it is made of changed."""
-    packages = cache_folder() / "storage"
-    if not (packages / "complete").exists():
-        raise LookupError("no kernel with device mapper in the cache: run tests/lab/install.sh as root")
+    packages = unpacked("storage", "kernel with device mapper")
     kernel = sorted((packages / "root/boot").glob("vmlinuz-*"))[-1]
     modules = packages / "root/usr/lib/modules" / kernel.name.removeprefix("vmlinuz-")
     made_of = kernel.name.encode() + repr(_NEEDED).encode() + _BUSYBOX.read_bytes() + _INIT.read_bytes()

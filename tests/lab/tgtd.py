@@ -10,7 +10,7 @@ from types import TracebackType
 
 from .machine import LabError
 from .ports import ADDRESS, free_port
-from .qemus import cache_folder
+from .qemus import unpacked
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
@@ -22,10 +22,7 @@ def programs() -> Path:
 
     :raise LookupError: when install.sh has not been run.
     """
-    folder = cache_folder() / "tgt"
-    if not (folder / "complete").exists():
-        raise LookupError("no tgt in the cache: run tests/lab/install.sh as root")
-    return folder / "bin"
+    return unpacked("tgt", "tgt") / "bin"
 
 
 class TargetServer:

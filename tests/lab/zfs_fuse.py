@@ -17,7 +17,7 @@ from typing import IO
 
 from .machine import LabError
 from .mounts import own_mounts
-from .qemus import cache_folder
+from .qemus import unpacked
 
 _SOCKET = Path("/var/run/zfs/zfs_socket")
 _LOCK = Path("/run/lock/vmsnap-lab-zfs-fuse")
@@ -33,10 +33,7 @@ def programs() -> Path:
 
     :raise LookupError: when install.sh has not been run.
     """
-    folder = cache_folder() / "zfs-fuse"
-    if not (folder / "complete").exists():
-        raise LookupError("no zfs-fuse in the cache: run tests/lab/install.sh as root")
-    return folder / "bin"
+    return unpacked("zfs-fuse", "zfs-fuse") / "bin"
 
 
 class ZfsFuse:

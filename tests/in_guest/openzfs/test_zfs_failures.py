@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk_rig import sync, write
 from tests.in_guest.openzfs.pools import make_volume, pool, run
-from tests.zfs_rig import MIB, make_image, names, sync, write
+from tests.zfs_rig import MIB, TAG, make_image, names, snapshot_of
 from vmsnap.errors import SnapshotError
-from vmsnap.model import Disk, DiskSnapshot, Window
+from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
 pytestmark = pytest.mark.storage
-TAG = "vmsnap-t"
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,6 @@ def mechanism(tmp_path: Path) -> Iterator[ZfsMechanism]:
     made.close()
     for owned in made.list_owned():
         made.remove_owned(owned)
-
-
-def snapshot_of(mechanism: ZfsMechanism, *disks: Disk, tag: str = TAG) -> tuple[DiskSnapshot, ...]:
-    plan = mechanism.plan("vm001", disks, tag, Window.FREE)
-    mechanism.prepare(plan)
-    for disk in disks:
-        sync(disk.address)
-    taken = mechanism.snapshot(plan)
-    mechanism.settle(taken)
-    return taken
 
 
 def marked(mechanism: ZfsMechanism, disk: Disk, tag: str) -> str:
