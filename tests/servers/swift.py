@@ -48,6 +48,7 @@ pipeline = {kind}-server
 use = egg:swift#{kind}
 """
 
+# A proxy that is not connected to a store within half a second answers 503: too soon where tests take all processors.
 _PROXY = """
 [DEFAULT]
 bind_ip = 127.0.0.1
@@ -80,6 +81,8 @@ use = egg:swift#slo
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
+conn_timeout = 30
+node_timeout = 60
 """
 
 DOMAIN = "s3.test"
