@@ -54,3 +54,23 @@ def test_an_event_says_whether_reading_would_wait() -> None:
     assert not event.is_set()
     pieces.close()
     assert event.is_set()
+
+
+def test_who_gathers_wakes_when_all_is_there_or_nothing_comes_for_a_moment() -> None:
+    pieces = Pieces()
+    pieces.feed(b"ab")
+    pieces.gather(3)
+    assert pieces.read(10) == b"ab"
+    feeder = Thread(target=lambda: [pieces.feed(bytes(1000)) for _ in range(1000)])
+    feeder.start()
+    came = 0
+    while came < 1_000_000:
+        pieces.gather(1_000_000 - came)
+        came += len(pieces.read(1000, 30))
+    feeder.join()
+    assert came == 1_000_000 and not pieces.read_ready()
+    closer = Thread(target=pieces.close)
+    closer.start()
+    pieces.gather(1)
+    closer.join()
+    assert pieces.read(10) == b""

@@ -30,6 +30,10 @@ _PACKET_BYTES = 255 << 10
 _WINDOW_BYTES = 32 << 20
 # What is received at once, if there is so much.
 _RECEIVE_BYTES = 1 << 20
+# Whatever is shorter may be all that comes until we have acknowledged it.
+_SMALL_BYTES = 4096
+# After so much keys are exchanged anew (RFC 4253, section 9).
+_REKEY_BYTES = 1 << 30
 # AES-GCM is one pass in C, and twice as fast as the other ciphers with their separate checksums.
 _CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr", "aes192-ctr")
 _DIGESTS = (
@@ -86,6 +90,9 @@ class _ImpatientSocket:
             if isinstance(self._inner, Channel):
                 return self._inner.recv(count)
             self._received = self._room[: self._inner.recv_into(self._room)]
+            if len(self._received) < _SMALL_BYTES:
+                # sshd holds its next small message back until then: 40 ms at the opening of a session.
+                self._inner.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         part, self._received = self._received[:count], self._received[count:]
         return bytes(part)
 
@@ -136,7 +143,8 @@ def connect(address: SftpAddress, config_file: Path | None, seconds: float) -> C
         transport = transports[-1]
         channel = transport.open_session(_WINDOW_BYTES, _PACKET_BYTES, timeout=seconds)
         channel.settimeout(seconds)
-        channel.in_buffer = cast("BufferedPipe[bytes]", Pieces())
+        pieces = Pieces()
+        channel.in_buffer = cast("BufferedPipe[bytes]", pieces)
         try:
             channel.invoke_subsystem("sftp")
         except SSHException as e:
@@ -144,7 +152,8 @@ def connect(address: SftpAddress, config_file: Path | None, seconds: float) -> C
                 f"{settings.host} offers no SFTP to {settings.user}",
                 cure="let its sshd have: Subsystem sftp internal-sftp",
             ) from e
-        return Connection(Conversation(channel, in_order="OpenSSH" in transport.remote_version), transports)
+        in_order = "OpenSSH" in transport.remote_version
+        return Connection(Conversation(channel, in_order=in_order, gather=pieces.gather), transports)
     except (SSHException, EOFError, OSError) as e:
         _close(transports)
         raise Lost(_reason(address, e)) from e
@@ -213,6 +222,7 @@ def _transport(socket_like: _ImpatientSocket) -> Transport:
     transport = Transport(cast(socket.socket, socket_like), _WINDOW_BYTES, _PACKET_BYTES)
     transport.daemon = True
     transport.set_log_channel(_LOG)
+    transport.packetizer.REKEY_BYTES = _REKEY_BYTES
     options = transport.get_security_options()
     options.ciphers = [cipher for cipher in _CIPHERS if cipher in options.ciphers]
     options.digests = [digest for digest in _DIGESTS if digest in options.digests]

@@ -35,6 +35,8 @@ _RECEIVE_BYTES = 4 << 20
 _SEND_BYTES = (32 << 10) - 64
 # Each message costs the interpreter a fifth of a millisecond: requests for data are small, and go by the dozen.
 _TOGETHER_BYTES = 4 << 10
+# What is received before anything of it is looked at, of data that comes fast.
+_STRETCH_BYTES = 8 << 20
 # A listing of many names has many small packets, and none of them is as long as that.
 _MOST_BYTES = MAX_PACKET_BYTES + 4096
 
@@ -75,14 +77,16 @@ class Conversation:
     `answer_seconds`: how long it took to answer once, where it was asked.
     """
 
-    def __init__(self, channel: Channel, *, in_order: bool = False) -> None:
+    def __init__(self, channel: Channel, *, in_order: bool = False, gather: Callable[[int], None]) -> None:
         """Greet the server and hear what it can.
 
+        :param gather: waits until `channel` has so many bytes, while they come
         :raises Lost: it does not speak SFTP, or not any more
         """
         self.in_order = in_order
         self.lost = False
         self._channel = channel
+        self._gather = gather
         self._last = 0
         self._unsent: list[bytes | memoryview] = []
         self._heard: memoryview = memoryview(b"")
@@ -117,12 +121,16 @@ class Conversation:
         """
         return Fields(_joined(self._wait_for(request)))
 
-    def data(self, request: int) -> Sequence[memoryview]:
+    def data(self, request: int, coming_bytes: int) -> Sequence[memoryview]:
         """Wait for the answer to a request for data, which is left as it came.
 
+        :param coming_bytes: how much data was asked for and has not been waited for yet, this included
         :raises Refused: the server did not do it; `Code.EOF` where the file ends
         :raises Lost: the connection broke, or the server is silent
         """
+        if request not in self._early and not self.has_heard():
+            self._send_all()
+            self._gather(min(coming_bytes, _STRETCH_BYTES))
         return self._wait_for(request)
 
     def call(self, kind: Kind, *parts: bytes | memoryview) -> Fields:
@@ -215,6 +223,7 @@ class Conversation:
         parts = []
         while count:
             if not self._heard:
+                self._gather(count)
                 self._heard = self._receive()
             part, self._heard = self._heard[:count], self._heard[count:]
             parts.append(part)

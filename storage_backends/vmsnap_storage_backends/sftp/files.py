@@ -117,7 +117,7 @@ def _read(talk: Conversation, handle: bytes, start: int, end: int, early: int | 
                 waiting.append((talk.ask(Kind.READ, handle, struct.pack(">QI", asked, count)), asked, count))
                 asked += count
             request, at, count = waiting.popleft()
-            parts = talk.data(request)
+            parts = talk.data(request, asked - at)
             content += parts
             came = sum(len(part) for part in parts)
             if came > count:

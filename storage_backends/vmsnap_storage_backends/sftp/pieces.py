@@ -11,6 +11,8 @@ from threading import Condition, Event
 
 from paramiko.buffered_pipe import PipeTimeout
 
+_MOMENT_SECONDS = 0.005
+
 
 class Pieces:
     """In place of a channel's buffer (paramiko's ``BufferedPipe``): its transport's thread fills it, another reads."""
@@ -20,6 +22,7 @@ class Pieces:
         self._changed = Condition()
         self._pieces: deque[bytes] = deque()
         self._held_bytes = 0
+        self._awaited_bytes = 1
         self._is_closed = False
         self._event: Event | None = None
 
@@ -35,6 +38,19 @@ class Pieces:
             self._pieces.append(data)
             self._held_bytes += len(data)
             self._tell()
+
+    def gather(self, count: int) -> None:
+        """Wait until so many bytes may be read, or they stop coming for a moment. Whoever will have need of them all
+        so wakes once and not for every piece, which costs as much as the piece itself.
+        """
+        with self._changed:
+            self._awaited_bytes = count
+            while self._held_bytes < count and not self._is_closed:
+                before = self._held_bytes
+                self._changed.wait(_MOMENT_SECONDS)
+                if self._held_bytes == before:
+                    break
+            self._awaited_bytes = 1
 
     def read_ready(self) -> bool:
         """Whether `read` need not wait for bytes."""
@@ -78,7 +94,8 @@ class Pieces:
         return self._held_bytes
 
     def _tell(self) -> None:
-        self._changed.notify_all()
+        if self._held_bytes >= self._awaited_bytes or self._is_closed:
+            self._changed.notify_all()
         if self._event is not None:
             if self._held_bytes or self._is_closed:
                 self._event.set()
