@@ -137,6 +137,7 @@ def test_a_libvirtd_that_hangs_in_the_pause_keeps_the_guest_no_longer_than_a_wor
         acted = made_to_execute(stage)
         os.kill(stage.libvirtd.pid, signal.SIGSTOP)
         try:
+            until(lambda: is_stopped(stage.libvirtd.pid), "libvirtd stands still")
             begun, count = time.monotonic(), stage.machine.latest_count()
             let_go_on(worker)
             stage.machine.wait_for_count(count + 5, timeout_seconds=MAX_PAUSE_SECONDS + SLOW_MACHINE_SECONDS)

@@ -45,9 +45,16 @@ class SshSettings:
 
 
 class _Prompt(socket.socket):
-    """A connection that acknowledges at once what comes (tcp(7), TCP_QUICKACK, which does not last). sshd ends a
-    command with several small messages, and holds each back until the one before is acknowledged: 40 ms by default.
+    """A connection on which neither side waits for 40 ms until the other acknowledges the small message before: ours is
+    sent at once (tcp(7), TCP_NODELAY), and what comes is acknowledged at once (TCP_QUICKACK, which does not last).
     """
+
+    @classmethod
+    def to(cls, host: str, port: int) -> _Prompt:
+        """See `socket.create_connection`."""
+        made = cls(fileno=socket.create_connection((host, port), _CONNECT_SECONDS).detach())
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         received = super().recv(size, flags)
@@ -205,9 +212,8 @@ class SshRunner(Runner):
                 client.load_system_host_keys()
                 with suppress(FileNotFoundError):
                     client.load_system_host_keys(str(_SYSTEM_KNOWN_HOSTS))
-            link = socket.create_connection((self._host, self._port), _CONNECT_SECONDS)
             client.connect(
-                self._host, self._port, self._user, sock=_Prompt(fileno=link.detach()),
+                self._host, self._port, self._user, sock=_Prompt.to(self._host, self._port),
                 key_filename=self._settings.key or None,
                 timeout=_CONNECT_SECONDS, banner_timeout=_CONNECT_SECONDS, auth_timeout=_CONNECT_SECONDS,
                 look_for_keys=not self._settings.key, allow_agent=not self._settings.key,
