@@ -64,12 +64,16 @@ class LunRig(SnapshotRig):
             Disk(f"disk{index}", server.address(target), (1 + 2 * index) * SIZE) for index, target in enumerate(TARGETS)
         )
         for disk, target in zip(self._disks, TARGETS, strict=True):
-            image = self.images / f"{disk.device}.img"
-            with image.open("wb") as file:
-                file.truncate(disk.size_bytes)
-            server.add(target, image)
+            server.add(target, self.make_store(disk))
             for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
                 self.write(disk, at, os.urandom(4096))
+
+    def make_store(self, disk: Disk) -> Path:
+        """What is to lie behind a LUN."""
+        image = self.images / f"{disk.device}.img"
+        with image.open("wb") as file:
+            file.truncate(disk.size_bytes)
+        return image
 
     def mechanism(self) -> IscsiMechanism:
         made = IscsiMechanism(self.context, self.options)

@@ -16,6 +16,10 @@ from types import TracebackType
 from typing import Any
 
 QEMU = "iqn.2008-11.org.linux-kvm"
+# The kernel would load all but the first three itself, but for the root file system from which it looks for them.
+_MODULES = (
+    "configfs", "target_core_mod", "iscsi_target_mod", "target_core_file", "target_core_iblock", "crc32c_generic"
+)  # fmt: skip
 _CONFIGFS = Path("/sys/kernel/config")
 _STATE = Path("/etc/rtslib-fb-target")
 """Where Debian's rtslib has LIO keep what outlives it, such as reservations."""
@@ -40,8 +44,7 @@ class LioServer:
 
     def start(self) -> None:
         """Load it."""
-        # The kernel would load the last two itself, but for the root file system from which it looks for them.
-        for module in ("configfs", "target_core_mod", "iscsi_target_mod", "target_core_file", "target_core_iblock"):
+        for module in _MODULES:
             subprocess.run(["modprobe", module], check=True)
         if not (_CONFIGFS / "target").is_dir():
             subprocess.run(["mount", "-t", "configfs", "configfs", str(_CONFIGFS)], check=True)

@@ -6,11 +6,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 from vmsnap.model import Disk
 from vmsnap_drivers.snapshots.zfs.lookup import node_of
 
 MIB = 1 << 20
+NODES = Path("/dev/zvol")
+_ZVOL_ID = "/usr/lib/udev/zvol_id"
 _SEEN_BY_THE_KERNEL = Path("/root/tmp")
 _MODULES = ("spl", "znvpair", "zcommon", "icp", "zavl", "zunicode", "zlua", "zzstd", "zfs")
 """In the order in which they need each other: they have no place in ``modules.dep``."""
@@ -57,3 +60,34 @@ def make_volume(pool_name: str, name: str, size_mib: int, *options: str) -> Disk
     """A volume; the guest has no udev, so that it is addressed by its device."""
     run("zfs", "create", "-V", f"{size_mib}m", *options, f"{pool_name}/{name}")
     return Disk(name, str(node_of(f"{pool_name}/{name}")), size_mib * MIB)
+
+
+@contextmanager
+def links() -> Iterator[None]:
+    """In place of udev, which the guest has not: the links that its rule for volumes makes (``60-zvol.rules``), by the
+    same program.
+    """
+    ended = Event()
+    thread = Thread(target=_keep_links, args=(ended,))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _keep_links(ended: Event) -> None:
+    made: dict[str, Path] = {}
+    while not ended.wait(0.05):
+        there = {entry.name for entry in Path("/sys/block").glob("zd*")}
+        for gone in made.keys() - there:
+            made.pop(gone).unlink()
+        for new in there - made.keys():
+            done = subprocess.run([_ZVOL_ID, f"/dev/{new}"], capture_output=True, text=True, check=False)
+            if done.returncode == 0:  # else it is just coming, or going
+                link = NODES / done.stdout.strip()
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(f"/dev/{new}")
+                made[new] = link

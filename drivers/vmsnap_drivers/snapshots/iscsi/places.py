@@ -17,10 +17,9 @@ from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
 from vmsnap_drivers.snapshots.iscsi.tgt import Tgt
 from vmsnap_drivers.snapshots.iscsi.thick import ThickVolumes
 from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
+from vmsnap_drivers.snapshots.iscsi.zvols import Zvols
 
 HERE: Final = "this host"
-
-
 AUTO: Final = "auto"
 
 
@@ -54,7 +53,7 @@ class Place:
             if self.settings.server in (AUTO, server.name)
         }
         # In this order they are asked whose a backing store is.
-        self.kinds = {kind.kind: kind(self.runner) for kind in (Files, Volumes, ThickVolumes)}
+        self.kinds = {kind.kind: kind(self.runner) for kind in (Files, Zvols, Volumes, ThickVolumes)}
 
     @property
     def here(self) -> bool:

@@ -1,0 +1,132 @@
+"""The mechanism ``iscsi`` where LIO serves volumes of OpenZFS: its contract, and what they add to what can go wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.disk_rig import write
+from tests.in_guest.openzfs.pools import MIB, NODES, links, pool, run
+from tests.lab.appliance import lio_library
+from tests.lab.lio import LioServer
+from tests.lun_failures import plan_of
+from tests.lun_rig import LunRig
+from tests.zfs_rig import names
+from vmsnap.errors import SnapshotError
+from vmsnap.model import Disk
+from vmsnap.roles import SnapshotMechanism
+from vmsnap.testing.cloning import clone_all, delete_all
+from vmsnap.testing.rigs import eventually, read_all
+from vmsnap.testing.snapshot import SnapshotContract, live
+from vmsnap_drivers.snapshots.zfs import ZfsMechanism
+
+pytestmark = pytest.mark.storage
+AUTHORITY = "iqn.2009-12.com.example"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LioServer]:
+    with LioServer(lio_library()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pool(tmp_path_factory.mktemp("pool"), "tank", 320) as name, links():
+        yield name
+
+
+class ZvolRig(LunRig):
+    """Two LUNs on volumes, which stay from test to test."""
+
+    tank = "tank"
+
+    def make_store(self, disk: Disk) -> Path:
+        node = NODES / self.tank / disk.device
+        if not node.exists():
+            run("zfs", "create", "-V", str(disk.size_bytes), f"{self.tank}/{disk.device}")
+            eventually(node.exists, f"{node} appears")
+        return node
+
+    def traces(self) -> frozenset[str]:
+        return super().traces() | names(run, self.tank)
+
+    def lose(self, disk: Disk, mechanism: SnapshotMechanism) -> None:
+        (reader,) = NODES.glob(f"{self.tank}/iscsi.vmsnap-*.{self._disks.index(disk)}")
+        for target, paths in self.server.targets().items():
+            if str(reader) in paths:
+                self.server.remove(target)
+        origin = run("zfs", "get", "-H", "-o", "value", "origin", f"{self.tank}/{reader.name}").strip()
+        run("zfs", "destroy", "-R", origin)
+
+
+def rig_of(server: LioServer, tank: str, tmp_path: Path) -> Iterator[ZvolRig]:
+    rig = ZvolRig(tmp_path, server, {"pause_seconds": "60"})
+    yield rig
+    rig.end()
+    for target in server.targets():
+        server.remove(target)
+    assert server.stores() == [] and not [name for name in names(run, tank) if "vmsnap" in name]
+
+
+@pytest.fixture
+def rig(server: LioServer, tank: str, tmp_path: Path) -> Iterator[ZvolRig]:
+    yield from rig_of(server, tank, tmp_path)
+
+
+class TestZvols(SnapshotContract):
+    @pytest.fixture
+    def rig(self, server: LioServer, tank: str, tmp_path: Path) -> Iterator[ZvolRig]:
+        yield from rig_of(server, tank, tmp_path)
+
+
+def test_what_is_made_is_ours_and_the_mechanism_zfs_leaves_it_alone(rig: ZvolRig, tank: str) -> None:
+    life = live(rig)
+    clones = clone_all(rig, life, "bk001")
+    assert {owned.kind for owned in life.mechanism.list_owned()} == {"snapshot", "clone"}
+    assert all(owned.tag == life.plan.tag for owned in life.mechanism.list_owned())
+    assert not ZfsMechanism(rig.context, {}).list_owned()
+    assert run("zfs", "get", "-H", "-o", "value", "readonly", f"{tank}/iscsi.{life.plan.tag}.0").strip() == "on"
+    life.mechanism.delete(life.plan)
+    assert {owned.kind for owned in life.mechanism.list_owned()} == {"clone"}, "the snapshot goes with it"
+    delete_all(life.mechanism, clones)
+    assert not life.mechanism.list_owned()
+
+
+def test_a_volume_of_others_that_is_called_as_ours_is_left_alone(rig: ZvolRig, tank: str) -> None:
+    run("zfs", "create", "-V", "1m", f"{tank}/iscsi.vmsnap-x.0")
+    with pytest.raises(SnapshotError, match=r"there is /dev/zvol/tank/iscsi.vmsnap-x.0 .* already"):
+        plan_of(rig)
+    assert not rig.mechanism().list_owned()
+    run("zfs", "destroy", f"{tank}/iscsi.vmsnap-x.0")
+
+
+def test_a_volume_by_its_number_and_one_without_room_are_refused(rig: ZvolRig, server: LioServer, tank: str) -> None:
+    mechanism = rig.mechanism()
+    numbered = (NODES / tank / "disk0").resolve()
+    run("zfs", "create", "-V", "110m", f"{tank}/big")
+    big = NODES / tank / "big"
+    eventually(big.exists, "it appears")
+    write(str(big), 0, os.urandom(100 * MIB))
+    os.sync()
+    server.add(f"{AUTHORITY}:big", big)
+    with pytest.raises(SnapshotError, match="no room in pool tank for a snapshot of tank/big"):
+        mechanism.disk_at("big", server.address(f"{AUTHORITY}:big"))
+    server.remove(f"{AUTHORITY}:big")
+    run("zfs", "destroy", f"{tank}/big")
+    server.remove(f"{AUTHORITY}:001")
+    server.add(f"{AUTHORITY}:001", numbered)
+    with pytest.raises(SnapshotError, match=r"zd\d+ is a volume of ZFS by a number"):
+        mechanism.disk_at("disk0", server.address(f"{AUTHORITY}:001"))
+
+
+def test_it_is_read_by_the_initiator_as_it_is_where_it_lies(rig: ZvolRig) -> None:
+    life = live(rig)
+    content = rig.content(rig.disks()[0])
+    rig.options["reading"] = "initiator"
+    with rig.mechanism().reader(life.snapshots[0]) as reader:
+        assert read_all(reader) == content
+    life.end()
