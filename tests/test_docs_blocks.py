@@ -54,6 +54,10 @@ WHOLE = {
     ("libvirt.md", "pip install"): ELSEWHERE + "test_libvirt_driver.py, on a real libvirtd",
     ("libvirt.md", "$ vmsnap-libvirt list-vms"): "a transcript of domains that test_libvirt_inputs.py has and lists",
     ("pause.md", "sh "): "how the table is measured: an hour, and nothing else running",
+    (
+        "pause.md",
+        ".venv/bin/python -m benchmarks.mech",
+    ): "how the table is measured: a quarter of an hour, and nothing else running",
     ("pause.md", "2 cores"): "the table that was measured",
     ("performance.md", ""): "how the tables are measured: an hour, and nothing else running",
     ("repair.md", "$ "): "of a repository that was damaged on purpose; the same is done by test_cli_integrity.py",

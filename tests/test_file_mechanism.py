@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.lab.xfs import mounted_xfs
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, DiskSnapshot, Window
 from vmsnap.roles import DriverContext, SnapshotMechanism
@@ -119,17 +119,8 @@ def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("mounting XFS needs root")
     if shutil.which("mkfs.xfs") is None:
         pytest.skip("needs mkfs.xfs: apt-get install xfsprogs")
-    folder = tmp_path_factory.mktemp("xfs")
-    image, mount = folder / "xfs.img", folder / "mount"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(320 << 20)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
-    try:
+    with mounted_xfs(tmp_path_factory.mktemp("xfs")) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 class TestReflinks(SnapshotContract):
