@@ -20,6 +20,20 @@ def make_folder(folder: Path) -> None:
     sync(folder.parent)
 
 
+def create(path: Path, text: str) -> None:
+    """Make a file with that content, 0600, and the folders that are missing; after a power cut it is there. Blocks.
+
+    :raises OSError: it cannot be made, or is there already
+    """
+    make_folder(path.parent)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
 def remove(*paths: Path) -> None:
     """Remove files; a power cut does not bring them back, also where somebody removed them just before. Idempotent;
     blocks.

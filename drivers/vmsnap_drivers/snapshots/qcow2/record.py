@@ -17,7 +17,7 @@ from vmsnap_drivers.snapshots.qcow2.names import COPY_SUFFIX, MECHANISM, PlanNam
 
 
 def write(plan: SnapshotPlan, names: PlanNames) -> None:
-    """Write the record and its copies, 0600.
+    """Write the record and its copies, 0600, in this order; each is durable before the next. Blocks.
 
     :raises SnapshotError: there is one already, or one cannot be written
     """
@@ -35,10 +35,7 @@ def remove(names: PlanNames) -> None:
 
 def _write(plan: SnapshotPlan, path: Path) -> None:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(to_json(plan))
+        durable.create(path, to_json(plan))
     except OSError as e:
         raise SnapshotError(f"the record {path} cannot be written: {e.strerror}") from e
 
