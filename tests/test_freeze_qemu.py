@@ -51,10 +51,10 @@ def worker_at(controller: Controller, place: Path, call: str) -> subprocess.Pope
 
 @pytest.mark.timeout(900)
 def test_two_mechanisms_one_within_the_pause_and_one_after_it_show_one_instant(
-    machine: LabMachine, controller: Controller, repository: Repository
+    machine: LabMachine, controller: Controller, repository: Repository, place: Path
 ) -> None:
     add(controller, machine)
-    graph, files, held = block_graph(machine), files_beside(machine), []
+    graph, files, held, count = block_graph(machine), files_beside(machine), [], machine.latest_count()
 
     def act(name: str, take: Take) -> tuple[DiskSnapshot, ...]:
         if name == "file":
@@ -75,8 +75,9 @@ def test_two_mechanisms_one_within_the_pause_and_one_after_it_show_one_instant(
     plain = controller.backup("vm001", repository, max_pause_seconds=30)
     assert repository.manifest(plain.backup).freeze == ""
     assert block_graph(machine) == graph and files_beside(machine) == files
-    for backup in (result.backup, plain.backup):
-        assert "serial" in controller.verify_boot(repository, backup, timeout_seconds=200).life
+    assert "serial" in controller.verify_boot(repository, result.backup, timeout_seconds=200).life
+    clean = controller.consolidate(repository, result.backup, place / "clean", timeout_seconds=200)
+    assert disk_records.newest_record(Path(clean.disks[1].address), 1) >= count
     machine.wait_for_check(machine.latest_check() + 1, PATIENCE_SECONDS)
 
 

@@ -102,6 +102,10 @@ def test_two_mechanisms_of_one_vm_work_inside_one_pause(bench: Bench) -> None:
     assert manifest.moments[0].name == "pause" and manifest.moments[-1].name == "resume"
     verified = stage.controller.verify_boot(stage.repository, result.backup, timeout_seconds=200)
     assert "serial" in verified.life
+    # The LUN's overlay is no file beside it: it lies in the state folder.
+    frozen = stage.controller.backup("vm001", stage.repository, freeze="overlay")
+    assert stage.repository.manifest(frozen.backup).freeze == "overlay"
+    assert not (stage.controller.folders.state_dir / "qemu" / "freezes").exists()
     stage.controller.remove_vm("vm001")
     stage.controller.add_vm("vm001", "qemu", reach)
     assert block_graph(machine) == graph

@@ -104,12 +104,21 @@ class LibvirtRig(HypervisorRig):
         return loaded if loaded.exists() else self.machines[vm].serial_log
 
     def progress(self, vm: str) -> int:
-        """The newest record on the raw disk; the guest writes it last."""
+        """The newest record on the raw disk, which the guest writes last; while that is frozen, what the guest says."""
+        return self._said(vm) if vm == self.vm and self._overlays() else self._written(vm)
+
+    def _written(self, vm: str) -> int:
         image = self._disk(vm)
         for _ in range(20):
             with contextlib.suppress(ValueError):  # it is being written
                 return disk_records.newest_record(image, 1)
         return disk_records.newest_record(image, 1)
+
+    def _said(self, vm: str) -> int:
+        return max(console.counts(self._serial(vm).read_text(errors="replace")), default=0)
+
+    def _overlays(self) -> list[Path]:
+        return list(self.machines[self.vm].folder.glob("*.frozen.qcow2*"))
 
     def image_progress(self, duplicate: Duplicate) -> int | None:
         return None
@@ -128,8 +137,7 @@ class LibvirtRig(HypervisorRig):
         return "the guest did not check itself in time"
 
     def undrained(self, vm: str) -> str:
-        said = max(console.counts(self._serial(vm).read_text(errors="replace")), default=0)
-        written = self.progress(vm)
+        said, written = self._said(vm), self._written(vm)
         return "" if written >= said else f"the guest wrote {said}, its disk has {written}"
 
     def clean(self, disks: Sequence[Disk]) -> bool:
@@ -158,6 +166,8 @@ class LibvirtRig(HypervisorRig):
         found = {str(path) for path in self.context.memory_dir.rglob("*")}
         found |= {str(path) for path in (self.context.state_dir / "libvirt").glob("captures/*")}
         found |= {str(path) for path in (self.context.state_dir / "libvirt").glob("run/*")}
+        found |= {str(path) for path in (self.context.state_dir / "libvirt").glob("freezes*")}
+        found |= set(map(str, self._overlays()))
         found |= {f"process {pid}" for pid in self.domains.libvirtd.qemus()}
         found |= set(self.domains.libvirtd.virsh("list", "--all").splitlines())
         machine = self.machines[self.vm]
@@ -195,7 +205,7 @@ EVERYTHING = bool(os.environ.get("VMSNAP_WHOLE_CONTRACT"))
 """With VMSNAP_WHOLE_CONTRACT=1 all scenarios are carried out; `docs/libvirt.md` says which ones cannot be."""
 
 
-@only(1, 3, 4, 12, 13, 16, 40, 45, 63)
+@only(1, 3, 4, 12, 13, 16, 30, 31, 40, 45, 63)
 class TestLibvirtHypervisor(HypervisorContract):
     @pytest.fixture
     def rig(self, domains: Domains) -> Iterator[LibvirtRig]:  # type: ignore[override]

@@ -18,7 +18,7 @@ pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .ven
 from tests.lab import ext4
 from tests.lab import serial as console
 from tests.libvirt_stage import Stage, staged
-from tests.qemu_stage import until
+from tests.qemu_stage import read_ledger, until
 from tests.test_libvirt_crashes import BUSY_SECONDS, goes_on, let_go_on, set_right
 from tests.workers import MAX_PAUSE_SECONDS, worker_that_waits_at
 from vmsnap.errors import Busy
@@ -126,6 +126,20 @@ def test_a_consistent_backup_thaws_its_duplicate_and_shuts_it_down(stage: Stage)
     image = disk_of(stage, result.backup)
     assert not ext4.needs_recovery(image) and ext4.complaints(image) == ""
     is_thawed_and_writes(stage)
+
+
+def test_a_frozen_backup_is_verified_by_booting_and_consolidated(stage: Stage) -> None:
+    backup = stage.controller.backup("vm001", stage.repository).backup
+    rest, clean = stage.at_rest(), stage.controller.folders.state_dir / "clean"
+    verified = stage.controller.verify_boot(stage.repository, backup, timeout_seconds=200, options=stage.options)
+    assert verified.life
+    result = stage.controller.consolidate(stage.repository, backup, clean, timeout_seconds=200, options=stage.options)
+    (image,) = (Path(disk.address) for disk in result.disks if disk.device == "vdb")
+    assert not ext4.needs_recovery(image) and ext4.complaints(image) == ""
+    # Written when it was told to end: it was not frozen any more.
+    assert read_ledger(image).buffered == read_ledger(image).entries
+    shutil.rmtree(clean)
+    assert stage.at_rest() == rest
 
 
 def frozen_by_worker(worker: subprocess.Popen[str], stage: Stage) -> None:

@@ -65,6 +65,10 @@ def test_luns_are_snapshotted_where_they_lie_and_come_back_as_files(stage: Stage
         "vdb": ("iscsi", luns.address(TARGETS[1])),
     }
     assert stage.at_rest() == rest and sorted(luns.targets()) == sorted(TARGETS)
+    # The overlays of LUNs are no files beside them: QEMU's user is let through to them in the state folder.
+    result = controller.backup("vm001", stage.repository, freeze="overlay")
+    assert stage.repository.manifest(result.backup).freeze == "overlay"
+    assert stage.at_rest() == rest and not (stage.place / "state" / "libvirt" / "freezes").exists()
     restored = controller.restore(
         stage.repository, result.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
     )

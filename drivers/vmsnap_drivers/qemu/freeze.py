@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2s
@@ -34,7 +34,7 @@ from vmsnap_drivers.qemu.blocks.checks import check_disk
 from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.blocks.image import QemuImg
 from vmsnap_drivers.qemu.blocks.overlay import OverlayNames
-from vmsnap_drivers.qemu.blocks.room import check_room, choose_folder, needed_bytes
+from vmsnap_drivers.qemu.blocks.room import check_room, choose_folder, needed_bytes, owner_for
 from vmsnap_drivers.qemu.blocks.salvage import salvage_overlay
 from vmsnap_drivers.qemu.monitor import Monitor
 
@@ -109,20 +109,21 @@ def plan_freeze(
     return FreezePlan(tag, vm, tuple(disks), {**vars(names), "disks": [vars(own) for own in names.disks]})
 
 
-def prepare(plan: FreezePlan, monitor: Monitor) -> None:
+def prepare(plan: FreezePlan, monitor: Monitor, open_way: Callable[[Path], None]) -> None:
     """Make the overlays, which nothing uses yet.
 
+    :param open_way: sees to it that QEMU gets to a file, whose folder is there
     :raises SnapshotError: one cannot be made, or QEMU may not open it
     """
     names = FreezeNames.of(plan)
     graph = BlockGraph(monitor)
+    # From now on the folder of records stays.
     _write_record(plan, Path(names.record))
+    for own in names.disks:
+        open_way(Path(own.overlay_file))
     for disk, own in zip(plan.disks, names.disks, strict=True):
-        owner = Path(disk.handle["file"])
         backing = (disk.handle["file"], disk.format)
-        _IMAGE.create(
-            Path(own.overlay_file), disk.size_bytes, owner=owner if owner.is_file() else None, backing=backing
-        )
+        _IMAGE.create(Path(own.overlay_file), disk.size_bytes, owner=owner_for(disk, monitor.peer_pid), backing=backing)
         overlay.add_overlay(graph, disk, own)
 
 
@@ -234,13 +235,7 @@ def _thaw_disk(graph: BlockGraph, disk: Disk, own: OverlayNames) -> None:
 
 def _write_record(plan: FreezePlan, path: Path) -> None:
     try:
-        durable.make_folder(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(to_json(plan))
-            file.flush()
-            os.fsync(file.fileno())
-        durable.sync(path.parent)
+        durable.create(path, to_json(plan))
     except OSError as e:
         raise SnapshotError(f"the record {path} cannot be written: {e.strerror}") from e
 

@@ -30,6 +30,7 @@ stand in it.
 _TMPFS: Final = frozenset({"tmpfs", "ramfs"})
 RAM_AT_LEAST_BYTES: Final = 16 * 1024 * 1024
 """A mapping of this size or more counts as guest RAM."""
+_EFFECTIVE: Final = re.compile(r"^(Uid|Gid):\t\d+\t(\d+)\t", re.MULTILINE)
 _UCRED: Final = struct.Struct("3i")
 _CONNECT_SECONDS: Final = 1.0
 _LOOK_EACH_SECONDS: Final = 0.01
@@ -110,6 +111,19 @@ def start_time(pid: int) -> int | None:
         return None
     fields = text[text.rindex(")") + 2 :].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def user_of(pid: int) -> tuple[int, int]:
+    """The user and the group as which a process opens files (``Uid:`` and ``Gid:`` in /proc/PID/status, proc(5)).
+
+    :raises VmGone: it has ended
+    """
+    try:
+        text = Path("/proc", str(pid), "status").read_text()
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise VmGone(f"the QEMU process {pid} has ended") from e
+    found = {name: int(effective) for name, effective in _EFFECTIVE.findall(text)}
+    return found["Uid"], found["Gid"]
 
 
 def started_at(pid: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from vmsnap.errors import HypervisorError, VmsnapError
@@ -37,11 +38,12 @@ from vmsnap_drivers.hypervisors.libvirt.checks import check_disks, cut_links, lo
 from vmsnap_drivers.hypervisors.libvirt.doctor import look_at_agent, look_at_libvirt, tell_frozen
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
 from vmsnap_drivers.hypervisors.libvirt.freezing import FrozenFileSystems
+from vmsnap_drivers.hypervisors.libvirt.reach import is_within, let_through
 from vmsnap_drivers.hypervisors.libvirt.remote import check_passes_descriptors
 from vmsnap_drivers.hypervisors.libvirt.seeing import see_all
 from vmsnap_drivers.hypervisors.libvirt.shape import Shape, check_unchanged
 from vmsnap_drivers.hypervisors.libvirt.tags import tags_of
-from vmsnap_drivers.qemu import doctor, life, own_disks, process
+from vmsnap_drivers.qemu import doctor, freeze, life, own_disks, process
 from vmsnap_drivers.qemu.capture import duplicates, learned, plan
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
 from vmsnap_drivers.qemu.capture.revive import make_run
@@ -51,7 +53,8 @@ from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress, is_libvirt_addre
 from vmsnap_drivers.qemu.libvirt.calls import INSTALL, Unreachable
 from vmsnap_drivers.qemu.libvirt.process import monitor_socket, process_of
 from vmsnap_drivers.qemu.monitor import Monitor
-from vmsnap_drivers.qemu.peer import mapped_memory
+from vmsnap_drivers.qemu.peer import mapped_memory, user_of
+from vmsnap_drivers.qemu.plain_files import PLAIN_FILES, plain_files
 from vmsnap_drivers.qemu.second_monitor import SecondMonitor
 from vmsnap_drivers.qemu.status import vm_state
 
@@ -62,6 +65,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
     """A domain of a libvirt on this host (9.0 tried, with QEMU 7.2)."""
 
     name = "libvirt"
+    freezes = True
     options = (
         Option("uri", "where libvirt is", "qemu:///system"),
         Option("domain", "the domain's name or UUID (default: the VM's name)"),
@@ -75,6 +79,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
         ),
         Option("fsfreeze", "whether the guest's agent freezes its file systems around the pause", "no", type=YES_NO),
         Option("fsfreeze_timeout", "how long freezing may take", "5", type=_FREEZE_SECONDS),
+        PLAIN_FILES,
     )
     needs = (Module("libvirt", INSTALL), doctor.QEMU)
 
@@ -88,7 +93,8 @@ class LibvirtHypervisor(MonitoredHypervisor):
         self._supported = given["memory"] == "supported"
         self._folder = run.run_folder(self._state_folder, vm)
         self._second = SecondMonitor(self._record.with_suffix(".monitor"))
-        self._freezes = YES_NO.read(given["fsfreeze"])
+        self._vouches = YES_NO.read(given[PLAIN_FILES.name])
+        self._fsfreezes = YES_NO.read(given["fsfreeze"])
         self._freeze_seconds = _FREEZE_SECONDS.read(given["fsfreeze_timeout"])
         self._frozen = FrozenFileSystems(vm, self._record.with_suffix(".frozen"))
         self._agent: AgentPlace | None = None
@@ -125,7 +131,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
             findings += doctor.look_at_vm(self.vm, self._connect, self._described_by, self._wanted, known)
             if self._frozen.is_marked():
                 findings.append(tell_frozen(self.vm, self._domain))
-            elif self._freezes:
+            elif self._fsfreezes:
                 findings.append(look_at_agent(self.vm, lambda: self._frozen.check(self._agent_place())))
         return findings
 
@@ -134,7 +140,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
     def plan_capture(self, request: CaptureRequest) -> CapturePlan:
         check_passes_descriptors(self.vm, self._uri)
         chosen = self._plan_snapshot(request) if self._supported else super().plan_capture(request)
-        if self._freezes:
+        if self._fsfreezes:
             chosen = replace(chosen, lead_seconds=chosen.lead_seconds + freezing.longest_seconds(self._freeze_seconds))
         return chosen
 
@@ -150,7 +156,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
     def prepare(self, request: CaptureRequest, plan: CapturePlan) -> None:
         """See the role. From now on QEMU can be told to go on without libvirtd as well."""
         self._agent = None
-        if self._freezes and self.state() is VmState.EXECUTING:
+        if self._fsfreezes and self.state() is VmState.EXECUTING:
             agent = self._agent_place()
             self._frozen.check(agent)
             self._agent = agent
@@ -213,7 +219,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     def load(self, request: LoadRequest) -> LoadedVm:
         self.close()
-        ours = [self.context.state_dir, *filter(None, (self.context.duplicates_dir,))]
+        ours = self._our_folders()
         launch.load(
             self.vm, self._uri, self._domain, self._folder, request, ours, define=self._define, frozen=self._frozen
         )
@@ -253,7 +259,8 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     def list_owned(self) -> Sequence[OwnedResource]:
         loaded = [OwnedResource("vm", mark.vm, mark.vm, self.name) for mark in run.all_marks(self._state_folder)]
-        return [*duplicates.list_owned(self.name, self.context), *loaded]
+        overlays = freeze.list_owned(self.name, self._freeze_records)
+        return [*duplicates.list_owned(self.name, self.context), *loaded, *overlays]
 
     # -- within
 
@@ -300,7 +307,18 @@ class LibvirtHypervisor(MonitoredHypervisor):
             domain = domains.find(self._domain)
             # What the first look finds is what the core knows the VM as.
             self._shape = self._shape or Shape.of(domain)
-            return describe.describe(self.vm, domain, monitor)
+            found = describe.describe(self.vm, domain, monitor)
+        return replace(found, disks=plain_files(found.disks)) if self._vouches else found
+
+    def _our_folders(self) -> list[Path]:
+        """Those of vmsnap's in which QEMU's user may be let through to a disk of its own."""
+        return [self.context.state_dir, *filter(None, (self.context.duplicates_dir, self.context.spool_dir))]
+
+    def _open_way(self, file: Path) -> None:
+        ours = self._our_folders()
+        # Elsewhere it lies beside its disk, to which QEMU has got.
+        if is_within(file.parent, ours):
+            let_through(user_of(self.monitor.peer_pid)[0], [str(file)], ours)
 
     def _agent_place(self) -> AgentPlace:
         with reached(self._uri) as domains:

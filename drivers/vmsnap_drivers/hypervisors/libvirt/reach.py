@@ -1,4 +1,4 @@
-"""Sees to it that QEMU's own user can reach the disks of a loaded domain.
+"""Sees to it that QEMU's own user can reach the disks of a loaded domain, and overlays over disks that are no files.
 
 libvirt's QEMU runs as a user of its own, which opens the disks; libvirt gives it the files, not the way to them.
 vmsnap's folders are 0700. So this user, and nobody else, is let *through* (``x``, not ``r``) those folders of vmsnap's
@@ -50,12 +50,17 @@ def let_through(user: int, addresses: Sequence[str], ours: Sequence[Path]) -> No
         for folder in reversed(Path(address).absolute().parents):
             if _may_search(user, folder):
                 continue
-            if not any(folder == place or place in folder.parents for place in ours):
+            if not is_within(folder, ours):
                 raise HypervisorError(
                     f"QEMU's user {user} cannot get through {folder} to the disk {address}",
                     cure="choose a folder that is open to it, such as one in /var/lib/libvirt/images",
                 )
             _allow(user, folder)
+
+
+def is_within(folder: Path, ours: Sequence[Path]) -> bool:
+    """Whether a folder is one of ours, or lies in one."""
+    return any(folder == place or place in folder.parents for place in ours)
 
 
 def _may_search(user: int, folder: Path) -> bool:

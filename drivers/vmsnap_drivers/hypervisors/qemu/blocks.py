@@ -7,9 +7,8 @@ Sources: ``query-block`` (``qapi/block-core.json``) of QEMU 7.2 and 10.0; both w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vmsnap.model import Disk
@@ -143,18 +142,6 @@ class BlockReader:
         for number, argument in self._options.items("blockdev"):
             if argument.properties.get("node-name") not in needed:
                 self._options.drop(number)
-
-
-def plain_files(disks: Sequence[Disk]) -> tuple[Disk, ...]:
-    """The disks, those vouched for whose bytes are those of one file: QEMU has written and flushed all of them when it
-    has stopped the guest, and writes nothing to them until that goes on.
-    """
-    return tuple(
-        replace(disk, handle={**disk.handle, "plain_file": "yes"})
-        if disk.format == "raw" and Path(disk.handle["file"]).is_file()
-        else disk
-        for disk in disks
-    )
 
 
 def device_path(path: str) -> str:

@@ -10,11 +10,11 @@ from vmsnap.errors import HypervisorError
 from vmsnap.model import Disk, Finding, OwnedResource, VmDescription, VmState
 from vmsnap.roles import PATH, YES_NO, DriverContext, LoadedVm, LoadRequest, Option, with_defaults
 from vmsnap_drivers.hypervisors.qemu import describe, launch, owned, tpm
-from vmsnap_drivers.hypervisors.qemu.blocks import plain_files
 from vmsnap_drivers.qemu import doctor, fence, life, own_disks, process
 from vmsnap_drivers.qemu.capture import learned
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
 from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.plain_files import PLAIN_FILES, plain_files
 
 
 class QemuHypervisor(MonitoredHypervisor):
@@ -25,13 +25,7 @@ class QemuHypervisor(MonitoredHypervisor):
     options = (
         Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)", type=PATH),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),
-        Option(
-            "plain_files",
-            "whether raw disks that are files may be taken as such, by the mechanism file: where it cannot reflink, it"
-            " copies them in the pause, or with --freeze overlay after it",
-            "no",
-            type=YES_NO,
-        ),
+        PLAIN_FILES,
     )
     needs = (doctor.QEMU,)
 

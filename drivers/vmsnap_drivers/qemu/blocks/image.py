@@ -38,8 +38,8 @@ class QemuImg:
             raise DriverUnavailable(f"{self._program} is not installed", cure=INSTALL)
         return program
 
-    def create(self, path: Path, size_bytes: int, *, owner: Path | None, backing: tuple[str, str] | None) -> None:
-        """Create an empty qcow2 image, 0600 and durable, and give it to the owner of the file `owner` where we may.
+    def create(self, path: Path, size_bytes: int, *, owner: tuple[int, int], backing: tuple[str, str] | None) -> None:
+        """Create an empty qcow2 image, 0600 and durable, and give it to `owner` (user, group) where we may.
 
         `backing` (file, format) is written into it and not looked at.
 
@@ -47,9 +47,8 @@ class QemuImg:
         """
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            if owner is not None and os.geteuid() == 0:
-                held_by = owner.stat()
-                os.chown(path, held_by.st_uid, held_by.st_gid)
+            if os.geteuid() == 0:
+                os.chown(path, *owner)
         except OSError as e:
             raise SnapshotError(f"{path} cannot be made: {e.strerror}") from e
         arguments = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=65536"]

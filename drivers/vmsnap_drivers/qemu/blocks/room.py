@@ -1,4 +1,4 @@
-"""Where a snapshot's files go, and whether there is room for them."""
+"""Where a snapshot's files go, whose they are, and whether there is room for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
+from vmsnap_drivers.qemu.peer import user_of
 
 _MIB: Final = 1024 * 1024
 _LEAST_BYTES: Final = 64 * _MIB
@@ -36,6 +37,23 @@ def choose_folder(disk: Disk, given: str | None, fallback: Path) -> Path:
         return folder
     address = Path(disk.address)
     return address.resolve().parent if address.is_absolute() and address.is_file() else fallback
+
+
+def owner_for(disk: Disk, pid: int) -> tuple[int, int]:
+    """The user and the group to whom the files of a disk are given, so that QEMU, the process `pid`, may open them:
+    those of its image; of a disk that is no file, QEMU's own.
+
+    :raises VmGone: QEMU has ended
+    :raises SnapshotError: the image cannot be looked at
+    """
+    image = Path(disk.handle["file"])
+    if not image.is_file():
+        return user_of(pid)
+    try:
+        found = image.stat()
+    except OSError as e:
+        raise SnapshotError(f"{image} cannot be looked at: {e.strerror}") from e
+    return found.st_uid, found.st_gid
 
 
 def check_room(disks: Sequence[Disk], folders: Sequence[Path]) -> None:

@@ -168,7 +168,7 @@ class MonitoredHypervisor(Hypervisor):
         return freeze.plan_freeze(self.vm, self.monitor, disks, tag, self._freeze_records, self.context.spool_dir)
 
     def prepare_freeze(self, plan: FreezePlan) -> None:
-        freeze.prepare(plan, self.monitor)
+        freeze.prepare(plan, self.monitor, self._open_way)
 
     def freeze_disks(self, plan: FreezePlan) -> Moment:
         return freeze.freeze(plan, self.monitor)
@@ -205,6 +205,12 @@ class MonitoredHypervisor(Hypervisor):
     @property
     def _freeze_records(self) -> Path:
         return self._state_folder / freeze.FOLDER
+
+    def _open_way(self, file: Path) -> None:
+        """See to it that QEMU gets to a file that is given to it. A QEMU that somebody started himself is left to him.
+
+        :raises HypervisorError: it cannot
+        """
 
     @property
     def _record(self) -> Path:

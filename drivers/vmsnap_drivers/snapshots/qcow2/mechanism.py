@@ -34,7 +34,7 @@ from vmsnap_drivers.qemu.blocks import overlay
 from vmsnap_drivers.qemu.blocks.checks import check_disk
 from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.blocks.image import INSTALL, QemuImg
-from vmsnap_drivers.qemu.blocks.room import check_room, choose_folder
+from vmsnap_drivers.qemu.blocks.room import check_room, choose_folder, owner_for
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.snapshots.qcow2 import bitmaps, clones, fleecing, orphans, record, server
 from vmsnap_drivers.snapshots.qcow2.changes import read_changes
@@ -146,12 +146,11 @@ class Qcow2Mechanism(SnapshotMechanism):
                 continue
             bitmaps.remove_broken(graph, disk)
             bitmaps.remove_beyond(graph, disk, self._bitmaps())
-            owner = Path(disk.handle["file"])
-            owner_file = owner if owner.is_file() else None
-            self._image.create(Path(own.target_file), disk.size_bytes, owner=owner_file, backing=None)
+            owner = owner_for(disk, graph.monitor.peer_pid)
+            self._image.create(Path(own.target_file), disk.size_bytes, owner=owner, backing=None)
             if own.overlay_file:
                 backing = (disk.handle["file"], disk.format)
-                self._image.create(Path(own.overlay_file), disk.size_bytes, owner=owner_file, backing=backing)
+                self._image.create(Path(own.overlay_file), disk.size_bytes, owner=owner, backing=backing)
                 overlay.add_overlay(graph, disk, own)
                 bitmaps.hold(graph, disk)
             else:
