@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.mounts import read_only
+from tests.test_cli import BIN
 from tests.world import MIB, World
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import (
@@ -48,6 +50,23 @@ def one_line(error: pytest.ExceptionInfo[VmsnapError], *words: str) -> None:
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_a_state_folder_that_cannot_be_written_to_is_named_with_the_cure(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a read-only mount needs root")
+    (state := tmp_path / "state").mkdir(mode=0o700)
+    with read_only(state), pytest.raises(UsageError) as error:
+        HostFolders.find(state)
+    one_line(error, f"the folder {state} cannot be written to: Read-only file system", "--state-dir")
+    # Root without its capabilities heeds the mode, as any user does.
+    state.chmod(0o500)
+    answer = subprocess.run(
+        ["setpriv", "--bounding-set=-all", "--inh-caps=-all", str(BIN / "vmsnap"), "vm", "list"],
+        env=os.environ | {"VMSNAP_STATE_DIR": str(state)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert f"the folder {state} cannot be written to: Permission denied (choose another one" in answer.stderr
 
 
 def test_an_unknown_vm_is_named(world: World) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.disk_rig import sync, write
+from tests.lab.mounts import read_only
 from tests.lab.zfs_fuse import ZfsFuse
 from tests.test_zfs_contract import zfs
 from tests.zfs_rig import MIB, TAG, ZfsRig, make_image, names, snapshot_of
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, VmsnapError
 from vmsnap.model import Disk, SnapshotPlan, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
@@ -198,6 +199,16 @@ def test_what_is_in_use_is_named_the_guest_is_well_and_a_later_call_removes_it(
     assert not mechanism.list_owned() and not mounted.exists()
 
 
+def test_a_folder_for_clones_that_cannot_be_written_to_is_told_before_anything_is_taken(
+    mechanism: ZfsMechanism, zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
+) -> None:
+    before = names(zfs.run, zfs.pool)
+    (folder := tmp_path / "state" / "zfs").mkdir(parents=True)
+    with read_only(folder), pytest.raises(VmsnapError, match=f"the folder {folder} cannot be written to: Read-only"):
+        mechanism.prepare(plan_of(mechanism, *disks))
+    assert names(zfs.run, zfs.pool) == before
+
+
 def test_a_file_system_that_was_renamed_keeps_nothing_of_ours(
     mechanism: ZfsMechanism, zfs: ZfsFuse, tmp_path: Path
 ) -> None:
@@ -265,7 +276,7 @@ def test_without_permission_it_is_said_what_is_missing(zfs: ZfsFuse, disks: tupl
     script = """
 import json, os
 from pathlib import Path
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, VmsnapError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from vmsnap.errors import VmsnapError
 
 
 def make_folder(folder: Path) -> None:
@@ -32,6 +35,31 @@ def create(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(path.parent)
+
+
+def make_writable_folder(folder: Path) -> None:
+    """As `make_folder`, for a folder of vmsnap's state, and see that this user can make files in it. Idempotent;
+    blocks.
+
+    :raises VmsnapError: it cannot be made, or not be written to
+    """
+    try:
+        make_folder(folder)
+        reason = why_not_writable(folder)
+    except OSError as e:
+        reason = str(e.strerror)
+    if reason:
+        raise VmsnapError(
+            f"the folder {folder} cannot be written to: {reason}",
+            cure="let this user write there, or choose another state folder with --state-dir",
+        )
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why this user cannot make files in a folder that is there (access(2)); empty where he can."""
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        return ""
+    return os.strerror(errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES)
 
 
 def remove(*paths: Path) -> None:

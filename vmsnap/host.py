@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsnap.durable import make_folder
+from vmsnap.durable import make_folder, why_not_writable
 from vmsnap.errors import UsageError, VmsnapError
 from vmsnap.roles.options import DriverContext
 
@@ -43,7 +43,7 @@ class HostFolders:
 
         Each state folder has its own memory folder, so that two installations never see each other's duplicates.
 
-        :raises UsageError: a folder cannot be made or belongs to somebody else
+        :raises UsageError: a folder cannot be made or written to, or belongs to somebody else
         """
         if state_dir is None:
             state_dir = default_state_dir()
@@ -118,4 +118,11 @@ def _private_folder(folder: Path) -> None:
         try:
             folder.chmod(0o700)
         except OSError as e:
-            raise VmsnapError(f"the folder {folder} is open to others and cannot be closed: {e.strerror}") from e
+            raise VmsnapError(
+                f"the folder {folder} is open to others and cannot be closed: {e.strerror}",
+                cure="choose another one with --state-dir",
+            ) from e
+    if reason := why_not_writable(folder):
+        raise UsageError(
+            f"the folder {folder} cannot be written to: {reason}", cure="choose another one with --state-dir"
+        )

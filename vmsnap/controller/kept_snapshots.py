@@ -97,7 +97,7 @@ class KeptSnapshots:
         if not kept.taken:
             raise SnapshotError(f"snapshot {snapshot} was not taken to its end", cure="delete it")
         folder = self._folder / "clones"
-        durable.make_folder(folder)
+        durable.make_writable_folder(folder)
         with closing(self._drivers.mechanism(mechanism)) as driver:
             plans = [driver.plan_clone(taken, name, folder, lasting=True) for taken in kept.taken]
             self._write(replace(kept, clones=(*kept.clones, *(KeptClone(plan) for plan in plans))))
@@ -154,7 +154,7 @@ class KeptSnapshots:
         return self._folder / f"{snapshot}.json"
 
     def _write(self, kept: KeptSnapshot) -> None:
-        durable.make_folder(self._folder)
+        durable.make_writable_folder(self._folder)
         path = self._path(kept.plan.tag)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(to_json(kept))

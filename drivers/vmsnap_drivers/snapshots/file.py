@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.errors import SnapshotError
 from vmsnap.model import (
     ClonePlan,
@@ -197,7 +198,7 @@ class FileMechanism(SnapshotMechanism):
     def _note_folder(self, folder: Path) -> None:
         # files lie beside disks anywhere on the host; without these notes nobody would know where to look for strays
         notes = self._notes()
-        notes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_writable_folder(notes)
         note = self._note_of(folder)
         if not note.exists():
             partial = note.with_suffix(f".{os.getpid()}")

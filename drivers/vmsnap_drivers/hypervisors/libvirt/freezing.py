@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.errors import Busy, CannotCapture, HypervisorError
 from vmsnap.model import to_json
 from vmsnap_drivers.hypervisors.libvirt.agent import SYNC_SECONDS, AgentPlace, ask
@@ -85,6 +86,7 @@ class FrozenFileSystems:
         """Freeze them within `seconds`; returns how many there are. Whatever happens, `thaw` has to follow.
 
         :raises HypervisorError: they are not frozen in time, or the agent refuses
+        :raises VmsnapError: the mark cannot be written; nothing is frozen
         """
         self._write(place, pid)
         self._frozen_at = time.monotonic()
@@ -143,5 +145,5 @@ class FrozenFileSystems:
         self._path.unlink(missing_ok=True)
 
     def _write(self, place: AgentPlace, pid: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_writable_folder(self._path.parent)
         write_whole(self._path, to_json(FreezeMark(self._vm, boot_id(), pid, start_time(pid) or 0, place)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.model import to_json
 from vmsnap_drivers.qemu.smallfile import read_whole, write_whole
 
@@ -35,8 +36,11 @@ def run_folder(state_folder: Path, vm: str) -> Path:
 
 
 def write_mark(folder: Path, mark: LoadedMark) -> None:
-    """Make the folder, 0700, if it is not there, and mark it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Make the folder, 0700, if it is not there, and mark it.
+
+    :raises VmsnapError: it cannot be made
+    """
+    make_writable_folder(folder)
     write_whole(folder / MARK_NAME, to_json(mark))
 
 

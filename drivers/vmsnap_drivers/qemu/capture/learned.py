@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.model import check_name, from_json, to_json
 from vmsnap_drivers.qemu.smallfile import write_whole
 
@@ -30,12 +31,14 @@ def remember(folder: Path, vm: str, capture: str, predicted_seconds: float, meas
     disturbed. The factors of the other ways go half the way back to 1, so that a way that was slow once is tried again.
 
     `predicted_seconds` is with the factor.
+
+    :raises VmsnapError: its folder cannot be written to
     """
     known = {way: factor**0.5 for way, factor in factors(folder, vm).items() if way != capture}
     factor = factors(folder, vm).get(capture, 1.0) * (measured_seconds / predicted_seconds) ** 0.5
     known[capture] = min(_MOST, max(_LEAST, factor))
     place = _place(folder, vm)
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_writable_folder(place.parent)
     write_whole(place, to_json(known))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.model import Json, check_name, to_json
 from vmsnap_drivers.qemu.capture.settings import Settings
 from vmsnap_drivers.qemu.peer import boot_id, start_time
@@ -56,8 +57,11 @@ def place(folder: Path, vm: str) -> Path:
 
 
 def write(path: Path, record: CaptureRecord) -> None:
-    """Write the record, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Write the record, all or nothing.
+
+    :raises VmsnapError: its folder cannot be written to
+    """
+    make_writable_folder(path.parent)
     write_whole(path, to_json(record))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.errors import SnapshotError
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 from vmsnap_drivers.snapshots.iscsi.places import Place
@@ -95,7 +96,7 @@ class Exports:
 
 
 def _write(note: Path) -> None:
-    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_writable_folder(note.parent)
     note.touch(mode=0o600)
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from vmsnap.durable import make_writable_folder
 from vmsnap.errors import DriverUnavailable, SnapshotError
 from vmsnap.model import Extent
 from vmsnap_drivers.runs import Runs
@@ -135,7 +136,7 @@ class ThinMaps:
         return self._folder / f"{group}~{pool}.reserved"
 
     def _folder_made(self) -> Path:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_writable_folder(self._folder)
         return self._folder
 
 

@@ -121,7 +121,7 @@ class Marks:
         durable.remove(path)
 
     def _write(self, note: Note, index: int) -> None:
-        durable.make_folder(self._folder)
+        durable.make_writable_folder(self._folder)
         path = self._folder / f"{note.tag}.{index}{_SUFFIX}"
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(asdict(note)))

@@ -123,7 +123,9 @@ class ZfsMechanism(SnapshotMechanism):
         """See `SnapshotMechanism.prepare`. Brings to the pools what was written, so that the snapshot need not.
 
         :raises SnapshotError: a pool hangs
+        :raises VmsnapError: the clones through which snapshots are read cannot be mounted in the state folder
         """
+        durable.make_writable_folder(self._folder)
         # Nobody but root may, and zfs-fuse cannot: then the snapshot waits for it.
         if os.geteuid() == 0 and not self._zfs.flavour().fuse:
             for pool in pools_of(names_of(plan)):
@@ -164,7 +166,6 @@ class ZfsMechanism(SnapshotMechanism):
             return
         plan = snapshots[0].plan
         found = names_of(plan)
-        durable.make_folder(self._folder)
         self._zfs.hold(plan.tag, sorted({names.snapshot for names in found}))
         for names in {names.reader: names for names in found}.values():
             clones.make(self._zfs, names.snapshot, names.reader, names.mounted, plan.tag, "reader")
@@ -189,7 +190,7 @@ class ZfsMechanism(SnapshotMechanism):
         """See `SnapshotMechanism.changed_extents`; by the stream of ``zfs send -i``, in blocks of ZFS."""
         names = names_of_snapshot(snapshot)
         note = self._marks.find(since, names, snapshot.disk, self._path(snapshot))
-        durable.make_folder(self._folder)
+        durable.make_writable_folder(self._folder)
         with Runs(self._folder) as runs:
             with self._zfs.changes_since(note.bookmark, names.snapshot) as pipe:
                 stream.find(pipe, note.object_number, snapshot.disk.size_bytes, runs)
