@@ -13,7 +13,8 @@ from typing import Any
 
 from tests.lab import Disk, ext4, find_qemu
 from tests.lab.bridge import Bridge
-from tests.lab.domain import LabDomain
+from tests.lab.certificates import Authority
+from tests.lab.domain import CHAP, LabDomain
 from tests.lab.libvirtd import Libvirtd, userfaultfd_for_all
 from tests.lab.machine import DEFAULT_DISKS, MIB
 from vmsnap.controller import Controller, Drivers
@@ -55,6 +56,17 @@ class Stage:
         """What people see of the domain, and of all."""
         return {" ".join(words): self.libvirtd.virsh(*words) for words in _LISTS}
 
+    def see_nothing_of_ours(self, *disks: str) -> None:
+        """virsh shows one domain, on its own disks where no others are given, and nothing of ours in any of its lists:
+        not even what was there before all tests, with which `at_rest` is compared.
+        """
+        seen = self.seen_by_virsh()
+        own = {str(self.machine.disk_path(index)) for index in range(len(self.machine.disks))}
+        assert seen["list --all --name"].split() == ["vm001"]
+        assert {line.split()[1] for line in seen["domblklist vm001"].splitlines() if line.strip()} == set(disks or own)
+        assert seen["snapshot-list vm001 --name"].split() == seen["checkpoint-list vm001 --name"].split() == []
+        assert seen["domjobinfo vm001"].split() == ["Job", "type:", "None"]
+
     def at_rest(self) -> tuple[Any, ...]:
         """All that a backup, a restore or a duplicate could leave on this host."""
         state, ask = self.controller.folders.state_dir, self.machine.oracle.execute
@@ -83,6 +95,9 @@ class Stage:
 def staged(
     *,
     usb_bus: bool = False,
+    authority: Authority | None = None,
+    qemu: str = "7.2",
+    chap_word: str = "",
     memory_mib: int = 256,
     own_mib: int = 0,
     options: Mapping[str, str] | None = None,
@@ -92,8 +107,9 @@ def staged(
     more_os: str = "",
     **settings: int,
 ) -> Iterator[Stage]:
-    """The guest, registered as ``vm001``, under load, its card on a bridge. Its kernel uses only `own_mib` of its
-    memory, where that is given. With the setting ``ext4_disk=2`` its second disk, 64 MiB, has that file system.
+    """The guest, registered as ``vm001``, under load, its card on a bridge, in the QEMU of that version. Its kernel
+    uses only `own_mib` of its memory, where that is given. Its libvirtd listens for TLS, where it has an `authority`,
+    and keeps the `chap_word` of LUNs. With the setting ``ext4_disk=2`` its second disk, 64 MiB, has that file system.
     """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     # QEMU's user has to get to the disks.
@@ -101,13 +117,13 @@ def staged(
     folders = HostFolders.find(place / "state")
     with (
         userfaultfd_for_all(),
-        Libvirtd(place / "lv", usb_bus=usb_bus) as libvirtd,
+        Libvirtd(place / "lv", usb_bus=usb_bus, authority=authority, any_qemu=qemu != "7.2") as libvirtd,
         Controller(folders, drivers=Drivers(folders.context(), mechanism_options)) as controller,
         Bridge(next(_numbers)) as bridge,
     ):
         machine = LabDomain(
             place / "vm001",
-            find_qemu("7.2"),
+            find_qemu(qemu),
             libvirtd,
             settings={"packets": 1, **settings},
             interface=f"<interface type='bridge'><source bridge='{bridge.name}'/>{{}}</interface>",
@@ -120,6 +136,8 @@ def staged(
         if settings.get("ext4_disk"):
             machine.folder.mkdir()
             ext4.make_ext4(machine.disk_path(1), EXT4_BYTES)
+        if chap_word:
+            libvirtd.keep_secret(CHAP, chap_word)
         machine.start()
         controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri, **(options or {})})
         machine.wait_for_check(1)

@@ -18,6 +18,8 @@ from .libvirtd import USER, Libvirtd
 from .machine import DEFAULT_DISKS, MIB, PATIENCE_SECONDS, Disk, LabError, LabMachine
 from .qemus import QemuBuild
 
+CHAP = "chap"
+"""The usage of libvirt's secret of whoever has accounts on LUNs."""
 _POLL_SECONDS = 0.02
 _NO_DOMAIN = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
@@ -121,10 +123,14 @@ class LabDomain(LabMachine):
     def _disk(self, index: int, disk: Disk) -> str:
         target = f"<target dev='vd{'abcdef'[index]}' bus='virtio'/>"
         driver = f"<driver name='qemu' type='{disk.format}'/>"
-        if disk.address:
+        if disk.is_lun:
             portal, _, name = disk.address.removeprefix("iscsi://").partition("/")
             host, _, port = portal.rpartition(":")
-            source = f"<source protocol='iscsi' name='{name}'><host name='{host}' port='{port}'/></source>"
+            account = f"<auth username='{disk.account}'><secret type='iscsi' usage='{CHAP}'/></auth>"
+            initiator = f"<initiator><iqn name='{disk.initiator}'/></initiator>"
+            inner = f"<host name='{host}' port='{port}'/>{initiator if disk.initiator else ''}"
+            inner += account if disk.account else ""
+            source = f"<source protocol='iscsi' name='{name}'>{inner}</source>"
             return f"<disk type='network' device='disk'>{driver}{source}{target}</disk>"
         return f"<disk type='file' device='disk'>{driver}<source file='{self.disk_path(index)}'/>{target}</disk>"
 
@@ -144,7 +150,7 @@ class LabDomain(LabMachine):
             # libvirt gives them to QEMU's user.
             shutil.copyfile(source, self.folder / name)
         for index, disk in enumerate(self.disks):
-            if disk.address:
+            if disk.is_lun:
                 continue
             if not self.disk_path(index).exists():
                 self.qemu.create_image(self.disk_path(index), disk.format, disk.size_bytes)
@@ -205,4 +211,4 @@ def _words(process: Path) -> list[bytes]:
         return [b""]
 
 
-__all__ = ["MIB", "DomainOracle", "LabDomain"]
+__all__ = ["CHAP", "MIB", "DomainOracle", "LabDomain"]

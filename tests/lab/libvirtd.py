@@ -18,6 +18,8 @@ from types import TracebackType
 
 import libvirt
 
+from .certificates import Authority
+from .ports import ADDRESS, free_port
 from .qemus import cache_folder
 
 libvirt.registerErrorHandler(lambda *_: None, None)  # it prints each error besides raising it
@@ -26,6 +28,7 @@ USER = "libvirt-qemu"
 """Whom Debian's libvirt lets QEMU run as."""
 _FOLDERS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "run": "/run/libvirt", "cache": "/var/cache/libvirt",
             "log": "/var/log/libvirt", "swtpm": "/var/log/swtpm"}  # fmt: skip
+_QEMU_MODULES = "/usr/lib/x86_64-linux-gnu/qemu"
 _USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 _START_SECONDS = 60.0
 _LOOK_EACH_SECONDS = 0.02
@@ -42,20 +45,43 @@ auth_unix_rw = "none"
 auth_unix_ro = "none"
 log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 """
+_TLS_CONF = """\
+listen_tls = 1
+listen_addr = "{address}"
+tls_port = "{port}"
+auth_tls = "none"
+ca_file = "{folder}/cacert.pem"
+cert_file = "{folder}/servercert.pem"
+key_file = "{folder}/serverkey.pem"
+"""
 
 
 class Libvirtd:
     """Use with ``with``: afterwards its domains, daemons and namespace are gone. Needs root."""
 
-    def __init__(self, folder: Path, *, usb_bus: bool = False, host_uuid: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        usb_bus: bool = False,
+        host_uuid: str = "",
+        authority: Authority | None = None,
+        any_qemu: bool = False,
+    ) -> None:
         """Nothing is started; `folder` must be open to all users, and have a short name.
 
         :param usb_bus: in the namespace the host has a USB bus, with nothing plugged in, as this machine has none
         :param host_uuid: it says that its host is another one, so that domains are migrated to it
+        :param any_qemu: it runs the unpacked QEMU, not the installed one, whose modules are hidden in the namespace:
+            the other one would load those that it lacks, and abort when it is asked for its types (``util/module.c``)
+        :param authority: it listens for TLS too, as ``localhost``, and admits whom this one vouches for
         """
         self.folder = folder
+        self.tls_port = free_port() if authority else 0
+        self._authority = authority
         self._host_uuid = host_uuid
         self._usb_bus = usb_bus
+        self._any_qemu = any_qemu
         self.socket = folder / "run" / "libvirt-sock"
         self.uri = f"qemu:///system?socket={self.socket}"
         self._holder: subprocess.Popen[bytes] | None = None
@@ -67,6 +93,7 @@ class Libvirtd:
             (self.folder / name).mkdir(parents=True)
         (self.folder / "etc" / "qemu.conf").write_text(_QEMU_CONF)
         own = f'host_uuid = "{self._host_uuid}"\n' if self._host_uuid else ""
+        own += self._tls()
         (self.folder / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF + own)
         try:
             self._hold_namespace()
@@ -90,9 +117,8 @@ class Libvirtd:
 
     def start(self) -> None:
         """Start libvirtd and wait until it answers."""
-        self._run(
-            "/usr/sbin/libvirtd", "--config", "/etc/libvirt/libvirtd.conf", "--pid-file", "/run/libvirt/libvirtd.pid"
-        )
+        files = ("--config", "/etc/libvirt/libvirtd.conf", "--pid-file", "/run/libvirt/libvirtd.pid")
+        self._run("/usr/sbin/libvirtd", *files, *(["--listen"] if self._authority else []))
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
@@ -118,6 +144,15 @@ class Libvirtd:
         """Kill it, and start it again."""
         self.kill()
         self.start()
+
+    def keep_secret(self, usage: str, word: str) -> None:
+        """Give it a secret of a LUN's accounts to keep."""
+        connection = libvirt.open(self.uri)
+        try:
+            xml = f"<secret ephemeral='yes' private='yes'><usage type='iscsi'><target>{usage}</target></usage></secret>"
+            connection.secretDefineXML(xml).setValue(word.encode())
+        finally:
+            connection.close()
 
     def virsh(self, *words: str) -> str:
         """What virsh says.
@@ -153,6 +188,14 @@ class Libvirtd:
             self._holder.wait()
         self._holder = None
 
+    def _tls(self) -> str:
+        """What its configuration has to say of that."""
+        if self._authority is None:
+            return ""
+        folder = self.folder / "tls"
+        self._authority.issue(folder, "server", "localhost")
+        return _TLS_CONF.format(address=ADDRESS, port=self.tls_port, folder=folder)
+
     def _hold_namespace(self) -> None:
         for outside in _FOLDERS.values():
             Path(outside).mkdir(parents=True, exist_ok=True)
@@ -160,8 +203,10 @@ class Libvirtd:
         mounts = [f"mount --bind {self.folder}/{name} {place}" for name, place in _FOLDERS.items()]
         if self._usb_bus:
             mounts += ["mount -t tmpfs none /sys/bus", "mkdir -p /sys/bus/usb/devices"]
+        if self._any_qemu:
+            mounts.append(f"mount -t tmpfs none {_QEMU_MODULES}")
         script = " && ".join([*mounts, f"touch {ready}", "exec sleep infinity"])
-        self._holder = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script])
+        self._holder = subprocess.Popen(["unshare", "--mount", "--propagation", "slave", "sh", "-c", script])
         self._await_file(ready)
 
     def _run(self, *argv: str) -> None:

@@ -35,9 +35,21 @@ class Disk:
     """``qcow2`` or ``raw``."""
     size_bytes: int = 256 * MIB
     address: str = ""
-    """The LUN on which it lies, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator; empty for a file."""
+    """Where it lies: on a LUN, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator, or in an image file that is
+    there already, by its absolute path; empty for a file that the machine makes.
+    """
     account: str = ""
-    """The CHAP account there, whose secret is QEMU's object ``chap``; empty where none is asked for."""
+    """The CHAP account there, whose secret is QEMU's object ``chap``, of a domain libvirt's secret of that usage;
+    empty where none is asked for.
+    """
+
+    initiator: str = ""
+    """Who a domain says that it is there; empty for what QEMU says of itself, which has the machine's UUID."""
+
+    @property
+    def is_lun(self) -> bool:
+        """Whether it lies on a LUN."""
+        return self.address.startswith("iscsi://")
 
 
 DEFAULT_DISKS = (Disk("qcow2"), Disk("raw"))
@@ -101,8 +113,9 @@ class LabMachine:
             raise ValueError(f"{self.folder}: too deep for the names of UNIX sockets")
 
     def disk_path(self, index: int) -> Path:
-        """The image of disk `index`."""
-        return self.folder / f"disk{index}.{self.disks[index].format}"
+        """The image of disk `index`, where that is a file."""
+        disk = self.disks[index]
+        return Path(disk.address) if disk.address else self.folder / f"disk{index}.{disk.format}"
 
     @property
     def memory_bytes(self) -> int:
@@ -167,7 +180,7 @@ class LabMachine:
         arguments = []
         for index, disk in enumerate(self.disks):
             name = f"disk{index}"
-            where = _lun_options(disk) if disk.address else f"driver=file,filename={self.disk_path(index)}"
+            where = _lun_options(disk) if disk.is_lun else f"driver=file,filename={self.disk_path(index)}"
             file = f"node-name={name}-file,{where}"
             node = f"driver={disk.format},node-name={name},file={name}-file"
             arguments += [
@@ -187,7 +200,7 @@ class LabMachine:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, disk in enumerate(self.disks):
-            if not disk.address and not self.disk_path(index).exists():
+            if not disk.is_lun and not self.disk_path(index).exists():
                 self.qemu.create_image(self.disk_path(index), disk.format, disk.size_bytes)
         with (self.folder / "qemu.log").open("ab") as log:
             # A session of its own, so that Ctrl-C on a test or demo does not reach the guest.

@@ -41,8 +41,13 @@ class ZfsFuse:
     where its file systems are.
     """
 
-    def __init__(self, folder: Path, pool: str = "", mounted: Path | None = None) -> None:
+    def __init__(self, folder: Path, pool: str = "", mounted: Path | None = None, *, shared: bool = False) -> None:
+        """Nothing is started.
+
+        :param shared: see `own_mounts`
+        """
         self.folder = folder
+        self._shared = shared
         self.pool = pool or f"lab{os.getpid()}"
         self.mounted = mounted or folder / "mounted"
         # On a disk, every change would wait for it to sync.
@@ -66,7 +71,7 @@ class ZfsFuse:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _LOCK.open("wb")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._mounts = own_mounts()
+        self._mounts = own_mounts(shared=self._shared)
         self._mounts.__enter__()
         _SOCKET.parent.mkdir(parents=True, exist_ok=True)
         with (self.folder / "zfs-fuse.log").open("ab") as log:
