@@ -6,11 +6,13 @@ domain. So each is made by a thread of its own and given up after its time-out; 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vmsnap.errors import Busy, DriverUnavailable, HypervisorError, UnknownVm, UsageError, VmGone
+from vmsnap_drivers.qemu.libvirt import client_log
 
 if TYPE_CHECKING:
     import libvirt
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 INSTALL: Final = 'apt install libvirt-dev pkg-config gcc python3-dev, then: pip install "vmsnap[libvirt]"'
 CALL_SECONDS: Final = 30.0
+_CERTIFICATES: Final = (
+    "see the certificates of both hosts, in /etc/pki or where pkipath=… of the URI says: one authority must have signed"
+    " the client's and the server's, that one for the name that the URI has"
+)
 
 
 class Unreachable(HypervisorError):
@@ -30,7 +36,7 @@ def binding() -> Any:
     :raises DriverUnavailable: it is not installed
     """
     try:
-        import libvirt
+        libvirt = client_log.load()
     except ImportError as e:
         raise DriverUnavailable(f"libvirt's Python binding cannot be loaded: {e}", cure=INSTALL) from e
     libvirt.registerErrorHandler(lambda *_: None, None)
@@ -107,12 +113,16 @@ def translated(error: libvirt.libvirtError, what: str) -> Exception:
 
     - `UnknownVm`: no such domain · `VmGone`: it does not run
     - `Busy`: another job holds the domain (libvirtd waits 30 s for it)
-    - `UsageError`: a wrong URI, or no permission
+    - `UsageError`: a wrong URI, no permission, or certificates that one side does not accept
     - `Unreachable`: no libvirtd, or it hung up
     """
     lib = binding()
     code, message = error.get_error_code(), " ".join(str(error.get_error_message() or error).split())
     text = f"{what}: {message}"
+    if re.search("ertificate|TLS", message) and error.get_error_domain() == lib.VIR_FROM_RPC:
+        # Of the TLS session; its codes are those of users who are not admitted, and of lost connections.
+        reason = client_log.why_certificate_failed()
+        return UsageError(f"{text}: {reason}" if reason else text, cure=_CERTIFICATES)
     if code in (lib.VIR_ERR_AUTH_FAILED, lib.VIR_ERR_AUTH_CANCELLED, lib.VIR_ERR_AUTH_UNAVAILABLE):
         return UsageError(text, cure="run vmsnap as a user whom libvirt admits: root, or a member of its group")
     if code == lib.VIR_ERR_ACCESS_DENIED or "Permission denied" in message:
