@@ -1,6 +1,6 @@
 """The patent's scenario whole: a storage appliance with thin volumes behind LIO and behind tgt, reached over SSH and
-iSCSI alone, and a working VM on the host whose disk is ``iqn.2009-12.com.example:001``; and what is left where the
-appliance vanishes. The targets of LIO ask for CHAP.
+iSCSI alone, and a working VM on the host whose disk is ``iqn.2009-12.com.example:001``, or ``…:005`` and libvirt's;
+and what is left where the appliance vanishes. The targets of LIO ask for CHAP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.lab.qmp import seconds_between
 from tests.lab.sshd import make_key
 from tests.proxy import Proxy
 from tests.qemu_stage import MIB, chap_arguments, end_all, until
-from tests.test_live_backup_qemu import processes_of
+from tests.test_live_backup_qemu import processes_of, text_after_two_checks
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import SnapshotError, VmsnapError
 from vmsnap.host import HostFolders
@@ -42,6 +42,21 @@ ACCOUNT, WORD = "keeper", "word-of-chap-12"
 SIZE_MIB = 80
 PAUSE_SECONDS = 100.0
 """Commands take seconds in an emulated appliance; in a real one they do not."""
+
+
+def options_of(appliance: Appliance, server: str, word: Path) -> dict[str, str]:
+    """The mechanism's, for the LUNs of a server there; LIO's want the secret in the file `word`."""
+    given = {
+        "lio": {"chap_user": ACCOUNT, "chap_password_file": str(word)},
+        "tgt": {"initiators": appliance.initiator},
+    }
+    return {
+        "appliances": f"{appliance.portal(server)}=ssh://root@127.0.0.1:{appliance.ssh_port}",
+        "known_hosts": str(appliance.known_hosts),
+        "ssh_key": str(appliance.key),
+        "pause_seconds": "90",
+        **given[server],
+    }
 
 
 class Site:
@@ -66,18 +81,9 @@ class Site:
 
     def options(self, port: int = 0, user: str = "root") -> dict[str, str]:
         """The mechanism's, its SSH behind another port where one is given. What serves there, it finds out."""
-        portal, ssh = self.appliance.portal(self.server), f"{user}@127.0.0.1:{port or self.appliance.ssh_port}"
-        given = {
-            "lio": {"chap_user": ACCOUNT, "chap_password_file": str(self.place / "word")},
-            "tgt": {"initiators": self.appliance.initiator},
-        }
-        return {
-            "appliances": f"{portal}=ssh://{ssh}",
-            "known_hosts": str(self.appliance.known_hosts),
-            "ssh_key": str(self.appliance.key),
-            "pause_seconds": "90",
-            **given[self.server],
-        }
+        found = options_of(self.appliance, self.server, self.place / "word")
+        ssh = f"{user}@127.0.0.1:{port or self.appliance.ssh_port}"
+        return {**found, "appliances": f"{self.appliance.portal(self.server)}=ssh://{ssh}"}
 
     @contextlib.contextmanager
     def controller(self, options: Mapping[str, str] | None = None) -> Iterator[Controller]:
@@ -258,3 +264,44 @@ def test_somebody_without_rights_and_a_machine_that_is_another_are_one_clear_lin
     nobody.write_text(f"[127.0.0.1]:{site.appliance.ssh_port} {public}\n")
     assert "HAS CHANGED" in problem({**site.options(), "known_hosts": str(nobody)})
     assert "does not let root in" in problem({**site.options(), "ssh_key": str(tmp_path / "key")})
+
+
+@pytest.mark.libvirt
+def test_a_domain_of_libvirt_on_a_lun_of_lio_is_backed_up_and_comes_back(appliance: Appliance, tmp_path: Path) -> None:
+    """The secret of CHAP is libvirt's to keep, and the initiator's name its XML's. The duplicate has both."""
+    pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
+    from tests.libvirt_stage import staged
+
+    target, initiator, word = f"{AUTHORITIES['lio']}:005", "iqn.2009-12.com.example.host:vm005", tmp_path / "word"
+    word.write_text(WORD)
+    appliance.add_lio(target, "vm005", SIZE_MIB, initiator, ACCOUNT, WORD)
+    lun = Disk("raw", SIZE_MIB * MIB, appliance.address(target, "lio"), ACCOUNT, initiator)
+    options = {"iscsi": options_of(appliance, "lio", word)}
+    settings = {"slots": 64, "pause_us": 20000}
+    with staged(disks=[lun], mechanism_options=options, chap_word=WORD, **settings) as stage:
+        controller, machine = stage.controller, stage.machine
+        traces, before = appliance.traces(), machine.latest_count()
+        live = controller.backup("vm001", stage.repository, max_pause_seconds=PAUSE_SECONDS)
+        assert [(disk.mechanism, disk.address) for disk in controller.table.get("vm001").disks] == [
+            ("iscsi", lun.address)
+        ]
+        stage.see_nothing_of_ours(f"{target}/1")
+        assert appliance.traces() == traces
+        rest = stage.at_rest()
+        restored = controller.restore(
+            stage.repository, live.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
+        )
+        text = text_after_two_checks(stage.serial_log("vm002"))
+        assert serial.faults(text) == [] and serial.counts(text)[0] >= before
+        driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
+        driver.destroy()
+        driver.close()
+        controller.remove_vm("vm002")
+        shutil.rmtree(stage.place / "state" / "vms")
+        consistent = controller.backup(
+            "vm001", stage.repository, mode="consistent", timeout_seconds=300, max_pause_seconds=PAUSE_SECONDS
+        )
+        assert consistent.mode == "consistent" and consistent.warnings == ()
+        assert stage.at_rest() == rest and appliance.traces() == traces
+        machine.wait_for_check(machine.latest_check() + 1)
+        assert machine.faults() == []

@@ -5,6 +5,7 @@ listed, what their definitions say, and how wrong ones are told. Nothing of it c
 from __future__ import annotations
 
 import subprocess
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from tests.lab.sshd import SshServer
 from tests.test_cli import Scripts
 from vmsnap.errors import HypervisorError, UnknownVm, UsageError
 from vmsnap.host import HostFolders
-from vmsnap.model import SeenVm, VmState
+from vmsnap.model import Disk, SeenVm, VmState
 from vmsnap.roles import check_options
 from vmsnap_drivers.hypervisors.libvirt import LibvirtHypervisor
+from vmsnap_drivers.hypervisors.libvirt.definition import DefinedDisk, Definition
 from vmsnap_drivers.hypervisors.libvirt.domain import reached
+from vmsnap_drivers.hypervisors.libvirt.newdomain import NewDomain, rewrite
 from vmsnap_drivers.hypervisors.libvirt.remote import is_remote
 from vmsnap_drivers.hypervisors.libvirt.saveimage import head, stream_begin
 
@@ -153,6 +156,33 @@ def test_the_command_lists_them(tmp_path: Path) -> None:
 )
 def test_a_uri_that_goes_over_the_network_passes_no_descriptors(tmp_path: Path, uri: str, remote: bool) -> None:
     assert is_remote(uri) is remote
+
+
+WHO = "<initiator><iqn name='iqn.2009-12.com.example:web1'/></initiator>"
+ACCOUNT = "<auth username='keeper'><secret type='iscsi' usage='web1'/></auth>"
+LUN = """<domain type='qemu'><name>web1</name><uuid/><devices><disk type='network' device='disk'>
+<source protocol='iscsi' name='iqn.2009-12.com.example:001/1'><host name='store' port='3260'/>{}</source>{}
+<target dev='vda' bus='virtio'/></disk></devices></domain>"""
+
+
+@pytest.mark.parametrize("xml", [LUN.format(WHO + ACCOUNT, ""), LUN.format(WHO, ACCOUNT)], ids=["in", "beside"])
+def test_the_lun_of_a_duplicate_is_reached_by_the_name_and_the_account_of_the_first(tmp_path: Path, xml: str) -> None:
+    definition = Definition(1, xml, "", "", (7, 2, 0), (DefinedDisk("vda", "iscsi://…", "raw", False),))
+
+    def disk_at(address: str) -> ET.Element:
+        new = NewDomain("bk", UUID_OF_TEST, tmp_path, {"vda": Disk("vda", address, 1 << 20)})
+        (found,) = ET.fromstring(rewrite(xml, definition, new)).iter("disk")
+        return found
+
+    beside = disk_at("iscsi://store:3260/iqn.2009-12.com.example:bk/1")
+    source = beside.find("source")
+    assert source is not None and source.get("name") == "iqn.2009-12.com.example:bk/1"
+    kept = ET.canonicalize(f"<source>{WHO}{ACCOUNT}</source>")
+    source.remove(source[0])
+    source.attrib.clear()
+    assert ET.canonicalize(ET.tostring(source, encoding="unicode"), strip_text=True) == kept
+    assert beside.find("auth") is None
+    assert {element.tag for element in disk_at("/srv/vda.raw").iter()} == {"disk", "source", "target", "driver"}
 
 
 def test_where_the_stream_begins_in_what_libvirt_saved(tmp_path: Path) -> None:

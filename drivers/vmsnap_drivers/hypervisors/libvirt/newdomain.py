@@ -98,16 +98,30 @@ def _change_disk(disk: ET.Element, definition: Definition, new: NewDomain) -> No
     if device not in new.disks:
         raise HypervisorError(f"VM {new.name!r} was given no disk for {device!r}")
     given = new.disks[device]
+    who = _initiator_of(disk) if given.address.startswith(_LUN) else []
     for name in ("source", "backingStore", "mirror", "auth", "encryption"):
         for element in list(disk.iterfind(name)):
             disk.remove(element)
     kind, source = _source_of(given.address)
+    source.extend(who)
     disk.set("type", kind)
     disk.append(source)
     driver = disk.find("driver")
     if driver is None:
         driver = ET.SubElement(disk, "driver", {"name": "qemu"})
     driver.set("type", given.format)
+
+
+def _initiator_of(disk: ET.Element) -> list[ET.Element]:
+    """Who the VM is to the target of its LUN: by what name, and with which account, whose secret libvirt keeps. The
+    target of a LUN beside it admits the same ones.
+    """
+    source = disk.find("source")
+    if source is None or source.get("protocol") != "iscsi":
+        return []
+    # The account may stand beside the source, as before libvirt 3.9.
+    found = [source.find("initiator"), source.find("auth") if source.find("auth") is not None else disk.find("auth")]
+    return [element for element in found if element is not None]
 
 
 def _source_of(address: str) -> tuple[str, ET.Element]:
