@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +16,21 @@ import pytest
 
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
+from tests.lab.certificates import Authority
 from tests.lab.libvirtd import USER
+from tests.lab.ports import free_port
 from tests.lab.sshd import SshServer
 from tests.libvirt_stage import Stage, staged
-from tests.test_cli import Scripts
+from tests.test_cli import BIN, Scripts
 from vmsnap.errors import CannotCapture
 from vmsnap.model import Disk, VmState
 from vmsnap_drivers.hypervisors.libvirt.network_disks import note, on_network
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
-DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type>hvm</type></os><devices>
-<emulator>{emulator}</emulator><memballoon model='none'/>{disk}{more}</devices></domain>"""
+DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type>hvm</type></os>
+<features><acpi/></features><devices><emulator>{emulator}</emulator><memballoon model='none'/>{disk}{more}</devices>
+</domain>"""
 DISK = "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda'/></disk>"
 ABSENT_USB = """<hostdev mode='subsystem' type='usb'><source startupPolicy='optional'><vendor id='0x1234'/>
 <product id='0xbeef'/></source></hostdev>"""
@@ -35,8 +39,14 @@ PULLED = "<domainbackup mode='pull'><server transport='unix' socket='{}'/></doma
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with staged(usb_bus=True) as made:
+def authority() -> Authority:
+    """Who vouches for libvirtd, and for those whom it admits over TLS."""
+    return Authority("the tests' own")
+
+
+@pytest.fixture(scope="module")
+def stage(authority: Authority) -> Iterator[Stage]:
+    with staged(usb_bus=True, authority=authority) as made:
         made.controller.backup("vm001", made.repository)
         yield made
 
@@ -56,7 +66,10 @@ def domain(stage: Stage, name: str, *, persistent: bool = True, disk: bool = Tru
     definition = stage.place / f"{name}.xml"
     definition.write_text(
         DOMAIN.format(
-            name=name, emulator=stage.machine.qemu.wrapper, disk=DISK.format(image) if disk else "", more=more
+            name=name,
+            emulator=stage.machine.qemu.wrapper,
+            disk=DISK.format(image) if disk else "",
+            more=more,
         )
     )
     if persistent:
@@ -116,6 +129,23 @@ def test_a_device_of_the_host_is_refused_in_one_line(stage: Stage, scripts: Scri
         scripts.json("vm", "remove", "stick", script="vmsnap-libvirt")
     assert "hostdev0: a device of the host is passed through (usb 1234:beef), whose state cannot be captured" in told
     assert "hostdev0" in findings
+
+
+def refused_precopy(stage: Stage, name: str, lost: str) -> None:
+    """A backup of a domain is refused in one line, as its QEMU would lose pages of those pieces of RAM."""
+    stage.controller.add_vm("lossy", "libvirt", {**stage.options, "domain": name, "capture": "precopy"})
+    rest, stored = stage.at_rest(), len(stage.repository.list())
+    with pytest.raises(CannotCapture) as raised:
+        stage.controller.backup("lossy", stage.repository)
+    told = str(raised.value)
+    assert told.startswith("-o capture=precopy cannot be: under TCG this QEMU loses track of pages written in ")
+    assert lost in told and raised.value.cure == "use -o capture=cow" and "\n" not in told
+    assert stage.at_rest() == rest and len(stage.repository.list()) == stored
+    stage.controller.remove_vm("lossy")
+
+
+def test_pre_copy_by_qemu_7_2_under_tcg_is_refused_in_one_line(stage: Stage) -> None:
+    refused_precopy(stage, "vm001", "pc.ram; KVM, or QEMU 9.0, does not")
 
 
 def test_wrong_names_have_exit_codes_of_their_own(stage: Stage, scripts: Scripts) -> None:
@@ -233,6 +263,63 @@ def test_over_ssh_domains_are_listed_and_captures_refused_in_one_line(stage: Sta
             assert "and its disks lie there" in told and "run vmsnap on the VM's host" in told
             scripts.json("vm", "remove", name, script="vmsnap-libvirt")
     assert stage.machine.faults() == []
+
+
+def test_over_tls_domains_are_listed_and_captures_refused_in_one_line(
+    stage: Stage, scripts: Scripts, authority: Authority
+) -> None:
+    keys, listening = stage.place / "pki", f"localhost:{stage.libvirtd.tls_port}"
+    authority.issue(keys, "client")
+    options = ("-o", f"uri=qemu+tls://{listening}/system?pkipath={keys}")
+    seen = {vm["vm"]: vm for vm in scripts.json("list-vms", *options, script="vmsnap-libvirt")}
+    assert seen["vm001"]["state"] == "executing"
+    scripts.json("vm", "add", "far", *options, "-o", "domain=vm001", script="vmsnap-libvirt")
+    found = scripts.run("doctor", "far", script="vmsnap-libvirt").stdout
+    assert "captures need a libvirt of this host" in found and "VM far: QEMU 7.2" in found
+    told = scripts.error(1, "backup", "far", "-r", str(stage.place / "repository"), script="vmsnap-libvirt")
+    assert "VM 'far' is reached over the network (qemu+tls://…), over which QEMU cannot be handed" in told
+    scripts.json("vm", "remove", "far", script="vmsnap-libvirt")
+
+    # Where the domain's processes are not seen, as they are not from another host.
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", str(BIN / "vmsnap-libvirt")]
+    answers = [
+        subprocess.run(
+            [*elsewhere, *words, *options],
+            env=scripts.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        for words in (("list-vms",), ("vm", "add", "farther", "-o", "domain=vm001"))
+    ]
+    assert answers[0].returncode == 0 and "run vmsnap on the host" not in answers[0].stderr
+    assert "vm001: no QEMU of domain" in answers[0].stdout
+    assert answers[1].returncode == 1 and answers[1].stderr.count("\n") == 1
+    assert "is seen on this host (run vmsnap on the host on which the domain runs)" in answers[1].stderr
+    assert stage.machine.faults() == []
+
+
+def test_what_is_wrong_with_tls_is_told_in_one_line(stage: Stage, scripts: Scripts, authority: Authority) -> None:
+    listening, nobody = f"localhost:{stage.libvirtd.tls_port}", f"localhost:{free_port()}"
+    known, strange, unsigned, empty = (stage.place / name for name in ("known", "strange", "unsigned", "empty"))
+    authority.issue(known, "client")
+    Authority("somebody else's").issue(strange, "client")
+    for folder in (unsigned, empty):
+        folder.mkdir()
+    authority.vouch(unsigned)
+    certificates = "see the certificates of both hosts"
+    for host, keys, code, words in (
+        (f"127.0.0.1:{stage.libvirtd.tls_port}", known, 2, ("does not match the hostname 127.0.0.1", certificates)),
+        (listening, strange, 2, ("hasn't got a known issuer", certificates)),
+        (listening, unsigned, 2, ("Unable to read TLS confirmation", certificates)),
+        (listening, empty, 2, (f"certificate '{empty}/cacert.pem'", certificates)),
+        (nobody, known, 1, ("Connection refused", "see whether libvirtd runs")),
+    ):
+        uri = f"uri=qemu+tls://{host}/system?pkipath={keys}"
+        for verb in (("list-vms",), ("vm", "add", "far")):
+            told = scripts.error(code, *verb, "-o", uri, script="vmsnap-libvirt")
+            assert all(word in told for word in words), told
 
 
 def test_freezing_is_refused_where_no_agent_answers(stage: Stage) -> None:
