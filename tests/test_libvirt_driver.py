@@ -51,6 +51,7 @@ def test_ten_live_backups_in_a_row_leave_nothing_that_virsh_could_see(stage: Sta
         assert 0 < result.pause_seconds <= 5
         assert result.read_bytes < disk_bytes, "the disks are read where they changed"
         assert stage.at_rest() == rest
+        stage.see_nothing_of_ours()
         manifest = stage.repository.manifest(result.backup)
         assert manifest.hypervisor == "libvirt"
         assert {moment.source for moment in manifest.moments} >= {"qemu:STOP", "qemu:RESUME"}
@@ -99,6 +100,7 @@ def test_a_backup_is_a_domain_of_its_own_beside_the_first_isolated_and_on_its_ow
         controller.remove_vm("vm002")
         shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest
+    stage.see_nothing_of_ours()
     machine.wait_for_check(machine.latest_check() + 1)
     assert machine.faults() == []
 
@@ -126,6 +128,7 @@ def test_a_consistent_backup_and_verify_boot_leave_nothing_and_the_original_neve
     rest, count = stage.at_rest(), machine.latest_count()
     consistent = controller.backup("vm001", stage.repository, mode="consistent", timeout_seconds=200)
     assert stage.at_rest() == rest
+    stage.see_nothing_of_ours()
     manifest = stage.repository.manifest(consistent.backup)
     assert manifest.mode == "consistent" and manifest.memory == ()
     assert (disk_records.flushed_count(_disk(stage, consistent.backup)) or 0) >= count
@@ -135,6 +138,7 @@ def test_a_consistent_backup_and_verify_boot_leave_nothing_and_the_original_neve
     verified = controller.verify_boot(stage.repository, live.backup, timeout_seconds=200, options=dict(stage.options))
     assert re.fullmatch(r"it wrote to its serial line \(serial.log\) within \d+\.\d s", verified.life)
     assert stage.at_rest() == rest
+    stage.see_nothing_of_ours()
     machine.wait_for_check(machine.latest_check() + 1)
     assert machine.faults() == []
 
@@ -245,7 +249,9 @@ def test_a_duplicate_takes_the_place_of_the_killed_domain_and_never_of_one_that_
     for found in (tree, inactive):
         addresses = {source.get("file") for source in found.iterfind("devices/disk/source")}
         assert addresses == {disk.address for disk in result.disks}
+    stage.see_nothing_of_ours(*(disk.address for disk in result.disks))
     assert controller.backup("vm001", stage.repository).mode == "live"
+    stage.see_nothing_of_ours(*(disk.address for disk in result.disks))
     driver = controller.drivers.hypervisor("libvirt", "vm001", stage.options)
     nics = driver.cut_network()
     assert [nic.connected for nic in nics] == [nic.connected for nic in driver.describe().nics] == [False]
