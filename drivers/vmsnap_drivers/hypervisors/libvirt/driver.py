@@ -62,7 +62,7 @@ _FREEZE_SECONDS: Final = seconds(60.0)
 
 
 class LibvirtHypervisor(MonitoredHypervisor):
-    """A domain of a libvirt on this host (9.0 tried, with QEMU 7.2)."""
+    """A domain of a libvirt on this host (9.0 tried, with QEMU 7.2 and 10.0)."""
 
     name = "libvirt"
     freezes = True
