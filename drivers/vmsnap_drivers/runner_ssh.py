@@ -7,6 +7,7 @@ a password.
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import socket
@@ -32,6 +33,7 @@ _SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
 _CONNECT_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.2
 _KEEPALIVE_SECONDS: Final = 10
+_LOG: Final = "vmsnap.ssh"
 _NOT_FOUND: Final = 127
 """The status of ``env`` for a program that there is not."""
 
@@ -203,7 +205,9 @@ class SshRunner(Runner):
             ) from e
         client = SSHClient()
         client.set_missing_host_key_policy(RejectPolicy())
-        client.set_log_channel("vmsnap.ssh")
+        # Where nobody takes its messages, Python would print those of lost connections, tracebacks included.
+        logging.getLogger(_LOG).addHandler(logging.NullHandler())
+        client.set_log_channel(_LOG)
         known_hosts = self._settings.known_hosts
         try:
             if known_hosts:
@@ -253,6 +257,8 @@ def _is_whole(channel: Channel, deadline: float) -> bool:
 
 def _unreachable(url: str, error: Exception) -> SnapshotError:
     said = getattr(error, "strerror", None) or str(error) or "it does not answer"
+    if said.startswith("Error reading SSH protocol banner"):
+        said = "nobody answers there as SSH does, or the connection was lost at once"
     if "not found in known_hosts" in said:
         return SnapshotError(
             f"the host key of {url} is not known",
