@@ -5,8 +5,10 @@ their users make them; files lie on a real XFS.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO
 from tests.lun_failures import plan_of
-from tests.lun_rig import TARGETS, LunRig, rig_on
+from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
 from tests.test_file_mechanism import xfs
 from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import Disk, Window
@@ -24,7 +26,11 @@ from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
-from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
+from vmsnap_drivers.runner import LocalRunner
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
+from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
+from vmsnap_drivers.snapshots.iscsi.lio import Lio
+from vmsnap_drivers.snapshots.iscsi.places import HERE, Place, ServerSettings
 
 __all__ = ["xfs"]
 pytestmark = pytest.mark.storage
@@ -122,3 +128,82 @@ def test_a_volume_outside_of_a_thin_pool_has_snapshots_that_never_run_full(serve
         with pytest.raises(SnapshotError, match=r"no room in volume group vg0 for a snapshot of /dev/vg0/vm001"):
             mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
         server.remove(target)
+
+
+class Dying(Lio):
+    """LIO told by the real program in processes of its own, one of which is killed before its change number `dies_at`.
+    They are forked from here: to start a new Python takes seconds in this guest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(LocalRunner())
+        self.dies_at: int | None = None
+
+    def _tell(self, operation: str, *, changes: bool = True, **request: Any) -> Any:
+        if self.dies_at is None or not changes:
+            return lio_program.OPERATIONS[operation](request)
+        child = os.fork()
+        if child == 0:
+            try:
+                _die_at(self.dies_at)
+                lio_program.OPERATIONS[operation](request)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            raise SnapshotError("it was killed")
+        return {}
+
+
+def _die_at(step: int) -> None:
+    """Have this process killed before so many changes of the file system."""
+    left = iter(range(step))
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return change
+
+    for name in ("mkdir", "rmdir", "symlink_to", "unlink", "write_text"):
+        setattr(Path, name, counted(getattr(Path, name)))
+
+
+def _made() -> list[str]:
+    """Backing stores with their adapters, begun ones too, and targets."""
+    return sorted(str(path) for each in ("core/*", "core/*/*", "iscsi/*") for path in lio_program.ROOT.glob(each))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("operation", ["export", "delete"])
+def test_a_killed_export_or_removal_leaves_nothing_that_a_later_removal_does_not_find(
+    rig: LunRig, server: LioServer, operation: str, record_property: Callable[[str, object], None]
+) -> None:
+    image, notes = rig.images / "vmsnap-x~0~bk001~clone.iscsi", rig.scratch / "notes"
+    image.write_bytes(bytes(SIZE))
+    dying, place = Dying(), Place(HERE, "", LocalRunner(), ServerSettings())
+    export, beside = Export(place, dying, f"{AUTHORITY}:bk001", str(image)), rig.lun(rig.disks()[0])
+    before, steps, killed = _made(), 0, True
+    while killed:
+        if operation == "delete":
+            Exports(notes).make(export, beside, (), "bk001", read_only=False)
+        dying.dies_at = steps
+        try:
+            if operation == "export":
+                Exports(notes).make(export, beside, (), "bk001", read_only=False)
+            else:
+                Exports(notes).remove(export, force=False)
+            killed = False
+        except SnapshotError as e:
+            assert e.message == "it was killed"
+            steps += 1
+        dying.dies_at = None
+        # As another process does it, which knows what stands in the journal and in the notes.
+        Exports(notes).remove(export, force=False)
+        assert _made() == before and not list(notes.iterdir()), f"killed before step {steps}"
+    assert steps > 10
+    record_property("counted", f"LIO, killed before each of {steps} steps of the operation {operation}")
+    record_property("cases", steps)
+    notes.rmdir()

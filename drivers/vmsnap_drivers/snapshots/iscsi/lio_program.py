@@ -22,7 +22,8 @@ SECRETS = ("userid", "password", "userid_mutual", "password_mutual")
 NOBODY = ("", "NULL")
 """What stands in the place of an account that there is not."""
 NEW_LUN = "lun_1"
-TRIES = 1000
+KINDS = ("iblock", "fileio")
+FIRST_NUMBER = 1 << 20
 
 
 class Refused(Exception):
@@ -57,19 +58,23 @@ def groups(target: str) -> list[Path]:
 
 
 def links(folder: Path) -> list[Path]:
-    """The links in a LUN's folder: one, to its backing store; none where it was only begun."""
-    return [path for path in folder.iterdir() if path.is_symlink()]
+    """The links in a LUN's folder: one, to its backing store; none where it was only begun, or is gone."""
+    try:
+        return [path for path in folder.iterdir() if path.is_symlink()]
+    except FileNotFoundError:
+        return []
 
 
 def disks_of(group: Path) -> Iterator[dict[str, Any]]:
-    """The LUNs of a portal group."""
+    """The LUNs of a portal group that are whole: one without a store was begun, or is being removed, and is no disk."""
     for lun in folders(group / "lun"):
-        disk: dict[str, Any] = {"number": int(lun.name.rpartition("_")[2])}
         for link in links(lun):
             store = link.resolve()
-            disk["path"] = read(store / "udev_path")
-            disk["read_only"] = "readonly: 1" in read(store / "info")
-        yield disk
+            yield {
+                "number": int(lun.name.rpartition("_")[2]),
+                "path": read(store / "udev_path"),
+                "read_only": "readonly: 1" in read(store / "info"),
+            }
 
 
 def sessions_of(group: Path) -> Iterator[str]:
@@ -150,8 +155,9 @@ def open_store(name: str, path: Path, *, read_only: bool) -> Path:
         raise Refused(f"LIO takes no path such as {str(path)!r}")
     block, size_bytes = path.is_block_device(), path.stat().st_size
     close_stores(name)
-    store = new_adapter("iblock" if block else "fileio") / name
+    store = adapters_of(name)[0 if block else 1] / name
     try:
+        store.parent.mkdir(exist_ok=True)
         store.mkdir()
         write(str(path), store / "udev_path")
         if block:
@@ -168,24 +174,20 @@ def open_store(name: str, path: Path, *, read_only: bool) -> Path:
     return store
 
 
-def new_adapter(kind: str) -> Path:
-    """A folder for one backing store. The numbers are those of all kinds, as rtslib gives them."""
-    for _ in range(TRIES):
-        numbers = {path.name.rpartition("_")[2] for path in folders(CORE)}
-        adapter = CORE / f"{kind}_{next(number for number in range(len(numbers) + 1) if str(number) not in numbers)}"
-        try:
-            adapter.mkdir()
-        except FileExistsError:
-            continue
-        return adapter
-    raise Refused("there is no number left for a backing store")
+def adapters_of(name: str) -> list[Path]:
+    """Where the backing store of that name is, one folder for each kind. The number is of that name alone, so that a
+    folder that was only begun is found again; those that rtslib gives are smaller (``tcm.py``).
+    """
+    number = FIRST_NUMBER + int(name.rpartition("-")[2][:7], 16)
+    return [CORE / f"{kind}_{number}" for kind in KINDS]
 
 
 def close_stores(name: str) -> None:
-    """Remove the backing stores of that name, which only we give, with their adapters."""
-    for adapter in folders(CORE):
-        if name in [store.name for store in folders(adapter)]:
+    """Remove the backing store of that name, which only we give, with its adapter, whatever of them there is."""
+    for adapter in adapters_of(name):
+        if (adapter / name).is_dir():
             (adapter / name).rmdir()
+        if adapter.is_dir() and not folders(adapter):
             adapter.rmdir()
 
 
