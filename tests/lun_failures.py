@@ -5,6 +5,8 @@ nobody else's is touched. Test modules take these tests over, and have a fixture
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.lun_rig import SIZE, TARGETS, LunRig
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import Busy, NotFound, SnapshotError, UsageError
 from vmsnap.model import Window
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import read_all
@@ -60,22 +62,70 @@ def test_the_name_of_a_duplicates_lun_may_be_taken(rig: LunRig) -> None:
 def test_a_lun_in_use_is_not_removed_and_its_user_is_named(rig: LunRig) -> None:
     life = live(rig)
     clones = clone_all(rig, life, "bk001")
-    qemu_io = subprocess.Popen(
-        ["qemu-io", "-f", "raw", clones[0].disk.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    with _written_by_somebody(clones[0].disk.address):
+        with pytest.raises(SnapshotError, match=r"is in use by iqn.2008-11.org.linux-kvm"):
+            delete_all(life.mechanism, clones)
+        assert rig.content(clones[0].disk)[:4096] == b"\7" * 4096
+    delete_all(life.mechanism, clones)
+    life.end()
+    assert sorted(rig.server.targets()) == sorted(TARGETS)
+
+
+@contextmanager
+def _written_by_somebody(address: str) -> Iterator[None]:
+    """QEMU's initiator has written the first 4096 bytes of a LUN, and goes on using it."""
+    qemu_io = subprocess.Popen(["qemu-io", "-f", "raw", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert qemu_io.stdin is not None and qemu_io.stdout is not None
         qemu_io.stdin.write(b"write -P 7 0 4096\n")
         qemu_io.stdin.flush()
         assert b"wrote 4096" in qemu_io.stdout.readline() + qemu_io.stdout.readline()
-        with pytest.raises(SnapshotError, match=r"is in use by iqn.2008-11.org.linux-kvm"):
-            delete_all(life.mechanism, clones)
-        assert rig.content(clones[0].disk)[:4096] == b"\7" * 4096
+        yield
     finally:
         qemu_io.communicate()
+
+
+def test_a_lun_is_written_onto_as_long_as_nobody_uses_it(rig: LunRig) -> None:
+    disk, size_bytes = rig.disks()[0], rig.disks()[0].size_bytes
+    with _written_by_somebody(disk.address), pytest.raises(Busy, match=r"is in use by iqn.2008-11.org.linux-kvm"):
+        rig.mechanism().writer(disk)
+    before = rig.content(disk)
+    missing = replace(disk, address=rig.server.address("iqn.2009-12.com.example:nobody"))
+    for wrong, error, message in (
+        (replace(disk, size_bytes=2 * size_bytes), UsageError, f"has {size_bytes} bytes, that in the backup"),
+        (missing, NotFound, "serves no LUN 1"),
+        (
+            replace(disk, address="iscsi://192.0.2.1/iqn.2009-12.com.example:001/1"),
+            UsageError,
+            "of a place that is known",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            rig.mechanism().writer(wrong)
+    with rig.mechanism().writer(disk) as writer:
+        with pytest.raises(Busy, match="is in use by"):
+            rig.mechanism().writer(disk)
+        found = bytearray(size_bytes)
+        writer.read_into(0, memoryview(found))
+        assert found == before
+        writer.write_zeros(0, 8192)
+        writer.write(size_bytes - 4096, [b"a" * 1024, b"b" * 3072])
+        writer.flush()
+    assert rig.content(disk) == bytes(8192) + before[8192:-4096] + b"a" * 1024 + b"b" * 3072
+    assert rig.mechanism().handles(disk)
+    rig.mechanism().writer(disk).close()  # whoever has closed it does not use it any more
+
+
+def test_a_snapshot_is_not_written_onto(rig: LunRig) -> None:
+    life = live(rig)
+    clones = clone_all(rig, life, "bk001")
+    snapshot = rig.server.address(f"iqn.2009-12.com.example:{life.plan.tag}.0")
+    with pytest.raises(UsageError, match="is read-only"):
+        rig.mechanism().writer(replace(rig.disks()[0], address=snapshot))
+    with pytest.raises(UsageError, match="of vmsnap's own"):
+        rig.mechanism().writer(clones[0].disk)
     delete_all(life.mechanism, clones)
     life.end()
-    assert sorted(rig.server.targets()) == sorted(TARGETS)
 
 
 def test_a_snapshot_takes_no_writes_and_admits_this_host_alone(rig: LunRig) -> None:

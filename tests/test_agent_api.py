@@ -113,6 +113,7 @@ def test_whatever_is_asked_there_is_no_server_error_and_the_answers_are_as_docum
 
 # -- who may do what
 
+LUN = "iscsi://10.0.0.5:3260/iqn.2009-12.com.example:copy/1"
 BODIES: dict[str, dict[str, Any]] = {
     "backup": {"vm": "vm001"},
     "restore": {"backup": "vm001-20260101T000000Z-123456", "name": "copy"},
@@ -165,6 +166,7 @@ ASKED: list[tuple[str, str, dict[str, Any] | None, str]] = [
     ),
     ("POST", "/api/v1/jobs/prune", {"keep_last": 1}, "operate"),
     ("POST", "/api/v1/jobs/restore", {**BODIES["restore"], "target": "/etc"}, "admin"),
+    ("POST", "/api/v1/jobs/restore", {**BODIES["restore"], "onto": {"": LUN}}, "admin"),
     ("POST", "/api/v1/jobs/restore", {**BODIES["restore"], "options": {"qmp": "/x"}}, "admin"),
     ("POST", "/api/v1/jobs/restore", {**BODIES["restore"], "isolated": False}, "admin"),
     ("POST", "/api/v1/jobs/verify", {**BODIES["verify"], "options": {"qmp": "/x"}}, "admin"),
@@ -358,6 +360,8 @@ def test_every_request_becomes_a_command_line_that_the_command_line_takes(model:
         bodies.append(
             {**BODIES[verb], "run": True, "target": "/srv/a b", "options": {"qmp": "/a=b"}, "accept_loss": True}
         )
+        bodies.append({**BODIES[verb], "onto": {"a b": LUN}})
+        bodies.append({**BODIES[verb], "onto": {"": LUN}})
     if verb == "prune":
         bodies.append(
             {

@@ -50,6 +50,8 @@ ASKED = [
     "backup vm001 --mode consistent --max-pause 0.5 --tag a --tag b=c --accept-unencrypted --timeout 9"
     " --on-timeout keep-live --keep-duplicate --keep-for 2h --limit-rate 1M",
     f"restore {BACKUP} --as copy --run --isolated --target /srv/x --accept-loss -o qmp=/run/a=b.qmp",
+    f"restore {BACKUP} --as copy --target /srv/x --target vda=iscsi://10.0.0.5/iqn.2009-12.com.example:copy/1",
+    f"restore {BACKUP} --as copy --target iscsi://10.0.0.5:3260/iqn.2009-12.com.example:copy/1",
     f"consolidate {BACKUP} --target /srv/clean --store --tag t --timeout 7 --accept-loss -o capture=cow",
     f"verify {BACKUP} --boot --alive-within 3 --timeout 8 -o qmp=/x",
     f"export {BACKUP} --output /srv/out --format qcow2 --disk disk0 --disk disk1 --accept-loss --limit-rate 5M",

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.qemu_stage import MIB, Stage, read_ledger, staged
 from tests.test_failover_qemu import goes_on
 from tests.test_file_mechanism import xfs
 from tests.test_live_backup_qemu import block_graph, processes_of
+from vmsnap.controller.results import RestoreResult
+from vmsnap.errors import AlreadyExists, Busy, HypervisorError, NotFound, UsageError
 from vmsnap.model import VmState
 
 __all__ = ["xfs"]
@@ -129,6 +132,58 @@ def test_a_consistent_backup_runs_its_duplicate_on_writable_luns(bench: Bench) -
     assert flushed is not None and flushed >= count
     machine.wait_for_count(machine.latest_count() + 20)
     assert machine.faults() == [] and stage.bridge.repeated() == set()
+
+
+def test_a_restore_goes_onto_luns_that_exist_and_that_nobody_uses(bench: Bench) -> None:
+    stage, server = bench.stage, bench.server
+    result = stage.controller.backup("vm001", stage.repository)
+    onto, images = {}, {}
+    for index, size_mib in enumerate((256, 64)):
+        target, image = f"iqn.2009-12.com.example:copy-{index}", bench.images / f"copy{index}.img"
+        image.write_bytes(os.urandom(4 * MIB))
+        os.truncate(image, size_mib * MIB)
+        server.add(target, image, user=USER, password=WORD)
+        onto[f"disk{index}"], images[f"disk{index}"] = server.address(target), image
+    before = {device: image.read_bytes() for device, image in images.items()}
+
+    def restore(onto: dict[str, str], **more: Any) -> RestoreResult:
+        return stage.controller.restore(stage.repository, result.backup, "vm002", isolated=True, onto=onto, **more)
+
+    with pytest.raises(HypervisorError, match=r"is disk disk0 of 'vm001' too"):
+        restore({"disk0": server.address(TARGETS[0])})
+    for wrong, error, message in (
+        ({"disk0": onto["disk0"], "disk1": server.address(TARGETS[1])}, Busy, r"in use by iqn.2008-11.org.linux-kvm"),
+        ({"disk0": onto["disk1"]}, UsageError, f"has {64 * MIB} bytes, that in the backup {256 * MIB}"),
+        ({"disk2": onto["disk1"]}, NotFound, "has no disk 'disk2'"),
+        ({"": onto["disk1"]}, UsageError, "has 2 disks"),
+        ({"disk0": onto["disk0"], "disk1": onto["disk0"]}, UsageError, "cannot both be written onto"),
+        ({"disk0": "iscsi://192.0.2.1/iqn.2009-12.com.example:001/1"}, UsageError, "no snapshot mechanism knows it"),
+    ):
+        with pytest.raises(error, match=message) as refused:
+            restore(wrong)
+        assert "\n" not in str(refused.value)
+    assert {device: image.read_bytes() for device, image in images.items()} == before
+    assert stage.controller.journal.unfinished() == [] and stage.left() == []
+
+    restored = restore(onto, run=True)
+    driver = stage.controller.drivers.hypervisor("qemu", "vm002", restored.options)
+    try:
+        assert {disk.device: disk.address for disk in restored.disks} == onto
+        assert all("Initiator: " in server.about(address.split("/")[3]) for address in onto.values())
+        folder = stage.controller.folders.state_dir / "vms"
+        assert not folder.exists() or not list(folder.rglob("*.raw"))
+        with pytest.raises(AlreadyExists):
+            restore(onto)
+        log = Path(restored.options["qmp"]).with_name("serial.log")
+        assert serial.faults(text_after_two_checks(log)) == []
+    finally:
+        driver.destroy()
+        driver.close()
+        stage.controller.remove_vm("vm002")
+        for address, image in zip(onto.values(), images.values(), strict=True):
+            server.remove(address.split("/")[3])
+            image.unlink()
+    bench.see_that_nothing_is_left()
 
 
 def test_the_vm_table_shows_both_and_the_duplicate_takes_over_on_its_own_luns(bench: Bench) -> None:

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vmsnap.errors import AlreadyExists, NotFound, StorageError, StorageFull, UsageError, VmsnapError
-from vmsnap.qcow2target import Qcow2Target, create_qcow2, tool
+from vmsnap.nbdtarget import tool
+from vmsnap.qcow2target import Qcow2Target, create_qcow2
 from vmsnap.repository import DiskImage, LostRange, Manifest, Repository, accepted_losses
 from vmsnap.repository.reading import reading
 

@@ -413,16 +413,20 @@ class Controller:
         target: Path | None = None,
         options: Mapping[str, str] | None = None,
         accept_loss: bool = False,
+        onto: Mapping[str, str] | None = None,
         progress: ProgressCallback = silent,
     ) -> RestoreResult:
         """Make a new VM `name` from a backup, on disks of its own in the folder `target`; stopped unless `run`.
 
-        Blocks. `isolated` cuts its network before it runs. `options` are the hypervisor driver's. `accept_loss`: what
-        repair noted as lost is zeros in the new VM.
+        Blocks. `onto` has addresses of LUNs (``iscsi://PORTAL/IQN/LUN``) by the devices that are written onto them; the
+        device "" means the only disk. They exist, nobody uses them, and what they hold is lost. `isolated` cuts its
+        network before it runs. `options` are the hypervisor driver's. `accept_loss`: what repair noted as lost is zeros
+        in the new VM.
 
         :raises UnknownBackup: there is none of that id
         :raises AlreadyExists: the name, or a file where a disk is to be, exists
         :raises DamageFound: the backup is damaged, or has lost something and `accept_loss` is not set
+        :raises Busy: somebody uses a disk of `onto`; it is unchanged
         """
         from vmsnap.controller.restore import Restore, RestoreOrder
         from vmsnap.repository.reading import reading
@@ -430,7 +434,7 @@ class Controller:
         # The session before the manifest is read: what it names is kept from then on.
         with self.interruption.handled(), reading(repository, backup, f"restore of {backup}"):
             return Restore(
-                RestoreOrder(backup, name, run, isolated, target, options, accept_loss),
+                RestoreOrder(backup, name, run, isolated, target, options, accept_loss, onto or {}),
                 repository,
                 self.drivers,
                 self.journal,

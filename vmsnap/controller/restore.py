@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
+from vmsnap.controller.named_disks import THE_ONE, opened
 from vmsnap.controller.progress import Bars, ProgressCallback
 from vmsnap.controller.reach import Reach
 from vmsnap.controller.recovery import Recovery
 from vmsnap.controller.results import RestoreResult
 from vmsnap.controller.retrieval import Retrieval, disk_paths, with_memory
 from vmsnap.controller.running import LoadedRecord
-from vmsnap.errors import AlreadyExists, Busy, HypervisorError, UnknownVm, VmsnapError
+from vmsnap.errors import AlreadyExists, Busy, HypervisorError, UnknownVm, UsageError, VmsnapError
 from vmsnap.journal import Journal, Operation
 from vmsnap.locks import vm_lock
 from vmsnap.model import Disk, VmState, check_name, to_json
 from vmsnap.protocol import RESTORE, Compensation, Condition, Instruction
 from vmsnap.repository import LostRange, Manifest, Repository, accepted_losses
-from vmsnap.roles import Hypervisor, LoadedVm
+from vmsnap.roles import DiskWriter, Hypervisor, LoadedVm
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
 
 
 @dataclass(frozen=True)
 class RestoreOrder:
     """What is to be restored, as what, and where to. `target` None: a folder of the VM's own under the state folder.
+    `onto`: addresses of disks that exist, by the devices that are written onto them instead; what they hold is lost.
     `accept_loss`: what is noted as lost for good reads as zeros.
     """
 
@@ -40,6 +43,7 @@ class RestoreOrder:
     target: Path | None = None
     options: Mapping[str, str] | None = None
     accept_loss: bool = False
+    onto: Mapping[str, str] = field(default_factory=dict)
 
 
 class Restore:
@@ -73,12 +77,14 @@ class Restore:
         self._disks: tuple[Disk, ...] = ()
         self._lost: Mapping[str, Sequence[LostRange]] = {}
         self._operation: Operation | None = None
+        self._onto: Mapping[str, DiskWriter] = {}
 
     def run(self) -> RestoreResult:
         """Carry it out. Blocks.
 
         :raises AlreadyExists: a VM of that name, or a file where a disk is to be, exists; nothing was touched
         :raises DamageFound: the backup is damaged, or has lost something and nobody accepted that
+        :raises Busy: somebody uses a disk that is to be written onto; nothing was touched
         """
         begun = time.monotonic()
         order = self._order
@@ -88,45 +94,66 @@ class Restore:
             self._refuse_existing()
             parts = [part for part, _ in self._manifest.images]
             self._lost = accepted_losses(self._repository, self._manifest, parts, accept=order.accept_loss)
-            operation = self._operation = self._journal.begin(
-                RESTORE.name, order.name, self._manifest.hypervisor, self._options, backup=self._manifest.backup
-            )
-            self._retrieval = Retrieval(
-                self._repository,
-                self._manifest,
-                operation,
-                self._drivers,
-                self._folder,
-                f"restore-{order.name}",
-                Bars(self._progress),
-                self._lost,
-            )
-            execution = Execution(
-                RESTORE,
-                operation,
-                order.name,
-                actions={
-                    Instruction.LOAD: self._load,
-                    Instruction.SWITCH_DISKS: self._switch_disks,
-                    Instruction.CUT_NETWORK: self._cut_network,
-                    Instruction.RESUME_DUPLICATE: self._resume,
-                    Instruction.AWAIT_EXECUTING: self._await_executing,
-                    Instruction.NOTIFY: self._enter_in_table,
-                },
-                compensations={
-                    Compensation.DESTROY_LOADED: self._destroy,
-                    Compensation.DISCARD_DUPLICATE: self._retrieval.remove_images,
-                    Compensation.REMOVE_DISKS: self._retrieval.remove_all,
-                },
-                holds={Condition.ISOLATED: order.isolated, Condition.RUN: order.run}.__getitem__,
-                interruption=self._interruption,
-            )
-            try:
-                execution.run()
-            finally:
-                self._hypervisor.close()
+            with self._disks_named() as self._onto:
+                self._carry_out()
         row = self._table.get(order.name)
         return RestoreResult(row.vm, row.state, row.disks, row.options, self._manifest.backup, time.monotonic() - begun)
+
+    @contextmanager
+    def _disks_named(self) -> Iterator[Mapping[str, DiskWriter]]:
+        """The disks that are there already, once it is sure that they may be written onto."""
+        order = self._order
+        if not order.onto:
+            yield {}
+            return
+        if not self._hypervisor.loads_luns:
+            raise UsageError(
+                f"a VM of {self._manifest.hypervisor!r} cannot have a LUN for a disk", cure="give --target a folder"
+            )
+        with opened(self._drivers, self._manifest, order.onto) as onto:
+            disks = [Disk(device, writer.address, writer.size_bytes) for device, writer in onto.items()]
+            Reach(self._drivers, self._table, order.name).check_disks(disks)
+            yield onto
+
+    def _carry_out(self) -> None:
+        operation = self._operation = self._journal.begin(
+            RESTORE.name, self._order.name, self._manifest.hypervisor, self._options, backup=self._manifest.backup
+        )
+        self._retrieval = Retrieval(
+            self._repository,
+            self._manifest,
+            operation,
+            self._drivers,
+            self._folder,
+            f"restore-{self._order.name}",
+            Bars(self._progress),
+            self._lost,
+            self._onto,
+        )
+        execution = Execution(
+            RESTORE,
+            operation,
+            self._order.name,
+            actions={
+                Instruction.LOAD: self._load,
+                Instruction.SWITCH_DISKS: self._switch_disks,
+                Instruction.CUT_NETWORK: self._cut_network,
+                Instruction.RESUME_DUPLICATE: self._resume,
+                Instruction.AWAIT_EXECUTING: self._await_executing,
+                Instruction.NOTIFY: self._enter_in_table,
+            },
+            compensations={
+                Compensation.DESTROY_LOADED: self._destroy,
+                Compensation.DISCARD_DUPLICATE: self._retrieval.remove_images,
+                Compensation.REMOVE_DISKS: self._retrieval.remove_all,
+            },
+            holds={Condition.ISOLATED: self._order.isolated, Condition.RUN: self._order.run}.__getitem__,
+            interruption=self._interruption,
+        )
+        try:
+            execution.run()
+        finally:
+            self._hypervisor.close()
 
     # -- instructions
 
@@ -153,7 +180,9 @@ class Restore:
                 f"a VM named {self._order.name!r} exists, though it is not registered",
                 cure="choose another name with --as",
             )
-        for path in disk_paths(self._manifest, self._folder).values():
+        # The one disk is written onto what is there; else all those that are named.
+        paths = {} if THE_ONE in self._order.onto else disk_paths(self._manifest, self._folder, self._order.onto)
+        for path in paths.values():
             if os.path.lexists(path):
                 raise AlreadyExists(f"{path} exists and is not overwritten", cure="choose another --target")
         if not self._order.target and self._folder.exists() and any(self._folder.iterdir()):

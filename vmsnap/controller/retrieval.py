@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
@@ -13,13 +13,14 @@ from vmsnap.errors import AlreadyExists, StorageFull, UsageError
 from vmsnap.journal import Operation
 from vmsnap.model import Disk, RamImage
 from vmsnap.repository import ImageRecord, LostRange, Manifest, Repository
-from vmsnap.roles import LoadRequest
+from vmsnap.roles import DiskWriter, LoadRequest
 
 
 class Retrieval:
     """One backup, for an operation: disks into `folder`, memory into a folder `name` of the host's memory.
 
-    `lost` is what is noted as lost of each part, and reads as zeros.
+    `lost` is what is noted as lost of each part, and reads as zeros. The disks of `onto`, by their devices, are written
+    onto what is there, which is nobody's to remove.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Retrieval:
         name: str,
         bars: Bars,
         lost: Mapping[str, Sequence[LostRange]] | None = None,
+        onto: Mapping[str, DiskWriter] | None = None,
     ) -> None:
         self.disks: tuple[Disk, ...] = ()
         self._repository = repository
@@ -42,6 +44,7 @@ class Retrieval:
         self._images_folder = drivers.context.memory_dir / name
         self._bars = bars
         self._lost = lost or {}
+        self._onto = onto or {}
         self._folders = Folders(operation)
 
     def fetch(self, *, isolated: bool) -> LoadRequest:
@@ -54,13 +57,19 @@ class Retrieval:
         manifest = self._manifest
         device_state = with_memory(manifest)
         self._check_room()
-        self._folders.make(self._folder)
+        paths = disk_paths(manifest, self._folder, self._onto)
+        if paths:
+            self._folders.make(self._folder)
         total_bytes = sum(disk.size_bytes for disk in manifest.disks)
         self._bars.begin("reading", total_bytes + sum(memory.image.size_bytes for memory in manifest.memory))
-        for device, path in disk_paths(manifest, self._folder).items():
-            image = next(disk.image for disk in manifest.disks if disk.device == device)
-            self._fetch(image, f"disk {device}", path)
-            self.disks += (Disk(device, str(path), image.size_bytes, "raw"),)
+        for disk in manifest.disks:
+            label, address = f"disk {disk.device}", str(paths.get(disk.device, ""))
+            if disk.device in self._onto:
+                address = self._onto[disk.device].address
+                self._write_onto(disk.image, label, self._onto[disk.device])
+            else:
+                self._fetch(disk.image, label, paths[disk.device])
+            self.disks += (Disk(disk.device, address, disk.image.size_bytes, "raw"),)
         self._folders.make(self._images_folder)
         images = []
         for memory in manifest.memory:
@@ -101,6 +110,12 @@ class Retrieval:
             raise
         self._bars.part_done(image.size_bytes)
 
+    def _write_onto(self, image: ImageRecord, label: str, target: DiskWriter) -> None:
+        """Only what differs; and let go of it, for the VM that will use it."""
+        with target, self._repository.reader(image, label, lost=self._lost.get(label, ())) as source:
+            source.restore_onto(target, self._bars.part)
+        self._bars.part_done(image.size_bytes)
+
     def remove_images(self) -> None:
         """Remove the memory from this host; idempotent."""
         self._folders.remove(lambda path: path == self._images_folder or self._images_folder in path.parents)
@@ -114,9 +129,9 @@ class Retrieval:
         self._folders.hand_over(lambda path: path != self._images_folder and self._images_folder not in path.parents)
 
 
-def disk_paths(manifest: Manifest, folder: Path) -> dict[str, Path]:
-    """The new file of each disk that is in the backup, named by its device."""
-    return {disk.device: folder / f"{disk.device}.raw" for disk in manifest.disks}
+def disk_paths(manifest: Manifest, folder: Path, but: Collection[str] = ()) -> dict[str, Path]:
+    """The new file of each disk that is in the backup, named by its device; none for those of `but`."""
+    return {disk.device: folder / f"{disk.device}.raw" for disk in manifest.disks if disk.device not in but}
 
 
 def with_memory(manifest: Manifest) -> ImageRecord:

@@ -10,6 +10,7 @@ entry point of the role's group. What every driver may rely on, whatever its rol
 What every driver must do: never retry (wrappers do), never log or return secrets, never know another driver.
 """
 
+from vmsnap.roles.diskwriter import DiskWriter
 from vmsnap.roles.hypervisor import CaptureRequest, Hypervisor, LoadedVm, LoadRequest
 from vmsnap.roles.needs import Module, Need, Program
 from vmsnap.roles.option_types import PATH, SIZE, TEXT, YES_NO, OptionType, number, seconds, whole_number
@@ -25,6 +26,7 @@ __all__ = [
     "YES_NO",
     "CaptureRequest",
     "DiskReader",
+    "DiskWriter",
     "DriverContext",
     "Hypervisor",
     "LoadRequest",

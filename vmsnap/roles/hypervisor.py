@@ -105,6 +105,8 @@ class Hypervisor(ABC):
     options: ClassVar[Sequence[Option]] = ()
     needs: ClassVar[Sequence[Need]] = ()
     """Programs and modules without which it does nothing here; ``vmsnap drivers`` names those that are missing."""
+    loads_luns: ClassVar[bool] = False
+    """`load` takes disks whose address is that of a LUN (``iscsi://``), too."""
     freezes: ClassVar[bool] = False
     """`plan_freeze`, `prepare_freeze`, `freeze_disks`, `check_frozen`, `thaw_disks` and `thaw_owned` work; else they
     raise.

@@ -12,6 +12,7 @@ from vmsnap.roles.options import Option
 _NEEDED_FOR = {
     "clones": ("plan_clone", "clone", "delete_clone", "clone_reader"),
     "changes": ("changed_extents",),
+    "writes": ("writer",),
     "freezes": ("plan_freeze", "prepare_freeze", "freeze_disks", "check_frozen", "thaw_disks", "thaw_owned"),
 }
 """A capability, and the methods that must be the driver's own where it says that it has it."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
+from vmsnap.roles.diskwriter import DiskWriter
 from vmsnap.roles.needs import Need
 from vmsnap.roles.options import DriverContext, Option
 
@@ -82,6 +83,8 @@ class SnapshotMechanism(ABC):
     """`plan_clone`, `clone`, `delete_clone` and `clone_reader` work; else they raise."""
     changes: ClassVar[bool] = False
     """`changed_extents` works, and snapshots bear marks."""
+    writes: ClassVar[bool] = False
+    """`writer` works: a backup can be written onto the disks that it handles."""
     asked_first: ClassVar[bool] = False
     """It takes disks for what they lie on, and is asked before the mechanisms that take any disk of a hypervisor."""
     of_storage: ClassVar[bool] = True
@@ -112,6 +115,18 @@ class SnapshotMechanism(ABC):
             why = e.strerror if isinstance(e, OSError) else e
             raise UsageError(f"{address} cannot be read: {why}") from e
         return Disk(device, address, size_bytes)
+
+    def writer(self, disk: Disk) -> DiskWriter:
+        """Open a disk at an address that a person named, to be written onto: one that exists, has the size of `disk`,
+        and that nobody uses. Blocks; changes nothing. Whoever comes later is not kept out, but is seen by the next
+        call.
+
+        :raises SnapshotError: this mechanism has `writes` = False, or the disk cannot be reached
+        :raises NotFound: there is no disk
+        :raises UsageError: it has another size, is read-only, or is vmsnap's own
+        :raises Busy: somebody uses it
+        """
+        raise SnapshotError(f"mechanism {self.name!r} cannot write onto disks")
 
     @abstractmethod
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:

@@ -13,6 +13,7 @@ from vmsnap.agent.api.request import (
     HostPath,
     LimitedRequest,
     LongSeconds,
+    Lun,
     Name,
     Options,
     Request,
@@ -60,7 +61,9 @@ class BackupRequest(LimitedRequest):
 
 
 class RestoreRequest(LimitedRequest):
-    """Bring a backup up as a new VM. Nothing is overwritten: a name or file that exists is refused."""
+    """Bring a backup up as a new VM. Nothing is overwritten but the LUNs of `onto`: a name or file that exists is
+    refused.
+    """
 
     verb = "restore"
     backup: Backup
@@ -68,12 +71,15 @@ class RestoreRequest(LimitedRequest):
     run: bool = False
     isolated: bool = True
     target: HostPath | None = Field(None, description="folder for its disks; administrators alone")
+    onto: dict[Device | Literal[""], Lun] = Field(
+        {}, description="LUNs onto which disks are written, by device, or by '' the only one; administrators alone"
+    )
     options: Options = Field({}, description="of the driver; administrators alone")
     accept_loss: bool = False
 
     def needs(self) -> str:
         """Operators restore, isolated and where restores go; the rest is not theirs."""
-        return ADMIN if self.target or self.options or not self.isolated else OPERATE
+        return ADMIN if self.target or self.onto or self.options or not self.isolated else OPERATE
 
     def about(self) -> str:
         """The new VM."""
@@ -83,7 +89,9 @@ class RestoreRequest(LimitedRequest):
         """See `Request`."""
         found = [f"--as={self.name}", *flags(run=self.run, isolated=self.isolated, accept_loss=self.accept_loss)]
         found += driver_options(self.options)
-        return [*found, *([f"--target={self.target}"] if self.target else []), "--", self.backup]
+        places = [self.target] if self.target else []
+        places += [f"{device}={lun}" if device else lun for device, lun in self.onto.items()]
+        return [*found, *each("--target", places), "--", self.backup]
 
 
 class VerifyRequest(LimitedRequest):

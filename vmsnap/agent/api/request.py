@@ -18,6 +18,7 @@ Backup = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", desc
 Tag = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]{0,199}$")]
 Device = Annotated[str, Field(pattern=r"^[A-Za-z0-9#@_][A-Za-z0-9#@_ .:,;+=()\[\]-]{0,199}$")]
 HostPath = Annotated[str, Field(pattern=r"^/[^\x00-\x1f\x7f]{0,1000}$", description="on the agent's host")]
+Lun = Annotated[str, Field(pattern=r"^iscsi://[A-Za-z0-9.:\[\]-]{1,100}/[A-Za-z0-9.:-]{1,223}/[0-9]{1,5}$")]
 Url = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f-][^\x00-\x20\x7f]{0,999}$")]
 Options = dict[
     Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")],

@@ -66,6 +66,7 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     name = "libvirt"
     freezes = True
+    loads_luns = True
     options = (
         Option("uri", "where libvirt is", "qemu:///system"),
         Option("domain", "the domain's name or UUID (default: the VM's name)"),

@@ -22,6 +22,7 @@ class QemuHypervisor(MonitoredHypervisor):
 
     name = "qemu"
     freezes = True
+    loads_luns = True
     options = (
         Option("qmp", "path of the VM's QMP socket (QEMU's option -qmp unix:PATH,server=on,wait=off)", type=PATH),
         Option("capture", "how to capture memory", "auto", ("auto", "cow", "precopy")),

@@ -27,7 +27,8 @@ _ANSWER_SECONDS: Final = 30.0
 _COMMAND_SECONDS: Final = 15
 _LOOK_EACH_SECONDS: Final = 0.01
 _STEP_BYTES: Final = 1 << 30
-INSTALL: Final = "on Debian: apt install qemu-utils qemu-block-extra"
+PACKAGES: Final = "qemu-utils qemu-block-extra"
+INSTALL: Final = f"on Debian: apt install {PACKAGES}"
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,14 @@ class Account:
             return []
         return ["--object", f"secret,id=chap,file={self.password_file.replace(',', ',,')}"]
 
-    def image_options(self) -> list[str]:
-        """What makes the initiator use it."""
-        return [f"file.user={self.user.replace(',', ',,')}", "file.password-secret=chap"] if self.user else []
+    def image_options(self, lun: LunAddress, *options: str) -> str:
+        """How QEMU's tools are told a LUN, which they reach by this account."""
+        user = [f"file.user={self.user.replace(',', ',,')}", "file.password-secret=chap"] if self.user else []
+        where = [f"file.portal={lun.portal}", f"file.target={lun.target}", f"file.lun={lun.lun}"]
+        return ",".join(
+            ["driver=raw", *options, "file.driver=iscsi", "file.transport=tcp", *where,
+             f"file.timeout={_COMMAND_SECONDS}", *user]
+        )  # fmt: skip
 
 
 class InitiatorReader(DiskReader):
@@ -65,16 +71,12 @@ class InitiatorReader(DiskReader):
         program = shutil.which("qemu-nbd")
         if program is None:
             raise DriverUnavailable("reading over iSCSI needs qemu-nbd, which is not installed", cure=INSTALL)
-        options = [
-            "driver=raw", "read-only=on", "file.driver=iscsi", "file.read-only=on", "file.transport=tcp",
-            f"file.portal={lun.portal}", f"file.target={lun.target}", f"file.lun={lun.lun}",
-            f"file.timeout={_COMMAND_SECONDS}", *account.image_options(),
-        ]  # fmt: skip
+        image = account.image_options(lun, "read-only=on", "file.read-only=on")
         try:
             # It listens in a folder that nobody else may enter, and ends with its one client, whoever kills that.
             with tempfile.TemporaryDirectory(prefix="vmsnap-iscsi-") as folder:
                 self._client = self._start(
-                    [program, "--read-only", *account.arguments(), "--image-opts", ",".join(options)], Path(folder)
+                    [program, "--read-only", *account.arguments(), "--image-opts", image], Path(folder)
                 )
             if self._client.size_bytes != size_bytes:
                 raise SnapshotError(f"{label} is lost: it has {self._client.size_bytes} bytes, its disk {size_bytes}")

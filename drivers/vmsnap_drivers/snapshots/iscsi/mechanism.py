@@ -18,7 +18,16 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
-from vmsnap.roles import PATH, DiskReader, DriverContext, Option, SnapshotMechanism, whole_number, with_defaults
+from vmsnap.roles import (
+    PATH,
+    DiskReader,
+    DiskWriter,
+    DriverContext,
+    Option,
+    SnapshotMechanism,
+    whole_number,
+    with_defaults,
+)
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.runner_ssh import SshSettings
@@ -40,6 +49,7 @@ from vmsnap_drivers.snapshots.iscsi.names import (
 from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, ServerSettings
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
+from vmsnap_drivers.snapshots.iscsi.writer import open_lun
 
 _MOST_AT_ONCE: Final = 8
 _PAUSE_SECONDS: Final = whole_number(1, 3600)
@@ -56,6 +66,7 @@ class IscsiMechanism(SnapshotMechanism):
 
     name: ClassVar[str] = "iscsi"
     clones: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
     options: ClassVar[Sequence[Option]] = (
         Option(
             "appliances",
@@ -106,6 +117,19 @@ class IscsiMechanism(SnapshotMechanism):
         if lun is None or not self._places.serves(lun):
             raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
         return Disk(device, address, self._find(lun)[1].size_bytes)
+
+    def writer(self, disk: Disk) -> DiskWriter:
+        """See `SnapshotMechanism.writer`; who is connected to the target uses the LUN."""
+        lun = parse(disk.address)
+        if lun is None or not self._places.serves(lun):
+            raise UsageError(f"{disk.address} is no LUN of a place that is known", cure="see the option appliances")
+        writer = open_lun(self._place(lun), lun, self._account())
+        try:
+            writer.fit(disk.size_bytes)
+        except UsageError:
+            writer.close()
+            raise
+        return writer
 
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See `SnapshotMechanism.plan`.
@@ -287,11 +311,13 @@ class IscsiMechanism(SnapshotMechanism):
 
     def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
         if not self._place(names.lun).here or self._options["reading"] == "initiator":
-            account = Account(self._options["chap_user"], self._options.get("chap_password_file", ""))
-            return InitiatorReader(exported, size_bytes, f"{what} {exported}", account)
+            return InitiatorReader(exported, size_bytes, f"{what} {exported}", self._account())
         if names.kind == Files.kind:
             return FileReader(Path(path), size_bytes, what)
         return DeviceReader(path, size_bytes, f"{what} {path}")
+
+    def _account(self) -> Account:
+        return Account(self._options["chap_user"], self._options.get("chap_password_file", ""))
 
     def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
         origins = [lun.path for _, target in place.all_targets() for lun in target.disks if lun.path.startswith("/")]
