@@ -1,4 +1,4 @@
-"""``vmsnap export --onto`` from outside: what it reports, and what it refuses."""
+"""``vmsnap export --onto``, and ``restore`` onto what exists, from outside: what they report, and what they refuse."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ def test_the_disk_of_a_stopped_vm_is_written(house: House, exported: bytes, tmp_
     written = house.json("export", house.id, "--disk", "disk1", "--onto", str(disk))["written_bytes"]
     assert 0 < written <= 256 << 10
     assert same(disk.read_bytes(), exported)
+
+
+def test_places_of_a_restore_that_say_nothing_are_refused(house: House, tmp_path: Path) -> None:
+    lun = "iscsi://127.0.0.1:3260/iqn.2009-12.com.example:copy/1"
+
+    def refused(*targets: str) -> str:
+        given = [word for target in targets for word in ("--target", target)]
+        return house.error(2, "restore", house.id, "--as", "vm009", *given)
+
+    assert "takes one folder" in refused(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert f"which disk goes to {lun}?" in refused(lun, str(tmp_path / "a"))
+    assert "disk0 twice" in refused(f"disk0={lun}", f"disk0={lun}")
+    assert "a VM of 'simulated' cannot have a LUN for a disk" in refused(f"disk0={lun}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.qemu

@@ -51,6 +51,7 @@ WHOLE = {
     ("copy.md", "vmsnap"): ELSEWHERE + "test_repository_copy.py and test_sftp_repository.py, on a real SSH server",
     ("examples.md", "cd "): ELSEWHERE + "test_out_of_tree_examples.py",
     ("hypervisors.md", "qemu-system"): ELSEWHERE + "test_transcripts.py, page qemu.md",
+    ("iscsi.md", "vmsnap restore"): ELSEWHERE + "test_iscsi_qemu.py, on the LUNs of a real tgtd",
     ("libvirt.md", "pip install"): ELSEWHERE + "test_libvirt_driver.py, on a real libvirtd",
     ("libvirt.md", "$ vmsnap-libvirt list-vms"): "a transcript of domains that test_libvirt_inputs.py has and lists",
     ("pause.md", "sh "): "how the table is measured: an hour, and nothing else running",

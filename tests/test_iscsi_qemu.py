@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.lab import disk_records, ext4, find_qemu
+from tests.lab import disk_records, ext4, find_qemu, serial
 from tests.lab.tgtd import TargetServer, programs
 from tests.qemu_stage import MIB, Stage, read_ledger, staged
 from tests.test_failover_qemu import goes_on
 from tests.test_file_mechanism import xfs
-from tests.test_live_backup_qemu import block_graph, processes_of
+from tests.test_live_backup_qemu import block_graph, processes_of, text_after_two_checks
 from vmsnap.controller.results import RestoreResult
 from vmsnap.errors import AlreadyExists, Busy, HypervisorError, NotFound, UsageError
 from vmsnap.model import VmState

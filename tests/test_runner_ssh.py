@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -144,3 +146,18 @@ def test_whoever_is_not_root_needs_sudo(sshd: SshServer) -> None:
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="no address of a machine"):
         SshRunner(url, SshSettings())
+
+
+def test_a_machine_that_hangs_up_is_one_line_and_nothing_else_is_printed(sshd: SshServer) -> None:
+    """In a process of its own: where nobody takes log messages, Python prints them."""
+    script = (
+        "import sys; from vmsnap_drivers.runner_ssh import SshRunner, SshSettings\n"
+        "from vmsnap.errors import SnapshotError\n"
+        "try: SshRunner(sys.argv[1], SshSettings(*sys.argv[2:])).run(['true'], 5)\n"
+        "except SnapshotError as e: print(e)\n"
+    )
+    with Proxy(("127.0.0.1", sshd.port)) as proxy:
+        proxy.refusing = True
+        words = [script, f"ssh://root@127.0.0.1:{proxy.port}", str(sshd.known_hosts), str(sshd.key)]
+        done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1 and "cannot be reached" in done.stdout
