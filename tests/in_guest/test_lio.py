@@ -144,14 +144,17 @@ class Dying(Lio):
             return lio_program.OPERATIONS[operation](request)
         child = os.fork()
         if child == 0:
+            status = 1
             try:
                 _die_at(self.dies_at)
                 lio_program.OPERATIONS[operation](request)
+                status = 0
             finally:
-                os._exit(0)
+                os._exit(status)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             raise SnapshotError("it was killed")
+        assert status == 0
         return {}
 
 
