@@ -1,6 +1,5 @@
 """The network to a storage appliance is cut at each command that vmsnap gives it: before the command, and after it was
-done but before its answer. And the connections to LUNs are cut at each call of the mechanism, the guest's own and those
-by which a snapshot is read. Each time the guest runs, what failed is one clear line, and nothing is left: at once, or,
+done but before its answer. And the connections to LUNs are cut, the guest's own and those by which a snapshot is read. Each time the guest runs, what failed is one clear line, and nothing is left: at once, or,
 as long as the appliance cannot be reached, in the journal, from which ``recover`` removes it when it is back.
 
 The appliance is this host: a real tgtd over files on a real XFS, and a real SSH server, each behind a proxy that cuts.
@@ -10,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -42,7 +43,10 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.t
 P = ParamSpec("P")
 T = TypeVar("T")
 TARGET = "iqn.2009-12.com.example:001"
-SIZE_MIB = 80
+SIZE_MIB, MEMORY_MIB = 66, 128
+"""As small as the guest takes them: each case is a backup."""
+ASKING = frozenset(["tgtadm show", "stat", "test", "sync"])
+"""Commands that change nothing."""
 NUMBER_OF_NOTHING = -1
 
 
@@ -133,17 +137,19 @@ class Commands:
 
 
 class Calls(FaultPlan):
-    """Plans no faults; before call number `at` of the mechanism it does something."""
+    """Plans no faults; before the first call of the mechanism's method `before` it does something."""
 
-    def __init__(self, do: Callable[[], None]) -> None:
+    def __init__(self, do: Callable[[], None], before: str) -> None:
         super().__init__()
         self._do = do
-        self.at = NUMBER_OF_NOTHING
+        self._before = before
+        self.done = False
 
     def call(
         self, default: type[VmsnapError], method: str, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        if len(self.calls) == self.at:
+        if method == self._before and not self.done:
+            self.done = True
             self._do()
         return super().call(default, method, target, *args, **kwargs)
 
@@ -170,7 +176,7 @@ class Bench:
         self.machine = LabMachine(
             place / "vm001",
             find_qemu("7.2"),
-            memory_mib=256,
+            memory_mib=MEMORY_MIB,
             disks=(Disk("raw", SIZE_MIB * MIB, appliance.address),),
             settings={"slots": 64, "pause_us": 20000},
         )
@@ -192,8 +198,9 @@ class Bench:
                 controller.discard_duplicate(held)
         except VmsnapError as e:
             assert "\n" not in str(e)
-            # Of one that failed nothing is listed; once the duplicate is kept, the backup has been made.
-            assert len(self.repository.list()) == before + bool(held)
+            # Of one that failed nothing is listed, but where its store was done: then its error says so.
+            stored = bool(held) or any("is stored all the same" in note for note in getattr(e, "__notes__", ()))
+            assert len(self.repository.list()) == before + stored
             return str(e)
         assert len(self.repository.list()) == before + 1
         assert all("\n" not in line for line in result.warnings)
@@ -265,30 +272,29 @@ def test_the_appliance_vanishes_at_each_command_before_it_and_when_it_was_done(
         assert bench.backup(controller, keep=True) == ""
         given = list(commands.given)
         bench.see_that_nothing_is_left(controller)
-    kept_ones = 0
-    for number in range(len(given)):
-        for when in When:
-            case = f"command {number} ({given[number]}), {when.value}"
-            with bench.controller() as controller:
-                commands.arm(number, when)
-                problem = bench.backup(controller, keep=True)
-                assert commands.struck and bench.appliance.ssh.refusing, case
-                assert f"ssh://root@127.0.0.1:{bench.appliance.ssh.port}" in problem, f"{case}: {problem!r}"
-                bench.see_that_the_guest_runs()
-                kept = controller.recover().kept
-                assert all("\n" not in line for line in kept), case
-                left = bench.appliance.left()
-                assert not left or (kept and controller.journal.unfinished()), f"{case}: {left}"
-                kept_ones += bool(left)
-                commands.arm()
-                bench.appliance.come_back()
-                bench.see_that_nothing_is_left(controller)
+    cases, kept_ones = _cases(given), 0
+    for number, when in cases:
+        case = f"command {number} ({given[number]}), {when.value}"
+        with bench.controller() as controller:
+            commands.arm(number, when)
+            problem = bench.backup(controller, keep=True)
+            assert commands.struck and bench.appliance.ssh.refusing, case
+            assert f"ssh://root@127.0.0.1:{bench.appliance.ssh.port}" in problem, f"{case}: {problem!r}"
+            bench.see_that_the_guest_runs()
+            kept = controller.recover().kept
+            assert all("\n" not in line for line in kept), case
+            left = bench.appliance.left()
+            assert not left or (kept and controller.journal.unfinished()), f"{case}: {left}"
+            kept_ones += bool(left)
+            commands.arm()
+            bench.appliance.come_back()
+            bench.see_that_nothing_is_left(controller)
     counted(
-        f"SSH cut before and after each of {len(given)} commands; {kept_ones} times something was kept in the journal"
+        f"SSH cut {len(cases)} times at {len(given)} commands; {kept_ones} times something was kept in the journal"
         " until the appliance was back",
-        cases=2 * len(given),
+        cases=len(cases),
     )
-    assert kept_ones > len(given) / 2
+    assert kept_ones > len(cases) / 2
 
 
 def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
@@ -298,44 +304,37 @@ def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
     monkeypatch.setattr(runner_ssh, "_CONNECT_SECONDS", 2.0)
     with bench.controller(pause_seconds="1") as controller:
         assert bench.backup(controller, keep=False) == ""
-        snapshot = commands.given.index("cp")
-        before = len(bench.machine.oracle.events())
-        commands.arm(snapshot, When.DONE, silently=True)
+        commands.arm(commands.given.index("cp"), When.DONE, silently=True)
         problem = bench.backup(controller, keep=False)
         assert commands.struck and "did not end within 1 s, and may go on" in problem
-        stop, resume = [e for e in bench.machine.oracle.events()[before:] if e["event"] in ("STOP", "RESUME")]
-        pause_seconds = seconds_between(stop, resume)
+        events = [e for e in bench.machine.oracle.events() if e["event"] in ("STOP", "RESUME")]
+        print("EVENTS", events)
+        pause_seconds = max(seconds_between(*pair) for pair in pairwise(events) if pair[0]["event"] == "STOP")
         bench.see_that_the_guest_runs()
         assert controller.recover().kept and bench.appliance.left()
         commands.arm()
         bench.appliance.come_back()
         bench.see_that_nothing_is_left(controller)
     counted(f"the appliance silent in the pause: {pause_seconds:.1f} s", cases=1, pause_seconds=pause_seconds)
-    assert pause_seconds < 5
+    assert 1 <= pause_seconds < 5
 
 
-def test_the_connections_to_luns_are_cut_at_each_call_and_the_guest_goes_on(bench: Bench, counted: Counted) -> None:
+def test_the_connections_to_luns_are_cut_and_the_guest_and_the_backup_go_on(bench: Bench, counted: Counted) -> None:
+    """Under the guest in its pause too. Others than these calls do nothing over iSCSI."""
+
     def cut() -> None:
         bench.appliance.iscsi.refusals = 1
         bench.appliance.iscsi.cut_all()
 
-    plan = Calls(cut)
-    with bench.controller(plan) as controller:
-        assert bench.backup(controller, keep=True) == ""
-        bench.see_that_nothing_is_left(controller)
-    calls, failed = list(plan.calls), 0
-    for number in _first_of_each(calls):
-        plan = Calls(cut)
-        plan.at = number
+    calls = ("snapshot", "reader", "read_into")
+    for name in calls:
+        plan = Calls(cut, name)
         with bench.controller(plan) as controller:
-            failed += bool(bench.backup(controller, keep=True))
+            assert bench.backup(controller, keep=False) == "", name
             bench.see_that_the_guest_runs()
             bench.see_that_nothing_is_left(controller)
-    counted(
-        f"iSCSI cut before each kind of call ({', '.join(dict.fromkeys(calls))}), under the guest too: {failed} backups"
-        " failed, the guest went on",
-        cases=len(_first_of_each(calls)),
-    )
+        assert plan.done, name
+    counted(f"iSCSI cut at {', '.join(calls)}, under the guest too: all went on", cases=len(calls))
 
 
 def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
@@ -347,20 +346,28 @@ def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
         bench.appliance.iscsi.refusing = True
         bench.appliance.iscsi.cut_all()
 
-    plan = Calls(away)
-    with bench.controller(plan) as controller:
-        assert bench.backup(controller, keep=False) == ""
-        reads = plan.calls.index("read_into")
-    plan = Calls(away)
-    plan.at = reads
+    plan = Calls(away, "read_into")
     with bench.controller(plan) as controller:
         assert "cannot be read over iSCSI" in bench.backup(controller, keep=False)
         bench.appliance.iscsi.clear()
         bench.see_that_the_guest_runs()
         bench.see_that_nothing_is_left(controller)
+    assert plan.done
     counted("iSCSI away while a snapshot is read, under the guest too, and back", cases=1)
 
 
-def _first_of_each(calls: list[str]) -> list[int]:
-    """The numbers of the first calls of each kind: reading is hundreds of the same."""
-    return [number for number, name in enumerate(calls) if name not in calls[:number]]
+def _cases(given: list[str]) -> list[tuple[int, When]]:
+    """Where to cut: before each command and when it is done; each takes a backup. Unless ``VMSNAP_ALL_CUTS`` is set
+    those are left out that find the appliance and vmsnap as another one does: what only asks leaves nothing behind,
+    and it does not matter what is asked next.
+    """
+    every = [(number, when) for number in range(len(given)) for when in When]
+    if os.environ.get("VMSNAP_ALL_CUTS"):
+        return every
+    changes = [name not in ASKING for name in given]
+    # Beside what changes something, done: the first command of all, and the next one, where the answer did come.
+    return [
+        (number, when)
+        for number, when in every
+        if (changes[number] if when is When.DONE else number == 0 or changes[number - 1])
+    ]
