@@ -1,6 +1,7 @@
 """The network to a storage appliance is cut at each command that vmsnap gives it: before the command, and after it was
-done but before its answer. And the connections to LUNs are cut, the guest's own and those by which a snapshot is read. Each time the guest runs, what failed is one clear line, and nothing is left: at once, or,
-as long as the appliance cannot be reached, in the journal, from which ``recover`` removes it when it is back.
+done but before its answer. And the connections to LUNs are cut, the guest's own and those by which a snapshot is read.
+Each time the guest runs, what failed is one clear line, and nothing is left: at once, or, as long as the appliance
+cannot be reached, in the journal, from which ``recover`` removes it when it is back.
 
 The appliance is this host: a real tgtd over files on a real XFS, and a real SSH server, each behind a proxy that cuts.
 """
@@ -308,7 +309,6 @@ def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
         problem = bench.backup(controller, keep=False)
         assert commands.struck and "did not end within 1 s, and may go on" in problem
         events = [e for e in bench.machine.oracle.events() if e["event"] in ("STOP", "RESUME")]
-        print("EVENTS", events)
         pause_seconds = max(seconds_between(*pair) for pair in pairwise(events) if pair[0]["event"] == "STOP")
         bench.see_that_the_guest_runs()
         assert controller.recover().kept and bench.appliance.left()

@@ -18,7 +18,7 @@ from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
 from tests.test_file_mechanism import xfs
 from tests.test_iscsi_contract import server, tgtadm
 from vmsnap.cli.backends import vmsnap_iscsi
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.testing.snapshot import live
 
 __all__ = ["server", "tgtadm", "xfs"]
@@ -42,6 +42,15 @@ def test_a_target_server_that_died_keeps_nothing_from_being_removed(
             life.mechanism.delete(life.plan)
             assert not list(rig.images.glob("vmsnap-*"))
             own.start()
+
+
+def test_a_lun_that_is_read_only_is_not_written_onto(rig: LunRig, server: TargetServer) -> None:
+    image, target = rig.images / "other.img", "iqn.2009-12.com.example:other"
+    image.write_bytes(bytes(SIZE))
+    tid = str(server.add(target, image))
+    server.tell("--mode", "logicalunit", "--op", "update", "--tid", tid, "--lun", "1", "--params", "readonly=1")
+    with pytest.raises(UsageError, match="other/1 is read-only"):
+        rig.mechanism().writer(replace(rig.disks()[0], address=server.address(target), size_bytes=SIZE))
 
 
 class Console:
