@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -146,11 +145,9 @@ def test_a_restore_goes_onto_luns_that_exist_and_that_nobody_uses(bench: Bench) 
         onto[f"disk{index}"], images[f"disk{index}"] = server.address(target), image
     before = {device: image.read_bytes() for device, image in images.items()}
 
-    def restore(onto: dict[str, str], **more: Any) -> RestoreResult:
-        return stage.controller.restore(stage.repository, result.backup, "vm002", isolated=True, onto=onto, **more)
+    def restore(onto: dict[str, str], name: str = "vm002", *, run: bool = False) -> RestoreResult:
+        return stage.controller.restore(stage.repository, result.backup, name, isolated=True, onto=onto, run=run)
 
-    with pytest.raises(HypervisorError, match=r"is disk disk0 of 'vm001' too"):
-        restore({"disk0": server.address(TARGETS[0])})
     for wrong, error, message in (
         ({"disk0": onto["disk0"], "disk1": server.address(TARGETS[1])}, Busy, r"in use by iqn.2008-11.org.linux-kvm"),
         ({"disk0": onto["disk1"]}, UsageError, f"has {64 * MIB} bytes, that in the backup {256 * MIB}"),
@@ -176,6 +173,9 @@ def test_a_restore_goes_onto_luns_that_exist_and_that_nobody_uses(bench: Bench) 
             restore(onto)
         log = Path(restored.options["qmp"]).with_name("serial.log")
         assert serial.faults(text_after_two_checks(log)) == []
+        driver.destroy()
+        with pytest.raises(HypervisorError, match=r"is disk disk0 of 'vm002' too"):
+            restore(onto, "vm003")
     finally:
         driver.destroy()
         driver.close()
