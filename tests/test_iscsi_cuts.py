@@ -48,7 +48,6 @@ SIZE_MIB, MEMORY_MIB = 66, 128
 """As small as the guest takes them: each case is a backup."""
 ASKING = frozenset(["tgtadm show", "stat", "test", "sync"])
 """Commands that change nothing."""
-NUMBER_OF_NOTHING = -1
 
 
 class When(enum.Enum):
@@ -97,30 +96,30 @@ class Appliance:
 
 
 class Commands:
-    """Counts the commands that are given over SSH; at number `at` the appliance vanishes, or goes silent."""
+    """Counts the commands that are given over SSH; at one of them the appliance vanishes, or goes silent."""
 
     def __init__(self, appliance: Appliance, begin: Callable[..., Any]) -> None:
         self._appliance = appliance
         self._begin = begin
         self.given: list[str] = []
-        self.at, self.when, self.silently = NUMBER_OF_NOTHING, When.BEFORE, False
+        self.arm()
 
-    def arm(self, at: int = NUMBER_OF_NOTHING, when: When = When.BEFORE, *, silently: bool = False) -> None:
-        """Count anew."""
+    def arm(self, at: int | str | None = None, when: When = When.BEFORE, *, silently: bool = False) -> None:
+        """Count anew.
+
+        :param at: the number of the command, or the program whose first command it is; None: nothing happens
+        """
         self.given.clear()
         self.at, self.when, self.silently = at, when, silently
-
-    @property
-    def struck(self) -> bool:
-        """The command was given."""
-        return len(self.given) > self.at
+        self.struck = False
 
     def begin(self, runner: SshRunner, argv: Any) -> Any:
         """In place of `SshRunner._begin`."""
         number = len(self.given)
         self.given.append(f"{argv[0]} {argv[argv.index('--op') + 1]}" if "--op" in argv else argv[0])
-        if number != self.at:
+        if self.struck or self.at not in (number, self.given[-1]):
             return self._begin(runner, argv)
+        self.struck = True
         appliance = self._appliance
         if self.when is When.BEFORE:
             appliance.vanish()
@@ -138,19 +137,18 @@ class Commands:
 
 
 class Calls(FaultPlan):
-    """Plans no faults; before the first call of the mechanism's method `before` it does something."""
+    """Plans no faults; before the first call of each of these methods of the mechanism it does something."""
 
-    def __init__(self, do: Callable[[], None], before: str) -> None:
+    def __init__(self, do: Callable[[], None], *before: str) -> None:
         super().__init__()
         self._do = do
-        self._before = before
-        self.done = False
+        self.left = set(before)
 
     def call(
         self, default: type[VmsnapError], method: str, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        if method == self._before and not self.done:
-            self.done = True
+        if method in self.left:
+            self.left.remove(method)
             self._do()
         return super().call(default, method, target, *args, **kwargs)
 
@@ -273,7 +271,8 @@ def test_the_appliance_vanishes_at_each_command_before_it_and_when_it_was_done(
         assert bench.backup(controller, keep=True) == ""
         given = list(commands.given)
         bench.see_that_nothing_is_left(controller)
-    cases, kept_ones = _cases(given), 0
+    cases, kept_ones, cut_recoveries = _cases(given), 0, 0
+    exported = given.index("tgtadm bind")
     for number, when in cases:
         case = f"command {number} ({given[number]}), {when.value}"
         with bench.controller() as controller:
@@ -287,15 +286,39 @@ def test_the_appliance_vanishes_at_each_command_before_it_and_when_it_was_done(
             left = bench.appliance.left()
             assert not left or (kept and controller.journal.unfinished()), f"{case}: {left}"
             kept_ones += bool(left)
-            commands.arm()
             bench.appliance.come_back()
+            if (number, when) == (exported, When.DONE):
+                cut_recoveries += _cut_recovery(bench, controller, commands)
+            commands.arm()
             bench.see_that_nothing_is_left(controller)
     counted(
-        f"SSH cut {len(cases)} times at {len(given)} commands; {kept_ones} times something was kept in the journal"
-        " until the appliance was back",
-        cases=len(cases),
+        f"SSH cut {len(cases)} times at {len(given)} commands of a backup, and at {cut_recoveries} of its recovery;"
+        f" {kept_ones} times something was kept in the journal until the appliance was back",
+        cases=len(cases) + cut_recoveries,
     )
-    assert kept_ones > len(cases) / 2
+    assert cut_recoveries > 3 and kept_ones > len(cases) / 2
+
+
+def _cut_recovery(bench: Bench, controller: Controller, commands: Commands) -> int:
+    """Recover again and again, each time cut one place further, until it comes to its end; returns how often it was
+    cut.
+    """
+    number, when = 0, When.BEFORE
+    for cut in range(100):
+        before = bench.appliance.left()
+        commands.arm(number, when)
+        kept = controller.recover().kept
+        if not commands.struck:
+            assert kept == ()
+            return cut
+        assert all("\n" not in line for line in kept)
+        assert not bench.appliance.left() or (kept and controller.journal.unfinished())
+        bench.appliance.come_back()
+        if when is When.DONE:
+            # What is gone is gone: the next recovery has less to do.
+            number = number + 1 if bench.appliance.left() == before else 0
+        when = When.DONE if when is When.BEFORE else When.BEFORE
+    raise AssertionError("recovery never ends")
 
 
 def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
@@ -304,8 +327,7 @@ def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
     """Nothing is reset: packets are dropped, as a firewall or a dead switch does it."""
     monkeypatch.setattr(runner_ssh, "_CONNECT_SECONDS", 2.0)
     with bench.controller(pause_seconds="1") as controller:
-        assert bench.backup(controller, keep=False) == ""
-        commands.arm(commands.given.index("cp"), When.DONE, silently=True)
+        commands.arm("cp", When.DONE, silently=True)
         problem = bench.backup(controller, keep=False)
         assert commands.struck and "did not end within 1 s, and may go on" in problem
         events = [e for e in bench.machine.oracle.events() if e["event"] in ("STOP", "RESUME")]
@@ -320,20 +342,19 @@ def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
 
 
 def test_the_connections_to_luns_are_cut_and_the_guest_and_the_backup_go_on(bench: Bench, counted: Counted) -> None:
-    """Under the guest in its pause too. Others than these calls do nothing over iSCSI."""
+    """Under the guest in its pause too. (A reader that cannot connect at all is an error.)"""
 
     def cut() -> None:
         bench.appliance.iscsi.refusals = 1
         bench.appliance.iscsi.cut_all()
 
-    calls = ("snapshot", "reader", "read_into")
-    for name in calls:
-        plan = Calls(cut, name)
-        with bench.controller(plan) as controller:
-            assert bench.backup(controller, keep=False) == "", name
-            bench.see_that_the_guest_runs()
-            bench.see_that_nothing_is_left(controller)
-        assert plan.done, name
+    calls = ("snapshot", "read_into")
+    plan = Calls(cut, *calls)
+    with bench.controller(plan) as controller:
+        assert bench.backup(controller, keep=False) == ""
+        bench.see_that_the_guest_runs()
+        bench.see_that_nothing_is_left(controller)
+    assert not plan.left
     counted(f"iSCSI cut at {', '.join(calls)}, under the guest too: all went on", cases=len(calls))
 
 
@@ -352,22 +373,23 @@ def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
         bench.appliance.iscsi.clear()
         bench.see_that_the_guest_runs()
         bench.see_that_nothing_is_left(controller)
-    assert plan.done
+    assert not plan.left
     counted("iSCSI away while a snapshot is read, under the guest too, and back", cases=1)
 
 
 def _cases(given: list[str]) -> list[tuple[int, When]]:
-    """Where to cut: before each command and when it is done; each takes a backup. Unless ``VMSNAP_ALL_CUTS`` is set
-    those are left out that find the appliance and vmsnap as another one does: what only asks leaves nothing behind,
-    and it does not matter what is asked next.
+    """Where to cut: everywhere where ``VMSNAP_ALL_CUTS`` is set. Each case is a backup, and from the snapshot on that
+    takes seconds, so that else those are left out which find the appliance as another one does: what only asks leaves nothing
+    behind, what was done is there before the next command too, and the disk of a duplicate is made as a snapshot is.
     """
     every = [(number, when) for number in range(len(given)) for when in When]
     if os.environ.get("VMSNAP_ALL_CUTS"):
         return every
-    changes = [name not in ASKING for name in given]
-    # Beside what changes something, done: the first command of all, and the next one, where the answer did come.
+    snapshot, last = given.index("cp"), {name: number for number, name in enumerate(given)}
+    exported, changes = given.index("tgtadm bind"), [name not in ASKING for name in given]
     return [
-        (number, when)
-        for number, when in every
-        if (changes[number] if when is When.DONE else number == 0 or changes[number - 1])
+        *((number, When.BEFORE) for number in range(snapshot + 2) if number == 0 or changes[number - 1]),
+        *((number, When.DONE) for number in range(exported + 1) if changes[number]),
+        (last["tgtadm bind"], When.DONE),
+        (last["tgtadm delete"], When.DONE),
     ]
