@@ -379,8 +379,9 @@ def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
 
 def _cases(given: list[str]) -> list[tuple[int, When]]:
     """Where to cut: everywhere where ``VMSNAP_ALL_CUTS`` is set. Each case is a backup, and from the snapshot on that
-    takes seconds, so that else those are left out which find the appliance as another one does: what only asks leaves nothing
-    behind, what was done is there before the next command too, and the disk of a duplicate is made as a snapshot is.
+    takes seconds, so that else those are left out which find the appliance as another one does: what only asks leaves
+    nothing behind, what was done is there before the next command too, and the disk of a duplicate is made as a
+    snapshot is.
     """
     every = [(number, when) for number in range(len(given)) for when in When]
     if os.environ.get("VMSNAP_ALL_CUTS"):
