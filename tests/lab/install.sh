@@ -179,6 +179,18 @@ unpack_agent() {
     touch "$agent/complete"
 }
 
+# Unpacked, not installed: it would log in to what its configuration names. For the guest whose kernel has the initiator.
+unpack_open_iscsi() {
+    initiator=$cache/open-iscsi
+    [ -e "$initiator/complete" ] && return
+    refresh_lists
+    rm -rf "$initiator"
+    needed=$(packages_for open-iscsi)
+    # shellcheck disable=SC2086 # a list of words
+    fetch_into "$initiator" download $needed
+    touch "$initiator/complete"
+}
+
 # Unpacked, not installed: what a guest's root file system has above this machine's, the kernel with device mapper and
 # 9p, LVM, and what each needs that this machine lacks.
 unpack_storage() {
@@ -272,4 +284,5 @@ unpack_storage
 unpack_tgt
 unpack_zfs_fuse
 unpack_lio
+unpack_open_iscsi
 unpack_backported_qemu

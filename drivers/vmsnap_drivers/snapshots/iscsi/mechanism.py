@@ -36,6 +36,7 @@ from vmsnap_drivers.snapshots.iscsi.doctor import examine
 from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
 from vmsnap_drivers.snapshots.iscsi.files import Files
 from vmsnap_drivers.snapshots.iscsi.initiator import Account, InitiatorReader
+from vmsnap_drivers.snapshots.iscsi.kernel import lun_at
 from vmsnap_drivers.snapshots.iscsi.names import (
     CloneNames,
     LunNames,
@@ -107,13 +108,13 @@ class IscsiMechanism(SnapshotMechanism):
         self._kinds = self._places.of("").kinds
 
     def handles(self, disk: Disk) -> bool:
-        """Say whether the disk is a raw LUN of a place that is known."""
-        lun = parse(disk.address)
+        """Say whether the disk is a raw LUN of a place that is known, reached by QEMU's own initiator or by Linux'."""
+        lun = lun_at(disk.address)
         return disk.format == "raw" and lun is not None and self._places.serves(lun)
 
     def disk_at(self, device: str, address: str) -> Disk:
         """See `SnapshotMechanism.disk_at`; the target is asked."""
-        lun = parse(address)
+        lun = lun_at(address)
         if lun is None or not self._places.serves(lun):
             raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
         return Disk(device, address, self._find(lun)[1].size_bytes)
@@ -261,7 +262,7 @@ class IscsiMechanism(SnapshotMechanism):
     # -- within
 
     def _names(self, disk: Disk, tag: str, index: int) -> LunNames:
-        lun = parse(disk.address)
+        lun = lun_at(disk.address)
         if lun is None or not self.handles(disk):
             raise SnapshotError(f"{disk.device} at {disk.address} is no raw LUN of a place that is known")
         server, origin = self._find(lun)
@@ -276,7 +277,7 @@ class IscsiMechanism(SnapshotMechanism):
             raise SnapshotError(f"there is {snapshot} on {place.name} already")
         if server.find(target) is not None:
             raise Taken(target)
-        return LunNames(disk.address, server.name, origin.kind, origin.path, snapshot, target)
+        return LunNames(str(lun), server.name, origin.kind, origin.path, snapshot, target)
 
     def _find(self, lun: LunAddress) -> tuple[Targets, Origin]:
         place = self._place(lun)
