@@ -101,7 +101,7 @@ class LabDomain(LabMachine):
     def definition(self) -> str:
         """The domain's XML."""
         options = [f"vmsnap.{name}={value}" for name, value in self.settings.items()]
-        words = " ".join(["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", *options])
+        words = " ".join(["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", "no_timer_check", *options])
         words += f" mem={self._own_mib}M" if self._own_mib else ""
         disks = "".join(self._disk(index, disk) for index, disk in enumerate(self.disks))
         return f"""\

@@ -89,7 +89,7 @@ class StorageGuest:
             "-machine", "pc,accel=tcg", "-cpu", "max", "-m", f"{_MEMORY_MIB}", "-smp", "1",
             "-kernel", str(kernel), "-initrd", str(initramfs),
             # The kernel hands what it does not know on to init, as a variable.
-            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable CHECKOUT={_CHECKOUT}"
+            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check CHECKOUT={_CHECKOUT}"
             f" LAYER={'layer' if self.layer else ''}",
             "-serial", f"file:{self.folder / 'serial.log'}",
             "-chardev", f"socket,id=port,path={self.folder / 'port'}", "-serial", "chardev:port",
