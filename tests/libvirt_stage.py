@@ -18,9 +18,11 @@ from tests.lab.domain import CHAP, LabDomain
 from tests.lab.libvirtd import Libvirtd, userfaultfd_for_all
 from tests.lab.machine import DEFAULT_DISKS, MIB
 from vmsnap.controller import Controller, Drivers
+from vmsnap.controller.results import RestoreResult
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
+from vmsnap.roles import Hypervisor
 
 EXT4_BYTES = 64 * MIB
 _numbers = itertools.count(100)
@@ -85,6 +87,21 @@ class Stage:
         processes = self.libvirtd.qemus()
         jobs = ask("query-block-jobs"), ask("query-block-exports")
         return self.seen_by_virsh(), left, nodes, tops, settings, files, processes, jobs
+
+    @contextmanager
+    def restored(self, backup: str, *, run: bool = True, **options: str) -> Iterator[tuple[RestoreResult, Hypervisor]]:
+        """The backup as ``vm002``, isolated, and its driver, for a ``with``; nothing of it is there afterwards."""
+        result = self.controller.restore(
+            self.repository, backup, "vm002", run=run, isolated=True, options={**self.options, **options}
+        )
+        driver = self.controller.drivers.hypervisor("libvirt", "vm002", result.options)
+        try:
+            yield result, driver
+        finally:
+            driver.destroy()
+            driver.close()
+            self.controller.remove_vm("vm002")
+            shutil.rmtree(self.place / "state" / "vms")
 
     def serial_log(self, vm: str) -> Path:
         """What a loaded VM says."""

@@ -5,7 +5,6 @@ can work on it as before.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,17 +76,8 @@ def test_a_disk_is_copied_after_the_pause_and_libvirt_sees_it_as_it_was(stage: S
     over.unlink()
     machine.wait_for_check(machine.latest_check() + 1)
 
-    restored = stage.controller.restore(
-        stage.repository, result.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
-    )
-    driver = stage.controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(result.backup):
         assert console.faults(text_after_two_checks(stage.serial_log("vm002"))) == []
-    finally:
-        driver.destroy()
-        driver.close()
-        stage.controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
 
 
 def test_a_worker_that_is_killed_with_frozen_disks(stage: Stage) -> None:

@@ -288,16 +288,9 @@ def test_a_domain_of_libvirt_on_a_lun_of_lio_is_backed_up_and_comes_back(applian
         stage.see_nothing_of_ours(f"{target}/1")
         assert appliance.traces() == traces
         rest = stage.at_rest()
-        restored = controller.restore(
-            stage.repository, live.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
-        )
-        text = text_after_two_checks(stage.serial_log("vm002"))
-        assert serial.faults(text) == [] and serial.counts(text)[0] >= before
-        driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
+        with stage.restored(live.backup):
+            text = text_after_two_checks(stage.serial_log("vm002"))
+            assert serial.faults(text) == [] and serial.counts(text)[0] >= before
         consistent = controller.backup(
             "vm001", stage.repository, mode="consistent", timeout_seconds=300, max_pause_seconds=PAUSE_SECONDS
         )

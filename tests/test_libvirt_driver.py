@@ -67,11 +67,7 @@ def test_a_backup_is_a_domain_of_its_own_beside_the_first_isolated_and_on_its_ow
     backup = controller.backup("vm001", stage.repository).backup
     after = machine.latest_count()
     rest = stage.at_rest()
-    restored = controller.restore(
-        stage.repository, backup, "vm002", run=True, isolated=True, options={**stage.options, "define": "yes"}
-    )
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(backup, define="yes") as (restored, driver):
         text = text_after_two_checks(stage.serial_log("vm002"))
         assert console.faults(text) == []
         assert before <= console.counts(text)[0] <= after + 200, "it goes on at the captured count"
@@ -94,11 +90,6 @@ def test_a_backup_is_a_domain_of_its_own_beside_the_first_isolated_and_on_its_ow
         assert {owned.name for owned in driver.list_owned()} == {"vm002"}
         # What runs is backed up in turn.
         assert controller.backup("vm002", stage.repository).warnings == ()
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest
     stage.see_nothing_of_ours()
     machine.wait_for_check(machine.latest_check() + 1)

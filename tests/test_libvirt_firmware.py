@@ -4,7 +4,6 @@ restored domain has its own, and they go with it.
 
 from __future__ import annotations
 
-import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,11 +60,7 @@ def test_a_restored_domain_has_firmware_variables_and_a_tpm_of_its_own(stage: St
     after = measured(stage.machine.serial_text())[-1]
     assert backup.warnings == () and stage.at_rest() == rest
     assert "<tpm" in stage.repository.manifest(backup.backup).definition["xml"]
-    restored = controller.restore(
-        stage.repository, backup.backup, "vm002", run=True, isolated=True, options={**stage.options, "define": "yes"}
-    )
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(backup.backup, define="yes") as (restored, _):
         log = stage.serial_log("vm002")
         until(lambda: len(measured(log.read_text())) >= 2 and len(console.checks(log.read_text())) >= 1, "it goes on")
         assert before <= measured(log.read_text())[0] <= after + 1, "the TPM goes on at the instant"
@@ -76,11 +71,6 @@ def test_a_restored_domain_has_firmware_variables_and_a_tpm_of_its_own(stage: St
         assert Path(variables).read_bytes() == (stage.machine.folder / "variables.fd").read_bytes()
         uuid = tree.findtext("uuid") or ""
         assert tpm_states(stage) == {stage.machine.uuid, uuid} and uuid in emulators()
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert tpm_states(stage) == {stage.machine.uuid} and uuid not in emulators()
     assert stage.at_rest() == rest
     numbers = len(measured(stage.machine.serial_text()))

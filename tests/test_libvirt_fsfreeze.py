@@ -94,11 +94,7 @@ def test_a_restored_guest_thaws_when_it_is_let_run(stage: Stage) -> None:
     backup = controller.backup("vm001", stage.repository).backup
     rest = stage.at_rest()
     for run in (True, False):
-        restored = controller.restore(
-            stage.repository, backup, "vm002", run=run, isolated=True, options=dict(stage.options)
-        )
-        driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-        try:
+        with stage.restored(backup, run=run) as (_, driver):
             if not run:
                 # Not by vmsnap: then it is for whoever does it.
                 assert mark(stage, "vm002").exists()
@@ -111,11 +107,6 @@ def test_a_restored_guest_thaws_when_it_is_let_run(stage: Stage) -> None:
             assert '"thawed"' in status_of(stage, "vm002") and not mark(stage, "vm002").exists()
             until(lambda: written(stage.serial_log("vm002").read_text()) > 0, "its application writes")
             assert console.faults(stage.serial_log("vm002").read_text()) == []
-        finally:
-            driver.destroy()
-            driver.close()
-            controller.remove_vm("vm002")
-            shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest
 
 

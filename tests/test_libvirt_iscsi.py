@@ -69,20 +69,11 @@ def test_luns_are_snapshotted_where_they_lie_and_come_back_as_files(stage: Stage
     result = controller.backup("vm001", stage.repository, freeze="overlay")
     assert stage.repository.manifest(result.backup).freeze == "overlay"
     assert stage.at_rest() == rest and not (stage.place / "state" / "libvirt" / "freezes").exists()
-    restored = controller.restore(
-        stage.repository, result.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
-    )
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(result.backup):
         text = text_after_two_checks(stage.serial_log("vm002"))
         assert console.faults(text) == [] and console.counts(text)[0] >= before
         types = [disk.get("type") for disk in ET.fromstring(stage.libvirtd.virsh("dumpxml", "vm002")).iter("disk")]
         assert types == ["file", "file"]
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest
     stage.machine.wait_for_check(stage.machine.latest_check() + 1)
     assert stage.machine.faults() == []

@@ -4,7 +4,6 @@ That 7.2 always would is in ``test_libvirt_inputs.py``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -40,18 +39,9 @@ def test_on_10_0_memory_is_copied_before_the_pause_and_comes_back(stage: Stage) 
     manifest = stage.repository.manifest(result.backup)
     assert (manifest.hypervisor, manifest.capture) == ("libvirt", "precopy")
     assert manifest.hypervisor_version.startswith("10.0.")
-    restored = controller.restore(
-        stage.repository, result.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
-    )
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(result.backup):
         text = text_after_two_checks(stage.serial_log("vm002"))
         assert console.faults(text) == [] and before <= console.counts(text)[0] <= after + 200
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest
     machine.wait_for_check(machine.latest_check() + 1)
     assert machine.faults() == []

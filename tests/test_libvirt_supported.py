@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -48,18 +47,11 @@ def test_memory_and_disks_come_back_from_one_instant(stage: Stage) -> None:
     before = machine.latest_count()
     backup = controller.backup("vm001", stage.repository, max_pause_seconds=PAUSE_SECONDS).backup
     after = machine.latest_count()
-    restored = controller.restore(stage.repository, backup, "vm002", run=True, isolated=True, options=stage.options)
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(backup):
         # The guest compares its disks with what it remembers.
         text = text_after_two_checks(stage.serial_log("vm002"))
         assert console.faults(text) == []
         assert before <= console.counts(text)[0] <= after + 200, "it goes on at the captured count"
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert machine.faults() == []
 
 

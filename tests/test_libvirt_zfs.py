@@ -60,19 +60,10 @@ def test_a_live_backup_comes_back_beside_the_original(stage: Stage, zfs: ZfsFuse
     assert result.warnings == () and result.pause_seconds <= 5
     assert [disk.mechanism for disk in controller.table.get("vm001").disks] == ["zfs", "qcow2"]
     assert stage.at_rest() == rest and names(zfs.run, zfs.pool) == datasets
-    restored = controller.restore(
-        stage.repository, result.backup, "vm002", run=True, isolated=True, options=dict(stage.options)
-    )
-    driver = controller.drivers.hypervisor("libvirt", "vm002", restored.options)
-    try:
+    with stage.restored(result.backup):
         # It compares both disks with what it remembers, so that one of another instant would be a fault.
         text = text_after_two_checks(stage.serial_log("vm002"))
         assert console.faults(text) == [] and before <= console.counts(text)[0] <= after + 200
-    finally:
-        driver.destroy()
-        driver.close()
-        controller.remove_vm("vm002")
-        shutil.rmtree(stage.place / "state" / "vms")
     assert stage.at_rest() == rest and names(zfs.run, zfs.pool) == datasets
     machine.wait_for_check(machine.latest_check() + 1)
     assert machine.faults() == []
