@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from vmsnap.errors import StorageError, StorageFull, UsageError
 from vmsnap.imagelock import open_unused
 from vmsnap.pagecache import QuietReader, forget, write_all
+from vmsnap.roles import DiskWriter
 
 if TYPE_CHECKING:
     import ctypes
@@ -25,11 +26,8 @@ _UNABLE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
 _ZEROS: Final = bytes(1 << 20)
 
 
-class RawTarget:
-    """A `vmsnap.repository.inplace.Target` on a raw file or block device, which nobody else uses until `close`.
-
-    May be used by several threads at once. A context manager. The host's page cache keeps nothing of it.
-    """
+class RawTarget(DiskWriter):
+    """A raw file or block device. The host's page cache keeps nothing of it."""
 
     def __init__(self, path: Path) -> None:
         """Open the disk; changes nothing.
@@ -38,7 +36,7 @@ class RawTarget:
         :raises UsageError: it is neither a file nor a block device
         :raises Busy: somebody uses it
         """
-        self.label = str(path)
+        self.label = self.address = str(path)
         self._fd = open_unused(path)
         self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
         self.size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
@@ -130,12 +128,6 @@ class RawTarget:
             self._reader.close()
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> RawTarget:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _seek(self, offset: int, whence: int, end: int) -> int:
         try:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,36 +18,10 @@ from vmsnap.errors import Interrupted, VmsnapError
 from vmsnap.repository.format import ID_BYTES, ZERO_ID
 from vmsnap.repository.tree import ImageRecord
 
+if TYPE_CHECKING:
+    from vmsnap.roles import DiskWriter
+
 _PIECE_BYTES = 4 << 20
-
-
-class Target(Protocol):
-    """A disk that is written onto. Its methods may be called by several threads at once, each in ranges of its own."""
-
-    label: str
-    """What messages call it."""
-    size_bytes: int
-
-    def fit(self, size_bytes: int) -> None:
-        """Give it that size, or see that it is as large at least.
-
-        :raises UsageError: it cannot have it; nothing was changed
-        """
-
-    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Yield offset and length of those parts of a range that may be something else than zeros, ascending."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
-
-    def write(self, offset: int, contents: Sequence[bytes | memoryview]) -> None:
-        """Write `contents`, one after the other, from `offset` on."""
-
-    def write_zeros(self, offset: int, length: int) -> None:
-        """Make zeros of a range, without taking room for them where it can."""
-
-    def flush(self) -> None:
-        """Return when everything written is durable."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Overwriting:
     def __init__(
         self,
         image: ImageRecord,
-        target: Target,
+        target: DiskWriter,
         chunk_id: Callable[[memoryview], bytes],
         contents: Callable[[int, bytes], Iterator[tuple[int, Sequence[bytes | memoryview]]]],
     ) -> None:

@@ -26,7 +26,8 @@ from vmsnap.repository.tree import ImageRecord, Node, child_count, leaves, root_
 from vmsnap.roles.snapshot import DiskReader
 
 if TYPE_CHECKING:
-    from vmsnap.repository.inplace import RestoreStats, Target
+    from vmsnap.repository.inplace import RestoreStats
+    from vmsnap.roles import DiskWriter
 
 Progress: TypeAlias = Callable[[int, int | None], None]
 LoadIds: TypeAlias = Callable[[ImageRecord, Node], bytes]
@@ -141,7 +142,7 @@ class ImageReader(DiskReader):
         with closing(QuietWriter(fd)) as file, closing(self._blobs.second_process(fd)) as other:
             self._write_to(lambda offset, contents: file.write_all(contents, offset), progress, other)
 
-    def write_to_empty(self, target: Target, progress: Progress | None = None) -> None:
+    def write_to_empty(self, target: DiskWriter, progress: Progress | None = None) -> None:
         """Write all data of the image to a target that is as large and reads as zeros; durable on return. Blocks.
 
         :raises DamageFound: the backup is damaged
@@ -150,7 +151,7 @@ class ImageReader(DiskReader):
         self._write_to(target.write, progress)
         target.flush()
 
-    def restore_onto(self, target: Target, progress: Progress | None = None) -> RestoreStats:
+    def restore_onto(self, target: DiskWriter, progress: Progress | None = None) -> RestoreStats:
         """Make `target` like the image, whatever it holds: what differs is fetched and written, and nothing else.
         Durable on return. Blocks; several threads compare and write.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 
 class DiskWriter(ABC):
@@ -21,7 +22,7 @@ class DiskWriter(ABC):
 
     @abstractmethod
     def fit(self, size_bytes: int) -> None:
-        """Give it that size, or see that it has it.
+        """Give it that size, or see that it has it; a block device may be larger.
 
         :raises UsageError: it cannot have it; nothing was changed
         """
@@ -65,7 +66,7 @@ class DiskWriter(ABC):
         :raises StorageError: what was written may be lost
         """
 
-    def __enter__(self) -> DiskWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
