@@ -76,29 +76,18 @@ unpack_kernel() {
     touch "$cache/kernel/complete"
 }
 
-# Unpacked, not installed: installing it would start a server that the whole network can reach.
-unpack_sshd() {
-    sshd=$cache/sshd
-    [ -e "$sshd/complete" ] && return
+# unpack NAME PACKAGE...: these, and the libraries that this machine lacks, below the cache's folder NAME; not installed,
+# since that would start servers that the whole network can reach, or log in to what a configuration names.
+unpack() {
+    place=$cache/$1
+    shift
+    [ -e "$place/complete" ] && return
     refresh_lists
-    rm -rf "$sshd"
-    # The libraries that this machine lacks.
-    needed=$(packages_for openssh-server)
+    rm -rf "$place"
+    needed=$(packages_for "$@")
     # shellcheck disable=SC2086 # a list of words
-    fetch_into "$sshd" download openssh-server $needed
-    touch "$sshd/complete"
-}
-
-# Unpacked, not installed, for the same reason: the WebDAV server of an example in docs/examples.
-unpack_lighttpd() {
-    lighttpd=$cache/lighttpd
-    [ -e "$lighttpd/complete" ] && return
-    refresh_lists
-    rm -rf "$lighttpd"
-    needed=$(packages_for lighttpd lighttpd-mod-webdav)
-    # shellcheck disable=SC2086 # a list of words
-    fetch_into "$lighttpd" download $needed
-    touch "$lighttpd/complete"
+    fetch_into "$place" download "$@" $needed
+    touch "$place/complete"
 }
 
 # Unpacked, not installed: installing it would start a target that the whole network can reach.
@@ -177,18 +166,6 @@ unpack_agent() {
     # shellcheck disable=SC2086 # a list of words
     fetch_into "$agent" download $needed
     touch "$agent/complete"
-}
-
-# Unpacked, not installed: it would log in to what its configuration names. For the guest whose kernel has the initiator.
-unpack_open_iscsi() {
-    initiator=$cache/open-iscsi
-    [ -e "$initiator/complete" ] && return
-    refresh_lists
-    rm -rf "$initiator"
-    needed=$(packages_for open-iscsi)
-    # shellcheck disable=SC2086 # a list of words
-    fetch_into "$initiator" download $needed
-    touch "$initiator/complete"
 }
 
 # Unpacked, not installed: what a guest's root file system has above this machine's, the kernel with device mapper and
@@ -276,13 +253,15 @@ add_user() {
 install_packages
 add_user
 unpack_kernel
-unpack_sshd
-unpack_lighttpd
+unpack sshd openssh-server
+# The WebDAV server of an example in docs/examples.
+unpack lighttpd lighttpd lighttpd-mod-webdav
 unpack_promtool
 unpack_agent
 unpack_storage
 unpack_tgt
 unpack_zfs_fuse
 unpack_lio
-unpack_open_iscsi
+# For the guest whose kernel has the initiator.
+unpack open-iscsi open-iscsi
 unpack_backported_qemu
