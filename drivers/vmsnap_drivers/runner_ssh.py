@@ -31,7 +31,6 @@ _URL: Final = re.compile(
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SYSTEM_KNOWN_HOSTS: Final = Path("/etc/ssh/ssh_known_hosts")
 _CONNECT_SECONDS: Final = 20.0
-_POLL_SECONDS: Final = 0.2
 _KEEPALIVE_SECONDS: Final = 10
 _LOG: Final = "vmsnap.ssh"
 _NOT_FOUND: Final = 127

@@ -63,11 +63,12 @@ class Retrieval:
         total_bytes = sum(disk.size_bytes for disk in manifest.disks)
         self._bars.begin("reading", total_bytes + sum(memory.image.size_bytes for memory in manifest.memory))
         for disk in manifest.disks:
-            label, address = f"disk {disk.device}", str(paths.get(disk.device, ""))
-            if disk.device in self._onto:
-                address = self._onto[disk.device].address
-                self._write_onto(disk.image, label, self._onto[disk.device])
+            label, target = f"disk {disk.device}", self._onto.get(disk.device)
+            if target is not None:
+                address = target.address
+                self._write_onto(disk.image, label, target)
             else:
+                address = str(paths[disk.device])
                 self._fetch(disk.image, label, paths[disk.device])
             self.disks += (Disk(disk.device, address, disk.image.size_bytes, "raw"),)
         self._folders.make(self._images_folder)

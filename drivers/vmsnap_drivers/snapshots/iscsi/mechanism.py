@@ -114,16 +114,11 @@ class IscsiMechanism(SnapshotMechanism):
 
     def disk_at(self, device: str, address: str) -> Disk:
         """See `SnapshotMechanism.disk_at`; the target is asked."""
-        lun = lun_at(address)
-        if lun is None or not self._places.serves(lun):
-            raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
-        return Disk(device, address, self._find(lun)[1].size_bytes)
+        return Disk(device, address, self._find(self._known(lun_at(address), address))[1].size_bytes)
 
     def writer(self, disk: Disk) -> DiskWriter:
         """See `SnapshotMechanism.writer`; who is connected to the target uses the LUN."""
-        lun = parse(disk.address)
-        if lun is None or not self._places.serves(lun):
-            raise UsageError(f"{disk.address} is no LUN of a place that is known", cure="see the option appliances")
+        lun = self._known(parse(disk.address), disk.address)
         writer = open_lun(self._place(lun), lun, self._account())
         try:
             writer.fit(disk.size_bytes)
@@ -278,6 +273,11 @@ class IscsiMechanism(SnapshotMechanism):
         if server.find(target) is not None:
             raise Taken(target)
         return LunNames(str(lun), server.name, origin.kind, origin.path, snapshot, target)
+
+    def _known(self, lun: LunAddress | None, address: str) -> LunAddress:
+        if lun is None or not self._places.serves(lun):
+            raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
+        return lun
 
     def _find(self, lun: LunAddress) -> tuple[Targets, Origin]:
         place = self._place(lun)

@@ -56,9 +56,9 @@ class Stores(ABC):
         :raises SnapshotError: it is not there, or cannot be snapshotted
         """
 
-    @abstractmethod
     def name(self, tag: str, index: int, clone: str = "") -> str:
-        """What a snapshot is called, or the clone of it with that name."""
+        """What a snapshot is called, or the clone of it with that name; as volumes may be called."""
+        return f"iscsi.{tag}.{index}.{clone}.clone" if clone else f"iscsi.{tag}.{index}"
 
     def beside(self, origin: str, tag: str, index: int, clone: str = "") -> str:
         """The path of a snapshot, or of the clone of it with that name."""

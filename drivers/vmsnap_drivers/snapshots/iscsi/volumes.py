@@ -45,10 +45,6 @@ class Volumes(Stores):
                 )
         return Origin(self.kind, found["lv_path"], int(found["lv_size"]))
 
-    def name(self, tag: str, index: int, clone: str = "") -> str:
-        """See `Stores.name`."""
-        return f"iscsi.{tag}.{index}.{clone}.clone" if clone else f"iscsi.{tag}.{index}"
-
     def exists(self, path: str) -> bool:
         """See `Stores.exists`."""
         return any(row["lv_path"] == path for row in self._lvs())

@@ -71,10 +71,6 @@ class Zvols(Stores):
             )
         return Origin(self.kind, path, has[volume, "volsize"])
 
-    def name(self, tag: str, index: int, clone: str = "") -> str:
-        """See `Stores.name`."""
-        return f"iscsi.{tag}.{index}.{clone}.clone" if clone else f"iscsi.{tag}.{index}"
-
     def beside(self, origin: str, tag: str, index: int, clone: str = "") -> str:
         """See `Stores.beside`."""
         path = super().beside(origin, tag, index, clone)
