@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from vmsnap.errors import DriverUnavailable, VmsnapError
 from vmsnap.model import Finding
+from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.snapshots.iscsi.initiator import INSTALL
+from vmsnap_drivers.snapshots.iscsi.kernel import all_sessions
 from vmsnap_drivers.snapshots.iscsi.names import is_name_of_ours
 from vmsnap_drivers.snapshots.iscsi.places import Place, Places
+from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import TAG
 from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
 
@@ -38,6 +41,11 @@ def examine(places: Places) -> Sequence[Finding]:
         )
     if shutil.which("qemu-nbd") is None:
         found.append(Finding("qemu-nbd", "missing", "it is not installed: LUNs of appliances cannot be read", INSTALL))
+    if any(all_sessions()):
+        try:
+            KernelSessions(LocalRunner()).check()
+        except DriverUnavailable as e:
+            found.append(Finding("iscsiadm", "missing", e.message, e.cure))
     return found
 
 

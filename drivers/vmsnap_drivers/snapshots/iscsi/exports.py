@@ -7,15 +7,19 @@ that was written before it was made or taken apart: whoever was killed in betwee
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from vmsnap.durable import make_writable_folder
 from vmsnap.errors import SnapshotError
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 from vmsnap_drivers.snapshots.iscsi.places import Place
 from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Taken, Target, Targets
+
+_LOOK_EACH_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,21 @@ class Exports:
             raise
         note.unlink()
 
-    def remove(self, export: Export, *, force: bool) -> None:
+    def remove(self, export: Export, *, force: bool, patience_seconds: float = 0.0) -> None:
         """Remove the target if it is ours; idempotent. Where nothing serves there is none.
 
         :param force: cut off whoever is connected
+        :param patience_seconds: how long somebody who has just logged out may still be shown as connected
         :raises SnapshotError: it is in use, or it was refused
         """
         place, server, target = export.place, export.server, export.target
         note = self._note(place, target)
+        deadline = time.monotonic() + patience_seconds
         try:
             found = server.find(target)
+            while found is not None and found.sessions and not force and time.monotonic() < deadline:
+                time.sleep(_LOOK_EACH_SECONDS)
+                found = server.find(target)
         except NotRunning:
             note.unlink(missing_ok=True)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -30,6 +31,7 @@ from vmsnap.roles import (
 )
 from vmsnap.roles.filereader import FileReader
 from vmsnap_drivers.devicereader import DeviceReader
+from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.runner_ssh import SshSettings
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress, parse
 from vmsnap_drivers.snapshots.iscsi.doctor import examine
@@ -48,11 +50,13 @@ from vmsnap_drivers.snapshots.iscsi.names import (
     to_data,
 )
 from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, ServerSettings
+from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
 from vmsnap_drivers.snapshots.iscsi.writer import open_lun
 
 _MOST_AT_ONCE: Final = 8
+_LOGGED_OUT_SECONDS: Final = 5.0
 _PAUSE_SECONDS: Final = whole_number(1, 3600)
 _CONTROL_PORT: Final = whole_number(0, 32767)
 
@@ -89,6 +93,13 @@ class IscsiMechanism(SnapshotMechanism):
             "store",
             ("store", "initiator"),
         ),
+        Option(
+            "duplicate_initiator",
+            "how a duplicate reaches its disk; same: by Linux' own initiator where the VM's disk has come so, by QEMU's"
+            " otherwise",
+            "same",
+            ("same", "qemu"),
+        ),
         Option("chap_user", "the CHAP account of the targets, by which we read", ""),
         Option("chap_password_file", "the file that holds its secret", type=PATH),
         Option("known_hosts", "the file of known host keys of the appliances; without it, OpenSSH's own", type=PATH),
@@ -105,6 +116,7 @@ class IscsiMechanism(SnapshotMechanism):
         )
         self._places = Places(self._options["appliances"], servers, settings)
         self._exports = Exports(context.state_dir / self.name)
+        self._sessions = KernelSessions(LocalRunner())
         self._kinds = self._places.of("").kinds
 
     def handles(self, disk: Disk) -> bool:
@@ -181,15 +193,22 @@ class IscsiMechanism(SnapshotMechanism):
         target = clone_target_of(names.lun, name, index)
         if self._server(names).find(target) is not None:
             raise Taken(target)
-        data = {"index": index, "path": path, "target": target}
+        log_in = self._options["duplicate_initiator"] == "same" and snapshot.disk.address.startswith("/")
+        if log_in:
+            self._sessions.check()
+        data = asdict(CloneNames(index, path, target, log_in))
         return ClonePlan(self.name, snapshot.plan, snapshot.disk.device, name, folder, lasting, data)
 
     def clone(self, plan: ClonePlan, snapshot: DiskSnapshot) -> Disk:
-        """See `SnapshotMechanism.clone`. Made at once: it shares with the snapshot what is not overwritten."""
+        """See `SnapshotMechanism.clone`. Made at once: it shares with the snapshot what is not overwritten. Linux' own
+        initiator brings it to this host where it has brought the disk.
+        """
         names, source = self._clone(plan)
+        lun = source.lun.beside(names.target)
         self._stores(source).clone(source.snapshot, names.path, plan.snapshot.tag)
         self._make(self._export(source, names.target, names.path), source.lun, plan.name, read_only=False)
-        return Disk(snapshot.disk.device, str(source.lun.beside(names.target)), snapshot.disk.size_bytes)
+        address = str(self._sessions.log_in(lun, snapshot.disk.address) if names.log_in else lun)
+        return Disk(snapshot.disk.device, address, snapshot.disk.size_bytes)
 
     def delete_clone(self, plan: ClonePlan) -> None:
         """See `SnapshotMechanism.delete_clone`.
@@ -197,7 +216,10 @@ class IscsiMechanism(SnapshotMechanism):
         :raises SnapshotError: a VM uses it, or it cannot be removed or reached
         """
         names, source = self._clone(plan)
-        self._exports.remove(self._export(source, names.target, names.path), force=False)
+        if names.log_in:
+            self._sessions.log_out(source.lun.beside(names.target))
+        export = self._export(source, names.target, names.path)
+        self._exports.remove(export, force=False, patience_seconds=_LOGGED_OUT_SECONDS if names.log_in else 0.0)
         self._stores(source).remove(names.path, plan.snapshot.tag)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
@@ -232,7 +254,7 @@ class IscsiMechanism(SnapshotMechanism):
         ]
 
     def remove_owned(self, owned: OwnedResource) -> None:
-        """See `SnapshotMechanism.remove_owned`; with it goes the target that exports it.
+        """See `SnapshotMechanism.remove_owned`; with it goes the target that exports it, and our session with that.
 
         :raises SnapshotError: it is in use, or an appliance cannot be reached
         """
@@ -242,6 +264,7 @@ class IscsiMechanism(SnapshotMechanism):
                     continue
                 for server, target in list(place.all_targets()):
                     if [lun.path for lun in target.disks] == [found.path]:
+                        self._sessions.log_out_of(target.name, place.portal)
                         export = Export(place, server, target.name, found.path)
                         self._exports.remove(export, force=found.kind == "snapshot")
                 stores.remove(found.path, found.tag)

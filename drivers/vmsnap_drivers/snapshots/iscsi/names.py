@@ -47,11 +47,14 @@ class LunNames:
 
 @dataclass(frozen=True)
 class CloneNames:
-    """A writable disk for a duplicate: disk number `index` of its plan, its backing store, its target."""
+    """A writable disk for a duplicate: disk number `index` of its plan, its backing store, its target; `log_in` where
+    Linux' own initiator is to bring it to this host.
+    """
 
     index: int
     path: str
     target: str
+    log_in: bool = False
 
 
 def target_of(lun: LunAddress, tag: str, index: int) -> str:
