@@ -32,7 +32,7 @@ _LONG = {
     "test_power_loss": 45, "test_libvirt_changes": 45,
     "test_libvirt_inputs": 55, "test_libvirt_precopy": 30, "test_libvirt_zfs": 30,
     "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,
-    "test_iscsi_cuts": 90,
+    "test_iscsi_cuts": 90, "in_guest/test_kernel_initiator": 110,
 }  # fmt: skip
 SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
 """About how long files take that are not short, on two cores that have nothing else to do."""

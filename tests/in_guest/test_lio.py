@@ -16,7 +16,6 @@ from tests.disk_rig import sync, write
 from tests.in_guest.volumes import make_thick, run, volume_group, volumes
 from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
-from tests.lab.open_iscsi import NAME, KernelInitiator
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO
 from tests.lun_failures import plan_of
 from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
@@ -211,40 +210,3 @@ def test_a_killed_export_or_removal_leaves_nothing_that_a_later_removal_does_not
     record_property("counted", f"LIO, killed before each of {steps} steps of the operation {operation}")
     record_property("cases", steps)
     notes.rmdir()
-
-
-def test_a_disk_that_linux_own_initiator_has_brought_is_the_lun_that_it_is(
-    server: LioServer, xfs: Path, tmp_path: Path
-) -> None:
-    target, image = f"{AUTHORITY}:kernel", xfs / "kernel.img"
-    image.write_bytes(content := os.urandom(2 << 20))
-    server.add(target, image, initiators=(QEMU, NAME))
-    mechanism = IscsiMechanism(DriverContext(tmp_path / "state", tmp_path), server.options)
-    with KernelInitiator() as initiator:
-        device = initiator.log_in(target, server.portal)
-        disk = mechanism.disk_at("disk0", str(device))
-        assert (disk.address, disk.size_bytes) == (str(device), len(content)) and mechanism.handles(disk)
-        assert not mechanism.handles(Disk("disk0", "/dev/null", 0))
-        plan = mechanism.plan("vm001", [disk], "vmsnap-x", Window.FREE)
-        assert plan.data["luns"][0]["address"] == server.address(target)
-        mechanism.prepare(plan)
-        write(disk.address, 4096, bytes(4096))
-        sync(disk.address)
-        (snapshot,) = mechanism.snapshot(plan)
-        write(disk.address, 0, os.urandom(1 << 20))
-        sync(disk.address)
-        mechanism.settle([snapshot])
-        planned = mechanism.plan_clone(snapshot, "bk001", tmp_path, lasting=True)
-        duplicates = mechanism.clone(planned, snapshot)
-        assert duplicates.address == server.address(f"{AUTHORITY}:bk001"), "QEMU's own initiator reaches it"
-        wanted = content[:4096] + bytes(4096) + content[8192:]
-        with mechanism.reader(snapshot) as reader, mechanism.clone_reader(planned, duplicates) as clone:
-            assert read_all(reader) == read_all(clone) == wanted
-        mechanism.delete_clone(planned)
-        mechanism.delete(plan)
-        initiator.log_out(target, server.portal)
-        assert not mechanism.handles(disk), "it is gone"
-    mechanism.close()
-    assert server.targets() == {target: [str(image)]}
-    server.remove(target)
-    image.unlink()

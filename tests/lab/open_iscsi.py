@@ -1,8 +1,12 @@
-"""Linux' own initiator, by open-iscsi, in a guest whose kernel has it. Needs root and ``install.sh``."""
+"""Linux' own initiator, by open-iscsi, in a guest whose kernel has it. Needs root and ``install.sh``.
+
+``iscsiadm`` lies where programs are found, as if it had been installed.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ from .qemus import unpacked
 NAME = "iqn.1993-08.org.debian:01:lab"
 """As whom it comes."""
 _CONFIGURATION = Path("/etc/iscsi")
+_PROGRAM = Path("/usr/local/sbin/iscsiadm")
 _SECONDS = 60.0
 _POLL_SECONDS = 0.05
 
@@ -28,14 +33,18 @@ class KernelInitiator:
     def __enter__(self) -> KernelInitiator:
         for module in ("sd_mod", "iscsi_tcp"):
             subprocess.run(["modprobe", module], check=True)
-        for folder in (_CONFIGURATION, Path("/run/lock")):
+        for folder in (_CONFIGURATION, Path("/run/lock"), _PROGRAM.parent):
             folder.mkdir(parents=True, exist_ok=True)
+        variable, program = f"LD_LIBRARY_PATH={self._libraries()}", shlex.quote(str(self._root / "sbin/iscsiadm"))
+        _PROGRAM.write_text(f'#!/bin/sh\nexec env {shlex.quote(variable)} {program} "$@"\n')
+        _PROGRAM.chmod(0o755)
         (_CONFIGURATION / "initiatorname.iscsi").write_text(f"InitiatorName={NAME}\n")
         (_CONFIGURATION / "iscsid.conf").write_text("node.startup = manual\n")
         # When it ends it ends its whole process group.
         self._daemon = subprocess.Popen(
-            [str(self._root / "sbin/iscsid"), "-f"], env=self._environment(), start_new_session=True
-        )
+            [str(self._root / "sbin/iscsid"), "-f"], start_new_session=True,
+            env={**os.environ, "LD_LIBRARY_PATH": self._libraries()},
+        )  # fmt: skip
         return self
 
     def __exit__(
@@ -46,14 +55,19 @@ class KernelInitiator:
         if self._daemon is not None:
             self._daemon.terminate()
             self._daemon.wait()
+        _PROGRAM.unlink()
 
-    def log_in(self, target: str, portal: str) -> Path:
-        """The device of the one disk of a target.
+    def log_in(self, target: str, portal: str, user: str = "", password: str = "") -> Path:
+        """The device of the one disk of a target, which is reached by that account of CHAP.
 
         :raise LabError: it does not come
         """
-        self._iscsiadm("-m", "node", "-o", "new", "-T", target, "-p", portal)
-        self._iscsiadm("-m", "node", "-T", target, "-p", portal, "--login")
+        node = ("-m", "node", "-T", target, "-p", portal)
+        self._iscsiadm(*node, "-o", "new")
+        account = {"authmethod": "CHAP", "username": user, "password": password} if user else {}
+        for name, value in account.items():
+            self._iscsiadm(*node, "-o", "update", "-n", f"node.session.auth.{name}", "-v", value)
+        self._iscsiadm(*node, "--login")
         deadline = time.monotonic() + _SECONDS
         while time.monotonic() < deadline:
             for session in Path("/sys/class/iscsi_session").glob("session*"):
@@ -68,10 +82,10 @@ class KernelInitiator:
         self._iscsiadm("-m", "node", "-T", target, "-p", portal, "--logout")
 
     def _iscsiadm(self, *words: str) -> None:
-        argv = [str(self._root / "sbin/iscsiadm"), *words]
+        argv = [str(_PROGRAM), *words]
         deadline = time.monotonic() + _SECONDS
         while True:
-            done = subprocess.run(argv, env=self._environment(), capture_output=True, text=True, timeout=_SECONDS)
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS)
             if done.returncode == 0:
                 return
             if self._daemon is None or self._daemon.poll() is not None:
@@ -80,6 +94,5 @@ class KernelInitiator:
                 raise LabError(f"{' '.join(words)}: {done.stdout}{done.stderr}")
             time.sleep(_POLL_SECONDS)
 
-    def _environment(self) -> dict[str, str]:
-        libraries = [str(self._root / folder) for folder in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")]
-        return {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)}
+    def _libraries(self) -> str:
+        return ":".join(str(self._root / folder) for folder in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"))
