@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import LabMachine, available_qemus, find_qemu
+from tests.lab import WITH_BARE_DISK, LabMachine, available_qemus, find_qemu
 from vmsnap.model import CapturePlan, Duplicate, Moment
 from vmsnap.roles import CaptureRequest, DriverContext, LoadedVm, LoadRequest
 from vmsnap_drivers.hypervisors.qemu import QemuHypervisor
@@ -114,7 +114,7 @@ class Machines:
             if machine is not None:
                 machine.kill()
             self._started += 1
-            machine = LabMachine(self._folder / f"guest{self._started}", find_qemu(version))
+            machine = LabMachine(self._folder / f"guest{self._started}", find_qemu(version), disks=WITH_BARE_DISK)
             machine.start()
             self._machines[version] = machine
         machine.wait_for_count(machine.latest_count() + 20)

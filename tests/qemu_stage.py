@@ -103,7 +103,7 @@ def staged(
     account: tuple[str, Path] | None = None,
 ) -> Iterator[Stage]:
     """The guest, its application under way, registered as ``vm001``. Its disks are the `luns` where there are two: raw,
-    256 and 64 MiB, the second of them with ext4 (`make_ext4`) already.
+    256 and 64 MiB, the second of them with ext4 (`make_ext4`) already. The first disk has no node of its format.
 
     :param account: by which its QEMU reaches the LUNs: a user of CHAP, and the file of the secret
     """
@@ -146,9 +146,9 @@ def chap_arguments(secret: Path) -> tuple[str, ...]:
 
 def _disks(luns: tuple[str, ...], user: str) -> tuple[Disk, ...]:
     if not luns:
-        return Disk("raw"), Disk("qcow2", 64 * MIB)
+        return Disk("raw", bare=True), Disk("qcow2", 64 * MIB)
     first, second = luns
-    return Disk("raw", address=first, account=user), Disk("raw", 64 * MIB, second, user)
+    return Disk("raw", address=first, account=user, bare=True), Disk("raw", 64 * MIB, second, user)
 
 
 def end_all(place: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")
 
-from tests.lab import disk_records
+from tests.lab import WITH_BARE_DISK, disk_records
 from tests.lab import serial as console
 from tests.lab.libvirtd import USER
 from tests.libvirt_stage import Stage, staged
@@ -31,7 +31,11 @@ MAX_PAUSE_SECONDS = 30.0
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    with staged(options={"plain_files": "yes"}) as made:
+    with staged(options={"plain_files": "yes"}, disks=WITH_BARE_DISK) as made:
+        drivers = {entry["inserted"]["drv"] for entry in made.machine.oracle.execute("query-block")}
+        assert drivers == {"qcow2", "file"}, "the raw disk has no node of its format"
+        nodes = made.machine.oracle.execute("query-named-block-nodes")
+        assert {node["drv"] for node in nodes} == {"qcow2", "file"}, "the raw disk has no node of its format"
         made.controller.backup("vm001", made.repository, max_pause_seconds=MAX_PAUSE_SECONDS)
         yield made
 

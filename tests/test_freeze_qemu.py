@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import LabMachine, disk_records, find_qemu
+from tests.lab import WITH_BARE_DISK, LabMachine, disk_records, find_qemu
 from tests.qemu_stage import until
 from tests.test_live_backup_qemu import BUILDS, block_graph, controller, files_beside, place, repository
 from tests.test_side_by_side import WatchedDrivers
@@ -32,8 +32,8 @@ Take = Callable[[], tuple[DiskSnapshot, ...]]
 
 @pytest.fixture(params=BUILDS)
 def machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
-    """A guest with a qcow2 disk and a raw one, both written to all the time."""
-    with LabMachine(place / "vm001", request.param) as started:
+    """A guest with a qcow2 disk and a raw one without a node of its format, both written to all the time."""
+    with LabMachine(place / "vm001", request.param, disks=WITH_BARE_DISK) as started:
         started.wait_for_check(10, PATIENCE_SECONDS)
         yield started
 

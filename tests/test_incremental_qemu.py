@@ -39,7 +39,7 @@ SLACK_BYTES = 2 * MIB
 
 
 class QuietMachine(LabMachine):
-    """A QEMU without a guest, a qcow2 and a raw disk, both taking discards."""
+    """A QEMU without a guest, a qcow2 and a raw disk, both taking discards; the raw one has no node of its format."""
 
     def __init__(self, folder: Path, build: QemuBuild) -> None:
         super().__init__(folder, build, disks=(Disk("qcow2", 24 * MIB), Disk("raw", 16 * MIB)))
@@ -57,9 +57,13 @@ class QuietMachine(LabMachine):
         for path in (self.qmp_socket, self.oracle_socket):
             arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
         for index, disk in enumerate(self.disks):
-            node = f"driver={disk.format},node-name=disk{index},discard=unmap"
-            file = f"file.driver=file,file.discard=unmap,file.filename={self.disk_path(index)}"
-            arguments += ["-blockdev", f"{node},{file}"]
+            node = f"node-name=disk{index},discard=unmap"
+            if disk.format == "raw":
+                node += f",driver=file,filename={self.disk_path(index)}"
+            else:
+                node += f",driver={disk.format},file.driver=file,file.discard=unmap"
+                node += f",file.filename={self.disk_path(index)}"
+            arguments += ["-blockdev", node]
             arguments += ["-device", f"virtio-blk-pci,drive=disk{index},id=disk{index}"]
         return self.qemu.command(*arguments)
 

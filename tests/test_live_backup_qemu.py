@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import LabMachine, available_qemus
+from tests.lab import WITH_BARE_DISK, LabMachine, available_qemus
 from tests.lab import serial as console
 from tests.lab.machine import PATIENCE_SECONDS
 from tests.lab.qemus import QemuBuild
@@ -43,7 +43,7 @@ def place() -> Iterator[Path]:
 @pytest.fixture(params=BUILDS)
 def machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     build: QemuBuild = request.param
-    with LabMachine(place / "vm001", build, settings={"touch_mib": 200}) as started:
+    with LabMachine(place / "vm001", build, disks=WITH_BARE_DISK, settings={"touch_mib": 200}) as started:
         started.wait_for_check(100)
         yield started
 

@@ -40,8 +40,8 @@ def await_true(condition: Callable[[], bool], what: str) -> None:
 
 
 class Machine:
-    """A QEMU with four disks: raw by -blockdev with an I/O thread, qcow2 with a backing file and an internal snapshot
-    by -drive without names, raw on IDE, and a read-only one.
+    """A QEMU with four disks: raw by -blockdev without a node of the format, with an I/O thread, qcow2 with a backing
+    file and an internal snapshot by -drive without names, raw on IDE, and a read-only one.
     """
 
     def __init__(self, build: QemuBuild, folder: Path) -> None:
@@ -79,7 +79,7 @@ class Machine:
             path.unlink(missing_ok=True)
             arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
         arguments += ["-object", "iothread,id=thread0", "-object", "throttle-group,id=group0"]
-        arguments += ["-blockdev", f"driver=raw,node-name=disk-a,file.driver=file,file.filename={folder}/a.raw"]
+        arguments += ["-blockdev", f"driver=file,node-name=disk-a,filename={folder}/a.raw"]
         arguments += ["-device", "virtio-blk-pci,id=a,drive=disk-a,iothread=thread0"]
         arguments += ["-drive", f"file={folder}/b.qcow2,format=qcow2,if=virtio"]
         arguments += ["-drive", f"file={folder}/c.raw,format=raw,if=ide,id=c"]

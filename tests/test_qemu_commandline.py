@@ -177,6 +177,32 @@ def test_a_node_gets_another_image_under_its_name() -> None:
     }
 
 
+FILE = "aio=native,cache.direct=on"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"-blockdev host_device,node-name=d,filename=/dev/sda,discard=unmap,{FILE}",
+        f"-blockdev file,node-name=f,filename=/a,{FILE} -blockdev raw,node-name=d,file=f,discard=unmap",
+        "-blockdev raw,node-name=d,discard=unmap,file.driver=file,file.filename=/a,file.aio=native"
+        ",file.cache.direct=on",
+        """-blockdev '{"driver":"file","filename":"/a","node-name":"d","discard":"unmap","aio":"native",'"""
+        """'"cache":{"direct":true},"read-only":false}'""",
+    ],
+)
+def test_how_a_file_is_reached_is_kept_wherever_its_options_stand(text: str) -> None:
+    *others, argument = arguments(text)
+    node = json.loads(with_image(argument, "/new", "raw", others).value or "")
+    assert node.pop("read-only", False) is False
+    assert node == {
+        "node-name": "d",
+        "driver": "raw",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": "/new", "aio": "native", "cache": {"direct": True}},
+    }
+
+
 CHAP = "user=keeper,password-secret=chap,initiator-name=iqn.2009-12.com.example:vm,timeout=9"
 
 
@@ -184,6 +210,7 @@ CHAP = "user=keeper,password-secret=chap,initiator-name=iqn.2009-12.com.example:
     "text",
     [
         f"-blockdev driver=iscsi,node-name=f,portal=old,target=t,lun=1,{CHAP} -blockdev raw,node-name=d,file=f",
+        f"-blockdev driver=iscsi,node-name=d,portal=old,target=t,lun=1,{CHAP}",
         "-blockdev raw,node-name=d,file.driver=iscsi,file.portal=old,file.target=t,"
         + ",".join(f"file.{pair}" for pair in CHAP.split(",")),
     ],
@@ -203,6 +230,10 @@ def test_a_disk_that_moves_to_another_lun_keeps_its_account_and_no_other_disk_ge
     (drive,) = arguments(
         "-drive file.driver=iscsi,file.portal=old,file.target=t,file.user=u,file.password-secret=c,if=virtio"
     )
+    assert with_image(drive, "iscsi://host/iqn.x.y:z/1", "raw").value == (
+        "file=iscsi://host/iqn.x.y:z/1,format=raw,if=virtio,file.user=u,file.password-secret=c"
+    )
+    (drive,) = arguments("-drive driver=iscsi,portal=old,target=t,user=u,password-secret=c,if=virtio")
     assert with_image(drive, "iscsi://host/iqn.x.y:z/1", "raw").value == (
         "file=iscsi://host/iqn.x.y:z/1,format=raw,if=virtio,file.user=u,file.password-secret=c"
     )

@@ -164,14 +164,15 @@ def test_a_machine_of_legacy_drives_chains_and_changed_media(build: QemuBuild, h
         (folder / f"{name}.img").write_bytes(name.encode().ljust(1440 * 1024, b"."))
     (folder / "ide.raw").write_bytes(b"")
     (folder / "block.raw").write_bytes(b"")
-    for name in ("ide.raw", "block.raw"):
+    (folder / "bare.raw").write_bytes(b"")
+    for name in ("ide.raw", "block.raw", "bare.raw"):
         with (folder / name).open("r+b") as file:
             file.truncate(DISK_BYTES)
     base, top = folder / "base.qcow2", folder / "top.qcow2"
     build.create_image(base, "qcow2", DISK_BYTES)
     image_tool(build, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
     image_tool(build, "snapshot", "-c", "inside", top)
-    with loop_device(folder / "block.raw") as device:
+    with loop_device(folder / "block.raw") as device, loop_device(folder / "bare.raw") as bare:
         (folder / "scsi.conf").write_text(
             f'[drive "block"]\n if = "none"\n file = "{device}"\n format = "raw"\n cache = "none"\n'
             '[device "scsi-disk"]\n driver = "scsi-hd"\n drive = "block"\n bus = "scsi0.0"\n'
@@ -182,6 +183,8 @@ def test_a_machine_of_legacy_drives_chains_and_changed_media(build: QemuBuild, h
             "-hda", str(folder / "ide.raw"), "-cdrom", str(folder / "first.img"), "-fda", str(folder / "floppy.img"),
             "-device", "virtio-scsi-pci,id=scsi0",
             "-readconfig", str(folder / "scsi.conf"), "-mem-prealloc",
+            "-blockdev", f"driver=host_device,node-name=node,filename={bare},cache.direct=on,aio=native,discard=unmap",
+            "-device", "scsi-hd,drive=node,id=bare",
         ]
         # fmt: on
         machine = LabMachine(
@@ -192,10 +195,10 @@ def test_a_machine_of_legacy_drives_chains_and_changed_media(build: QemuBuild, h
             cdrom = next(entry["qdev"] for entry in ask("query-block") if entry["device"] == "ide1-cd0")
             ask("blockdev-change-medium", id=cdrom, filename=str(folder / "second.img"), format="raw")
             ask("eject", device="floppy0", force=True)
-            assert "READY disks=3" in machine.serial_text()
+            assert "READY disks=4" in machine.serial_text()
 
             manifest = host.back_up(machine)
-            assert [disk.device for disk in manifest.disks] == ["virtio0", "ide0-hd0", "scsi-disk"]
+            assert [disk.device for disk in manifest.disks] == ["virtio0", "ide0-hd0", "scsi-disk", "bare"]
             assert {disk.device: disk.address for disk in manifest.read_only_disks} == {
                 "ide1-cd0": str(folder / "second.img"),
             }
@@ -288,8 +291,10 @@ def test_devices_come_and_go_with_a_tpm_on_every_kind_of_ram(build: QemuBuild, h
             ask("device_del", id="nic0")
             wait_until_gone(ask, "nic0")
             ask("netdev_del", id="net0")
-            for node, kind, path in (("plugged-block", "raw", block), ("plugged-scsi", "qcow2", scsi)):
-                ask("blockdev-add", node_name=node, driver=kind, file={"driver": "file", "filename": str(path)})
+            ask("blockdev-add", node_name="plugged-block", driver="file", filename=str(block))
+            ask(
+                "blockdev-add", node_name="plugged-scsi", driver="qcow2", file={"driver": "file", "filename": str(scsi)}
+            )
             ask("device_add", driver="virtio-blk-pci", id="block", drive="plugged-block", serial="by, hand")
             ask("device_add", driver="scsi-hd", id="scsi", drive="plugged-scsi", bus="scsi0.0")
             deadline = time.monotonic() + DEADLINE_SECONDS
@@ -351,7 +356,7 @@ def test_uefi_variables_are_of_the_instant(build: QemuBuild, host: Host, place: 
         ]),
         "blockdev": (("code", "variables"), [
             "-blockdev", f"driver=file,node-name=code,filename={FIRMWARE},read-only=on",
-            "-blockdev", f"driver=raw,node-name=variables,file.driver=file,file.filename={variables}",
+            "-blockdev", f"driver=file,node-name=variables,filename={variables}",
             "-machine", "pflash0=code,pflash1=variables",
         ]),
     }["drive" if build.version == "7.2" else "blockdev"]  # firmware boots for half a minute: one form each

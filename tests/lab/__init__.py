@@ -8,7 +8,16 @@ Used by tests, benchmarks and the demo. Knows nothing of the product, so that it
         assert machine.faults() == []
 """
 
-from .machine import DEFAULT_DISKS, Disk, LabError, LabMachine
+from .machine import DEFAULT_DISKS, WITH_BARE_DISK, Disk, LabError, LabMachine
 from .qemus import QemuBuild, available_qemus, find_qemu
 
-__all__ = ["DEFAULT_DISKS", "Disk", "LabError", "LabMachine", "QemuBuild", "available_qemus", "find_qemu"]
+__all__ = [
+    "DEFAULT_DISKS",
+    "WITH_BARE_DISK",
+    "Disk",
+    "LabError",
+    "LabMachine",
+    "QemuBuild",
+    "available_qemus",
+    "find_qemu",
+]

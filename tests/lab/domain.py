@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 import libvirt
 import libvirt_qemu
 
+from .bare_disks import write_emulator
 from .initramfs import guest_image
 from .libvirtd import USER, Libvirtd
 from .machine import DEFAULT_DISKS, MIB, PATIENCE_SECONDS, Disk, LabError, LabMachine
@@ -113,12 +114,16 @@ class LabDomain(LabMachine):
   <features><acpi/></features>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
-    <emulator>{self.qemu.wrapper}</emulator>{disks}{self._interface}
+    <emulator>{self._emulator()}</emulator>{disks}{self._interface}
     <serial type='unix'><source mode='bind' path='{self.serial_socket}'/>
       <log file='{self.serial_log}' append='on'/></serial>
     <memballoon model='none'/>{self._more_devices}
   </devices>
 </domain>"""
+
+    def _emulator(self) -> Path:
+        bare = any(disk.bare for disk in self.disks)
+        return write_emulator(self.folder, self.qemu.wrapper) if bare else self.qemu.wrapper
 
     def _disk(self, index: int, disk: Disk) -> str:
         target = f"<target dev='vd{'abcdef'[index]}' bus='virtio'/>"

@@ -46,6 +46,9 @@ class Disk:
     initiator: str = ""
     """Who a domain says that it is there; empty for what QEMU says of itself, which has the machine's UUID."""
 
+    bare: bool = False
+    """Raw, and the guest's device stands on the node of the file itself, as under newer libvirts."""
+
     @property
     def is_lun(self) -> bool:
         """Whether it lies on a LUN."""
@@ -53,6 +56,7 @@ class Disk:
 
 
 DEFAULT_DISKS = (Disk("qcow2"), Disk("raw"))
+WITH_BARE_DISK = (Disk("qcow2"), Disk("raw", bare=True))
 
 
 class LabMachine:
@@ -183,16 +187,12 @@ class LabMachine:
         for index, disk in enumerate(self.disks):
             name = f"disk{index}"
             where = _lun_options(disk) if disk.is_lun else f"driver=file,filename={self.disk_path(index)}"
-            file = f"node-name={name}-file,{where}"
-            node = f"driver={disk.format},node-name={name},file={name}-file"
-            arguments += [
-                "-blockdev",
-                file,
-                "-blockdev",
-                node,
-                "-device",
-                f"virtio-blk-pci,drive={name},id={name}",
-            ]
+            if disk.bare:
+                arguments += ["-blockdev", f"node-name={name},{where}"]
+            else:
+                arguments += ["-blockdev", f"node-name={name}-file,{where}"]
+                arguments += ["-blockdev", f"driver={disk.format},node-name={name},file={name}-file"]
+            arguments += ["-device", f"virtio-blk-pci,drive={name},id={name}"]
         return arguments
 
     def start(self, timeout_seconds: float = PATIENCE_SECONDS) -> None:

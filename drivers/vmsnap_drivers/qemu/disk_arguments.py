@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+from vmsnap_drivers.qemu.block_drivers import PROTOCOLS
 from vmsnap_drivers.qemu.commandline import Argument, Properties
 from vmsnap_drivers.qemu.drive_names import drive_keys
 
-_KEPT_OF_THE_FILE: Final = ("aio", "cache.direct", "cache.no-flush", "discard", "detect-zeroes")
+_KEPT_OF_A_NODE: Final = ("discard", "detect-zeroes")
+_KEPT_OF_THE_FILE: Final = ("aio", "cache.direct", "cache.no-flush", *_KEPT_OF_A_NODE)
 _KEPT_OF_A_LUN: Final = ("user", "password-secret", "initiator-name", "header-digest", "timeout")
 """Who the VM is to the target of a LUN; the secret is an object, which is named here (``qapi/block-core.json``)."""
 _KEPT_OF_A_DRIVE_WORDS: Final = """
@@ -25,9 +28,10 @@ def with_image(argument: Argument, address: str, image_format: str, others: Sequ
 
     :param others: the command line, where the node of the image may have an argument of its own
     """
-    account = _account(argument, others) if address.startswith("iscsi://") else {}
+    file = _file_of(argument, others)
+    account = _account(file) if address.startswith("iscsi://") else {}
     if argument.name == "blockdev":
-        node = _node(argument.properties, address, image_format)
+        node = _node(argument.properties, file, address, image_format)
         if isinstance(node["file"], dict):
             node["file"].update(account)
         return Argument("blockdev", json.dumps(node))
@@ -64,7 +68,7 @@ def new_drive(keys: Mapping[str, str], address: str, image_format: str, *, read_
 def new_node(name: str, address: str, image_format: str, *, read_only: bool) -> Argument:
     """A ``-blockdev`` on an image."""
     old = Properties([("node-name", name)] + ([("read-only", "on")] if read_only else []))
-    return Argument("blockdev", json.dumps(_node(old, address, image_format)))
+    return Argument("blockdev", json.dumps(_node(old, _File(old, "file."), address, image_format)))
 
 
 def children(arguments: Sequence[Argument], node_names: Sequence[str]) -> set[str]:
@@ -84,16 +88,35 @@ def children(arguments: Sequence[Argument], node_names: Sequence[str]) -> set[st
     return found
 
 
-def _account(argument: Argument, others: Sequence[Argument]) -> dict[str, object]:
-    """What is kept of a LUN, whose options stand beside those of its disk or in the node that these name."""
-    properties, prefix = argument.properties, "file."
+@dataclass(frozen=True)
+class _File:
+    """The options of a disk's file, which have all `prefix` before their names."""
+
+    properties: Properties
+    prefix: str
+
+    def get(self, key: str) -> str:
+        return self.properties.get(f"{self.prefix}{key}")
+
+
+def _file_of(argument: Argument, others: Sequence[Argument]) -> _File:
+    """They stand beside those of the disk, or are those of the disk, which has no node of its format then, or they
+    stand in the argument of a node that the disk's names.
+    """
+    properties = argument.properties
+    if (properties.get("driver") or properties.get("format")) in PROTOCOLS:
+        return _File(properties.without(*_KEPT_OF_A_NODE), "")
     for other in others:
         if other.name == "blockdev" and other.properties.get("node-name", "\0") == properties.get("file"):
-            properties, prefix = other.properties, ""
-            break
-    if properties.get(f"{prefix}driver") != "iscsi":
+            return _File(other.properties, "")
+    return _File(properties, "file.")
+
+
+def _account(file: _File) -> dict[str, object]:
+    """What is kept of a LUN."""
+    if file.get("driver") != "iscsi":
         return {}
-    kept = {key: properties.get(f"{prefix}{key}") for key in _KEPT_OF_A_LUN}
+    kept = {key: file.get(key) for key in _KEPT_OF_A_LUN}
     return {key: int(value) if key == "timeout" else value for key, value in kept.items() if value}
 
 
@@ -109,23 +132,20 @@ def _drive(kept: Mapping[str, str], address: str, image_format: str) -> str:
     return Properties([("file", address), ("format", image_format), *kept.items()]).text()
 
 
-def _node(old: Properties, address: str, image_format: str) -> dict[str, object]:
+def _node(old: Properties, file: _File, address: str, image_format: str) -> dict[str, object]:
     node: dict[str, object] = {"node-name": old.get("node-name"), "driver": image_format}
     if old.get("read-only"):
         node["read-only"] = old.get("read-only") == "on"
-    for key in ("discard", "detect-zeroes"):
-        if old.get(key):
-            node[key] = old.get(key)
-    protocol: dict[str, object] = {}
+    node.update({key: old.get(key) for key in _KEPT_OF_A_NODE if old.get(key)})
     if "://" in address:
         node["file"] = {"driver": address.partition(":")[0], **_location(address)}
         return node
-    protocol = {
+    protocol: dict[str, object] = {
         "driver": "host_device" if address.startswith("/dev/") and not address.startswith("/dev/shm/") else "file"
     }
     protocol["filename"] = address
     for key in _KEPT_OF_THE_FILE:
-        value = old.get(f"file.{key}")
+        value = file.get(key)
         if value and key.startswith("cache."):
             cache = protocol.setdefault("cache", {})
             if isinstance(cache, dict):

@@ -11,6 +11,7 @@ from vmsnap_drivers.hypervisors.libvirt.definition import FORMAT, NVRAM, Defined
 from vmsnap_drivers.hypervisors.libvirt.domain import Domain, disks_of
 from vmsnap_drivers.hypervisors.libvirt.refusals import of_definition
 from vmsnap_drivers.qemu import commandline
+from vmsnap_drivers.qemu.block_drivers import format_of
 from vmsnap_drivers.qemu.image_names import absolute, image_name
 from vmsnap_drivers.qemu.libvirt.calls import binding
 from vmsnap_drivers.qemu.memory_regions import memory_regions
@@ -20,7 +21,8 @@ from vmsnap_drivers.qemu.peer import look_at
 from vmsnap_drivers.qemu.refusals import refusals
 from vmsnap_drivers.qemu.status import vm_state
 
-_NVRAM_NODE: Final = "libvirt-pflash1-format"
+_NVRAM_NODES: Final = ("libvirt-pflash1-format", "libvirt-pflash1-storage")
+"""The latter under libvirts that give raw disks no node of the format."""
 
 
 def describe(vm: str, domain: Domain, monitor: Monitor) -> VmDescription:
@@ -84,7 +86,7 @@ def _disks(tree: ET.Element, monitor: Monitor, cwd: str) -> list[Disk]:
     found += [
         _disk(NVRAM, entry, monitor, cwd)
         for entry in entries.values()
-        if entry["inserted"].get("node-name") == _NVRAM_NODE
+        if entry["inserted"].get("node-name") in _NVRAM_NODES
     ]
     return found
 
@@ -106,7 +108,7 @@ def _disk(device: str, entry: dict[str, Any], monitor: Monitor, cwd: str) -> Dis
         "file": address,
     }
     size_bytes = inserted["image"]["virtual-size"]
-    return Disk(device, address, size_bytes, inserted["drv"], bool(inserted.get("ro")), handle)
+    return Disk(device, address, size_bytes, format_of(inserted), bool(inserted.get("ro")), handle)
 
 
 def _nics(tree: ET.Element, monitor: Monitor) -> list[Nic]:

@@ -18,7 +18,9 @@ from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress
 from vmsnap_drivers.qemu.libvirt.process import find_qemu
 
 _NODE: Final = "libvirt-{}-format"
-"""How libvirt names a disk's node (``qemuBlockStorageSourceCreateFormat``, since 5.10); the number is in the XML."""
+"""How libvirt names a disk's node (``qemuBlockStorageSourceCreateFormat``, since 5.10); the number is in the XML. Newer
+ones have none of that name for a raw disk: whoever is to use the node asks QEMU, here it only must not be empty.
+"""
 
 
 def see_all(domains: Domains) -> list[SeenVm]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from vmsnap.model import Disk
 from vmsnap_drivers.hypervisors.qemu.definition import DefinedDisk
+from vmsnap_drivers.qemu.block_drivers import format_of
 from vmsnap_drivers.qemu.disk_arguments import children, image_of, new_drive, new_node, with_image, without_image
 from vmsnap_drivers.qemu.drive_names import drive_keys, drive_names, keys_of_name
 from vmsnap_drivers.qemu.image_names import absolute, image_name
@@ -77,7 +78,7 @@ class BlockReader:
             elif not name:
                 self._connect(path, "")
             return
-        node, image_format = inserted["node-name"], inserted["drv"]
+        node, image_format = inserted["node-name"], format_of(inserted)
         read_only = bool(inserted.get("ro"))
         filename = image_name(inserted)
         address = absolute(filename, self._cwd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
+from vmsnap_drivers.qemu.block_drivers import format_of
 from vmsnap_drivers.qemu.blocks.graph import BlockGraph
 from vmsnap_drivers.qemu.blocks.overlay import OverlayNames
 
@@ -18,7 +19,7 @@ def check_disk(graph: BlockGraph, disk: Disk, names: OverlayNames) -> None:
     node = graph.node(wanted)
     if node is None:
         raise SnapshotError(f"disk {disk.device} has no block node {wanted} any more")
-    if node["drv"] != disk.format or disk.format not in ("raw", "qcow2"):
+    if format_of(node) != disk.format or disk.format not in ("raw", "qcow2"):
         raise SnapshotError(
             f"on disk {disk.device} stands a block job or filter ({node['drv']})",
             cure="let it end or cancel it; if it is vmsnap's: vmsnap recover, vmsnap strays",

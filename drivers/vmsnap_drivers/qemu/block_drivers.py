@@ -1,0 +1,31 @@
+"""Which of QEMU's block drivers reach bytes and which read a format out of them.
+
+A raw disk may have a node ``raw`` above the one of its file, or none: then the guest's device stands on the protocol
+itself, as under newer libvirts (``pflash1=libvirt-pflash1-storage`` in their command lines, where 9.0 has
+``libvirt-pflash1-format``).
+
+Source: ``BlockdevDriver`` in ``qapi/block-core.json`` of QEMU, 7.2 and 10.0; a protocol is a driver that has a
+``protocol_name`` in ``block/*.c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+_PROTOCOLS_WORDS: Final = """
+    file host_device host_cdrom iscsi nbd nfs rbd ssh gluster http https ftp ftps
+"""
+PROTOCOLS: Final = frozenset(_PROTOCOLS_WORDS.split())
+"""Drivers whose bytes are the disk's. Not ``null-co``, ``null-aio`` and ``vvfat``, which make content up, nor ``nvme``
+and those of libblkio (``io_uring``, ``nvme-io_uring``, ``virtio-blk-*``), which may pin the guest's RAM and move data
+into it past the host's page protection.
+"""
+
+
+def format_of(node: Mapping[str, Any]) -> str:
+    """The format of a disk, by what QEMU says of its node (``drv`` of ``BlockDeviceInfo``): ``raw``, ``qcow2``, …; of a
+    filter or another node that is no disk's, its driver.
+    """
+    driver = str(node["drv"])
+    return "raw" if driver in PROTOCOLS else driver
