@@ -28,9 +28,10 @@ from vmsnap_drivers.hypervisors.libvirt.network_disks import note, on_network
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
-DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type>hvm</type></os>
+DOMAIN = """<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<name>{name}</name><memory unit='MiB'>64</memory><os><type>hvm</type></os>
 <features><acpi/></features><devices><emulator>{emulator}</emulator><memballoon model='none'/>{disk}{more}</devices>
-</domain>"""
+{beside}</domain>"""
 DISK = "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda'/></disk>"
 ABSENT_USB = """<hostdev mode='subsystem' type='usb'><source startupPolicy='optional'><vendor id='0x1234'/>
 <product id='0xbeef'/></source></hostdev>"""
@@ -59,17 +60,21 @@ def scripts(stage: Stage, tmp_path: Path) -> Scripts:
 
 
 @contextmanager
-def domain(stage: Stage, name: str, *, persistent: bool = True, disk: bool = True, more: str = "") -> Iterator[None]:
+def domain(
+    stage: Stage, name: str, *, persistent: bool = True, disk: bool = True, more: str = "", words: tuple[str, ...] = ()
+) -> Iterator[None]:
     """A small machine without anything to boot, running."""
     image = stage.place / f"{name}.raw"
     image.write_bytes(bytes(8 << 20))
     definition = stage.place / f"{name}.xml"
+    arguments = "".join(f"<qemu:arg value='{word}'/>" for word in words)
     definition.write_text(
         DOMAIN.format(
             name=name,
             emulator=stage.machine.qemu.wrapper,
             disk=DISK.format(image) if disk else "",
             more=more,
+            beside=f"<qemu:commandline>{arguments}</qemu:commandline>",
         )
     )
     if persistent:
@@ -88,7 +93,7 @@ def domain(stage: Stage, name: str, *, persistent: bool = True, disk: bool = Tru
 
 def test_what_each_domain_can_do_is_listed_and_none_is_touched(stage: Stage, scripts: Scripts) -> None:
     shut = stage.place / "shut.xml"
-    shut.write_text(DOMAIN.format(name="shut", emulator=stage.machine.qemu.wrapper, disk="", more=""))
+    shut.write_text(DOMAIN.format(name="shut", emulator=stage.machine.qemu.wrapper, disk="", more="", beside=""))
     rest = stage.at_rest()
     stage.libvirtd.virsh("define", str(shut))
     listing = ("list-vms", "-o", f"uri={stage.libvirtd.uri}")
@@ -129,6 +134,19 @@ def test_a_device_of_the_host_is_refused_in_one_line(stage: Stage, scripts: Scri
         scripts.json("vm", "remove", "stick", script="vmsnap-libvirt")
     assert "hostdev0: a device of the host is passed through (usb 1234:beef), whose state cannot be captured" in told
     assert "hostdev0" in findings
+
+
+def test_a_disk_that_libvirt_does_not_know_is_not_left_out_without_a_word(stage: Stage) -> None:
+    image = stage.place / "hidden.raw"
+    image.write_bytes(bytes(1 << 20))
+    image.chmod(0o666)
+    words = ("-drive", f"file={image},format=raw,if=none,id=hidden", "-device", "ide-hd,drive=hidden,bus=ide.1")
+    with domain(stage, "half", words=words):
+        stage.controller.add_vm("half", "libvirt", {**stage.options, "domain": "half"})
+        with pytest.raises(CannotCapture, match=rf"a disk that libvirt does not know, {image} \(by <qemu:"):
+            stage.controller.backup("half", stage.repository)
+        stage.controller.remove_vm("half")
+    image.unlink()
 
 
 def refused_precopy(stage: Stage, name: str, lost: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vmsnap.errors import VmGone
@@ -39,9 +40,11 @@ def describe(vm: str, domain: Domain, monitor: Monitor) -> VmDescription:
     peer = look_at(monitor.peer_pid)
     # libvirt gives QEMU files by add-fd, and gives them to the next one too.
     arguments = [argument for argument in commandline.parse(peer.argv) if argument.name != "add-fd"]
-    disks = _disks(tree, monitor, peer.cwd)
+    entries = {_alias_of(entry): entry for entry in monitor.execute("query-block") if entry.get("inserted")}
+    disks = _disks(tree, entries, monitor, peer.cwd)
     problems = refusals(monitor, arguments, peer.cwd)
     problems += of_definition(tree)
+    problems += _unknown_disks(disks, entries)
     if job := domain.job():
         problems.append(f"{job} is going on (virsh domjobinfo; virsh domjobabort ends it)")
     if not any(not disk.read_only for disk in disks):
@@ -74,9 +77,8 @@ def _text(element: ET.Element | None) -> str:
     return "" if element is None else ET.tostring(element, encoding="unicode")
 
 
-def _disks(tree: ET.Element, monitor: Monitor, cwd: str) -> list[Disk]:
+def _disks(tree: ET.Element, entries: Mapping[str, dict[str, Any]], monitor: Monitor, cwd: str) -> list[Disk]:
     """Of the XML the names and the order, of QEMU the rest. A drive without a medium is no disk."""
-    entries = {_alias_of(entry): entry for entry in monitor.execute("query-block") if entry.get("inserted")}
     found = []
     for element in disks_of(tree):
         alias, target = element.find("alias"), element.find("target")
@@ -89,6 +91,17 @@ def _disks(tree: ET.Element, monitor: Monitor, cwd: str) -> list[Disk]:
         if entry["inserted"].get("node-name") in _NVRAM_NODES
     ]
     return found
+
+
+def _unknown_disks(disks: Sequence[Disk], entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    """One line for each disk that the guest can write and libvirt does not know."""
+    known = {disk.handle["qdev"] for disk in disks}
+    return [
+        f"QEMU has a disk that libvirt does not know, {image_name(entry['inserted'])} (by <qemu:commandline> or QEMU's"
+        " monitor): give it to the domain as a <disk>"
+        for entry in entries.values()
+        if entry.get("qdev") and entry["qdev"] not in known and not entry["inserted"].get("ro")
+    ]
 
 
 def _alias_of(entry: dict[str, Any]) -> str:
