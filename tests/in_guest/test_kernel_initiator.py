@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.disk_rig import sync, write
-from tests.in_guest.volumes import run
-from tests.lab.appliance import lio_library
+from tests.in_guest.test_lio import AUTHORITY, server
 from tests.lab.counter import CounterMachine, boot_sector, count_in, see_it_count, was_shut_down
 from tests.lab.lio import QEMU, LioServer
 from tests.lab.open_iscsi import NAME, KernelInitiator
@@ -31,20 +30,11 @@ from vmsnap.testing.rigs import eventually, read_all
 from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
 from vmsnap_drivers.snapshots.iscsi.kernel import lun_at
 
-__all__ = ["xfs"]
+__all__ = ["server", "xfs"]
 pytestmark = [pytest.mark.storage, pytest.mark.timeout(240)]
-AUTHORITY = "iqn.2009-12.com.example"
 USER, WORD = "keeper", "a-word-of-chap-12"
 MIB = 1 << 20
 SESSIONS, RECORDS = Path("/sys/class/iscsi_session"), Path("/etc/iscsi/nodes")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LioServer]:
-    for module in ("loop", "xfs"):
-        run("modprobe", module)
-    with LioServer(lio_library()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
