@@ -253,12 +253,16 @@ class LabMachine:
         return self._wait_for(f"check {at_least}", self.latest_check, at_least, timeout_seconds)
 
     def wait_for_fault(self, timeout_seconds: float = PATIENCE_SECONDS) -> list[str]:
-        """Wait until the guest complains and return what about.
+        """Wait until the guest complains and return what about, in whole lines: it prints a line in several pieces.
 
         :raise LabError: when it ends or does not complain in time.
         """
-        self._wait("a fault", lambda: bool(self.faults()), timeout_seconds)
-        return self.faults()
+
+        def said() -> list[str]:
+            return serial.faults(self.serial_text().rpartition("\n")[0])
+
+        self._wait("a fault", lambda: bool(said()), timeout_seconds)
+        return said()
 
     def powerdown(self, timeout_seconds: float = PATIENCE_SECONDS) -> int:
         """Press the power button, wait until QEMU has ended, and return the count that the guest flushed.

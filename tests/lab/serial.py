@@ -17,7 +17,7 @@ _FLUSHED = re.compile(r"^FLUSHED (\d+)\s*$", re.MULTILINE)
 _PACKETS = re.compile(r"^PACKETS (\d+) (?:sent|refused)\s*$", re.MULTILINE)
 _APPLICATION = re.compile(r"^APPLICATION (\d+) ok\s*$", re.MULTILINE)
 _APPLICATION_FLUSHED = re.compile(r"^APPLICATION FLUSHED (\d+)\s*$", re.MULTILINE)
-_STALL = re.compile(r"^STALL max_us=(-?\d+) stopped_us=(-?\d+)\s*$", re.MULTILINE)
+_STALL = re.compile(r"^STALL max_us=(-?\d+) stopped_us=(-?\d+)\s*\n", re.MULTILINE)
 _FAULT = re.compile(r"^.*(?:FAULT: |Kernel panic|Oops|I/O error|segfault|INIT ).*$", re.MULTILINE)
 _GOOD_END = "INIT workload ended with status 0"
 
