@@ -170,13 +170,14 @@ def _die_at(step: int) -> None:
 
         return change
 
-    for name in ("mkdir", "rmdir", "symlink_to", "unlink", "write_text"):
-        setattr(Path, name, counted(getattr(Path, name)))
+    for name in ("mkdir", "rmdir", "symlink", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    lio_program.write = counted(lio_program.write)
 
 
 def _made() -> list[str]:
     """Backing stores with their adapters, begun ones too, and targets."""
-    return sorted(str(path) for each in ("core/*", "core/*/*", "iscsi/*") for path in lio_program.ROOT.glob(each))
+    return sorted(str(path) for each in ("core/*", "core/*/*", "iscsi/*") for path in Path(lio_program.ROOT).glob(each))
 
 
 @pytest.mark.timeout(240)

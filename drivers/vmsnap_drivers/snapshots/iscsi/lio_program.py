@@ -4,20 +4,25 @@
 LIO is told by configfs, the kernel's own interface, as rtslib does it (its ``tcm.py`` and ``target.py``, 2.1):
 targetcli shows what is made here like everything else. Secrets are copied from file to file, and never leave the
 machine.
+
+It is started for each thing that is asked, on machines that may be slow: it imports little, and no pathlib.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-ROOT = Path("/sys/kernel/config/target")
-CORE = ROOT / "core"
-ISCSI = ROOT / "iscsi"
+TYPE_CHECKING = False  # as typing has it, without the import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+ROOT = "/sys/kernel/config/target"
+CORE = f"{ROOT}/core"
+ISCSI = f"{ROOT}/iscsi"
 SECRETS = ("userid", "password", "userid_mutual", "password_mutual")
 NOBODY = ("", "NULL")
 """What stands in the place of an account that there is not."""
@@ -30,65 +35,73 @@ class Refused(Exception):
     """What cannot be done, as a line."""
 
 
-def read(attribute: Path) -> str:
+def read(attribute: str) -> str:
     """The content of an attribute; empty where there is none."""
     try:
-        return attribute.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+        with open(attribute, encoding="utf-8", errors="replace") as file:
+            return file.read().strip("\0\n ")
     except FileNotFoundError:
         return ""
 
 
-def write(value: str, attribute: Path) -> None:
+def write(value: str, attribute: str) -> None:
     """Set an attribute."""
-    attribute.write_text(value, encoding="utf-8")
+    with open(attribute, "w", encoding="utf-8") as file:
+        file.write(value)
 
 
-def folders(folder: Path) -> list[Path]:
+def name_of(path: str) -> str:
+    """The last part of a path."""
+    return os.path.basename(path)
+
+
+def paths_in(folder: str) -> list[str]:
+    """All that is in a folder; nothing where it is gone."""
+    try:
+        return [f"{folder}/{name}" for name in sorted(os.listdir(folder))]
+    except FileNotFoundError:
+        return []
+
+
+def folders(folder: str) -> list[str]:
     """The folders in a folder; none where it is gone."""
-    try:
-        found = sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    return [path for path in found if path.is_dir() and not path.is_symlink()]
+    return [path for path in paths_in(folder) if os.path.isdir(path) and not os.path.islink(path)]
 
 
-def groups(target: str) -> list[Path]:
+def groups(target: str) -> list[str]:
     """The portal groups of a target."""
-    return [path for path in folders(ISCSI / target) if path.name.startswith("tpgt_")]
+    return [path for path in folders(f"{ISCSI}/{target}") if name_of(path).startswith("tpgt_")]
 
 
-def links(folder: Path) -> list[Path]:
+def links(folder: str) -> list[str]:
     """The links in a LUN's folder: one, to its backing store; none where it was only begun, or is gone."""
-    try:
-        return [path for path in folder.iterdir() if path.is_symlink()]
-    except FileNotFoundError:
-        return []
+    return [path for path in paths_in(folder) if os.path.islink(path)]
 
 
-def disks_of(group: Path) -> Iterator[dict[str, Any]]:
+def disks_of(group: str) -> Iterator[dict[str, Any]]:
     """The LUNs of a portal group that are whole: one without a store was begun, or is being removed, and is no disk."""
-    for lun in folders(group / "lun"):
+    for lun in folders(f"{group}/lun"):
         for link in links(lun):
-            store = link.resolve()
+            store = os.path.realpath(link)
             yield {
-                "number": int(lun.name.rpartition("_")[2]),
-                "path": read(store / "udev_path"),
-                "read_only": "readonly: 1" in read(store / "info"),
+                "number": int(lun.rpartition("_")[2]),
+                "path": read(f"{store}/udev_path"),
+                "read_only": "readonly: 1" in read(f"{store}/info"),
             }
 
 
-def sessions_of(group: Path) -> Iterator[str]:
+def sessions_of(group: str) -> Iterator[str]:
     """The names of the initiators that are connected."""
-    for access in folders(group / "acls"):
+    for access in folders(f"{group}/acls"):
         # Else it reads "No active iSCSI Session for Initiator Endpoint: …" (lio_target_nacl_info_show).
-        if "InitiatorName:" in read(access / "info"):
-            yield access.name
-    yield from read(group / "dynamic_sessions").replace("\0", "\n").split()
+        if "InitiatorName:" in read(f"{access}/info"):
+            yield name_of(access)
+    yield from read(f"{group}/dynamic_sessions").replace("\0", "\n").split()
 
 
-def account_name(folder: Path) -> str:
+def account_name(folder: str) -> str:
     """The account of an initiator, or of a portal group; empty where it has none."""
-    name = read(folder / "auth" / "userid")
+    name = read(f"{folder}/auth/userid")
     return "" if name in NOBODY else name
 
 
@@ -96,16 +109,17 @@ def show(_: dict[str, Any]) -> dict[str, Any]:
     """All targets."""
     found = []
     for target in folders(ISCSI):
-        if target.name == "discovery_auth":
+        name = name_of(target)
+        if name == "discovery_auth":
             continue
-        entry: dict[str, Any] = {"name": target.name}
+        entry: dict[str, Any] = {"name": name}
         entry.update({key: [] for key in ("disks", "sessions", "accounts", "access", "portals")})
-        for group in groups(target.name):
+        for group in groups(name):
             entry["disks"] += disks_of(group)
             entry["sessions"] += sessions_of(group)
-            entry["access"] += [path.name for path in folders(group / "acls")]
-            entry["portals"] += [path.name for path in folders(group / "np")]
-            entry["accounts"] += filter(None, map(account_name, [group, *folders(group / "acls")]))
+            entry["access"] += [name_of(path) for path in folders(f"{group}/acls")]
+            entry["portals"] += [name_of(path) for path in folders(f"{group}/np")]
+            entry["accounts"] += filter(None, map(account_name, [group, *folders(f"{group}/acls")]))
         found.append(entry)
     return {"targets": found}
 
@@ -113,35 +127,35 @@ def show(_: dict[str, Any]) -> dict[str, Any]:
 def export(request: dict[str, Any]) -> dict[str, Any]:
     """Make a target. What was begun is undone where it fails."""
     name, store_name = request["name"], request["store"]
-    if (ISCSI / name).is_dir():
+    if os.path.isdir(f"{ISCSI}/{name}"):
         return {"taken": True}
-    like = next((group for group in groups(request["like"]) if folders(group / "lun")), None)
+    like = next((group for group in groups(request["like"]) if folders(f"{group}/lun")), None)
     if like is None:
         raise Refused(f"the target {request['like']} is gone")
-    portals = folders(like / "np")
+    portals = folders(f"{like}/np")
     if not portals:
         raise Refused(f"the target {request['like']} listens nowhere")
-    store = open_store(store_name, Path(request["path"]), read_only=request["read_only"])
+    store = open_store(store_name, request["path"], read_only=request["read_only"])
     try:
-        (ISCSI / name).mkdir()
+        os.mkdir(f"{ISCSI}/{name}")
     except FileExistsError:
         close_stores(store_name)
         return {"taken": True}
     try:
-        group = ISCSI / name / "tpgt_1"
-        group.mkdir()
-        (group / "lun" / NEW_LUN).mkdir()
-        (group / "lun" / NEW_LUN / "store").symlink_to(store)
+        group = f"{ISCSI}/{name}/tpgt_1"
+        os.mkdir(group)
+        os.mkdir(f"{group}/lun/{NEW_LUN}")
+        os.symlink(store, f"{group}/lun/{NEW_LUN}/store")
         for attribute in ("attrib/authentication", "param/AuthMethod"):
-            if read(like / attribute):
-                write(read(like / attribute), group / attribute)
-        write("0", group / "attrib" / "generate_node_acls")
+            if read(f"{like}/{attribute}"):
+                write(read(f"{like}/{attribute}"), f"{group}/{attribute}")
+        write("0", f"{group}/attrib/generate_node_acls")
         copy_account(like, group)
         for initiator in request["initiators"]:
             admit(initiator, group, account_for(initiator, like, request["user"]), read_only=request["read_only"])
         for portal in portals:
-            (group / "np" / portal.name).mkdir()
-        write("1", group / "enable")
+            os.mkdir(f"{group}/np/{name_of(portal)}")
+        write("1", f"{group}/enable")
     except BaseException:
         remove(name)
         close_stores(store_name)
@@ -149,79 +163,82 @@ def export(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def open_store(name: str, path: Path, *, read_only: bool) -> Path:
+def open_store(name: str, path: str, *, read_only: bool) -> str:
     """Make the backing store `name` of a file or a block device."""
-    if "," in str(path) or len(str(path).split()) != 1:
-        raise Refused(f"LIO takes no path such as {str(path)!r}")
-    block, size_bytes = path.is_block_device(), path.stat().st_size
+    if "," in path or len(path.split()) != 1:
+        raise Refused(f"LIO takes no path such as {path!r}")
+    status = os.stat(path)
+    block, size_bytes = stat.S_ISBLK(status.st_mode), status.st_size
     close_stores(name)
-    store = adapters_of(name)[0 if block else 1] / name
+    adapter = adapters_of(name)[0 if block else 1]
+    store = f"{adapter}/{name}"
     try:
-        store.parent.mkdir(exist_ok=True)
-        store.mkdir()
-        write(str(path), store / "udev_path")
+        if not os.path.isdir(adapter):  # it may have been begun
+            os.mkdir(adapter)
+        os.mkdir(store)
+        write(path, f"{store}/udev_path")
         if block:
-            write(f"udev_path={path}", store / "control")
-            write(f"readonly={int(read_only)}", store / "control")
+            write(f"udev_path={path}", f"{store}/control")
+            write(f"readonly={int(read_only)}", f"{store}/control")
         else:
-            write(f"fd_dev_name={path},fd_dev_size={size_bytes}", store / "control")
-            write("fd_buffered_io=1", store / "control")
-        write("1", store / "enable")
-        write(os.urandom(16).hex(), store / "wwn" / "vpd_unit_serial")
+            write(f"fd_dev_name={path},fd_dev_size={size_bytes}", f"{store}/control")
+            write("fd_buffered_io=1", f"{store}/control")
+        write("1", f"{store}/enable")
+        write(os.urandom(16).hex(), f"{store}/wwn/vpd_unit_serial")
     except BaseException:
         close_stores(name)
         raise
     return store
 
 
-def adapters_of(name: str) -> list[Path]:
+def adapters_of(name: str) -> list[str]:
     """Where the backing store of that name is, one folder for each kind. The number is of that name alone, so that a
     folder that was only begun is found again; those that rtslib gives are smaller (``tcm.py``).
     """
     number = FIRST_NUMBER + int(name.rpartition("-")[2][:7], 16)
-    return [CORE / f"{kind}_{number}" for kind in KINDS]
+    return [f"{CORE}/{kind}_{number}" for kind in KINDS]
 
 
 def close_stores(name: str) -> None:
     """Remove the backing store of that name, which only we give, with its adapter, whatever of them there is."""
     for adapter in adapters_of(name):
-        if (adapter / name).is_dir():
-            (adapter / name).rmdir()
-        if adapter.is_dir() and not folders(adapter):
-            adapter.rmdir()
+        if os.path.isdir(f"{adapter}/{name}"):
+            os.rmdir(f"{adapter}/{name}")
+        if os.path.isdir(adapter) and not folders(adapter):
+            os.rmdir(adapter)
 
 
-def account_for(initiator: str, like: Path, user: str) -> Path:
+def account_for(initiator: str, like: str, user: str) -> str:
     """The folder of the account that an initiator gets: the one that it has with the origin, else `user`'s, else the
     first that there is, else none.
     """
-    own = like / "acls" / initiator
-    if own.is_dir():
+    own = f"{like}/acls/{initiator}"
+    if os.path.isdir(own):
         return own
-    known = [folder for folder in [*folders(like / "acls"), like] if account_name(folder)]
+    known = [folder for folder in [*folders(f"{like}/acls"), like] if account_name(folder)]
     return next((folder for folder in known if account_name(folder) == user), known[0] if known else own)
 
 
-def copy_account(source: Path, target: Path) -> None:
+def copy_account(source: str, target: str) -> None:
     """Copy names and secrets of CHAP, of both ways."""
     for attribute in SECRETS:
-        value = read(source / "auth" / attribute)
+        value = read(f"{source}/auth/{attribute}")
         if value not in NOBODY:
-            write(value, target / "auth" / attribute)
+            write(value, f"{target}/auth/{attribute}")
 
 
-def admit(initiator: str, group: Path, account: Path, *, read_only: bool) -> None:
+def admit(initiator: str, group: str, account: str, *, read_only: bool) -> None:
     """Let an initiator use the LUN."""
-    access = group / "acls" / initiator
-    access.mkdir()
+    access = f"{group}/acls/{initiator}"
+    os.mkdir(access)
     copy_account(account, access)
     # One that need not say who it is with the origin, or must, is told the same here.
-    wanted = read(account / "attrib" / "authentication") if account.name == initiator else ""
+    wanted = read(f"{account}/attrib/authentication") if name_of(account) == initiator else ""
     if wanted:
-        write(wanted, access / "attrib" / "authentication")
-    (access / NEW_LUN).mkdir()
-    (access / NEW_LUN / "lun").symlink_to(group / "lun" / NEW_LUN)
-    write(str(int(read_only)), access / NEW_LUN / "write_protect")
+        write(wanted, f"{access}/attrib/authentication")
+    os.mkdir(f"{access}/{NEW_LUN}")
+    os.symlink(f"{group}/lun/{NEW_LUN}", f"{access}/{NEW_LUN}/lun")
+    write(str(int(read_only)), f"{access}/{NEW_LUN}/write_protect")
 
 
 def delete(request: dict[str, Any]) -> dict[str, Any]:
@@ -244,27 +261,27 @@ def release(request: dict[str, Any]) -> dict[str, Any]:
 def remove(name: str) -> None:
     """Remove a target, whatever of it there is. Nobody can use it any more before anything is taken away."""
     for group in groups(name):
-        if read(group / "enable") == "1":
-            write("0", group / "enable")
-        for access in folders(group / "acls"):
+        if read(f"{group}/enable") == "1":
+            write("0", f"{group}/enable")
+        for access in folders(f"{group}/acls"):
             for lun in folders(access):
-                if lun.name.startswith("lun_"):
+                if name_of(lun).startswith("lun_"):
                     remove_lun(lun)
-            access.rmdir()
-        for lun in folders(group / "lun"):
+            os.rmdir(access)
+        for lun in folders(f"{group}/lun"):
             remove_lun(lun)
-        for portal in folders(group / "np"):
-            portal.rmdir()
-        group.rmdir()
-    if (ISCSI / name).is_dir():
-        (ISCSI / name).rmdir()
+        for portal in folders(f"{group}/np"):
+            os.rmdir(portal)
+        os.rmdir(group)
+    if os.path.isdir(f"{ISCSI}/{name}"):
+        os.rmdir(f"{ISCSI}/{name}")
 
 
-def remove_lun(folder: Path) -> None:
+def remove_lun(folder: str) -> None:
     """Remove a LUN, or what maps one to an initiator."""
     for link in links(folder):
-        link.unlink()
-    folder.rmdir()
+        os.unlink(link)
+    os.rmdir(folder)
 
 
 OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -278,7 +295,7 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def main(operation: str, request: str) -> None:
     """Do one thing, and print how it went."""
     answer: dict[str, Any] = {"absent": True}
-    if ISCSI.is_dir():
+    if os.path.isdir(ISCSI):
         try:
             answer = OPERATIONS[operation](json.loads(request))
         except Refused as e:
