@@ -39,19 +39,28 @@ class Exports:
         self._folder = folder
 
     def make(
-        self, export: Export, beside: LunAddress, initiators: Sequence[str], duplicate: str, *, read_only: bool
+        self,
+        export: Export,
+        beside: LunAddress,
+        initiators: Sequence[str],
+        duplicate: str,
+        *,
+        read_only: bool,
+        served: Sequence[Target] | None = None,
     ) -> None:
         """Export a backing store beside a LUN, with the accounts of the target that this has: to these initiators, or
         where there are none, to this host alone. Does nothing where that was done.
 
         :param duplicate: the VM whose disk it will be; empty for a snapshot
+        :param served: the targets of its server, where they have been asked for just now: a name that was taken since
+            is refused by the server
         :raises SnapshotError: the name is taken, the LUN's target is gone, or it was refused
         :raises UsageError: an initiator cannot be admitted
         """
         place, server, target = export.place, export.server, export.target
         for initiator in initiators:
             server.check_initiator(initiator)
-        targets = {each.name: each for each in server.targets()}
+        targets = {each.name: each for each in (server.targets() if served is None else served)}
         there, origin = targets.get(target), targets.get(beside.target)
         if there is not None:
             if _is_on(there, export.path):

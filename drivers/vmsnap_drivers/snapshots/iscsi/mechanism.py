@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -49,7 +50,7 @@ from vmsnap_drivers.snapshots.iscsi.names import (
     target_of,
     to_data,
 )
-from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, ServerSettings
+from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, Served, ServerSettings
 from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
@@ -126,7 +127,7 @@ class IscsiMechanism(SnapshotMechanism):
 
     def disk_at(self, device: str, address: str) -> Disk:
         """See `SnapshotMechanism.disk_at`; the target is asked."""
-        return Disk(device, address, self._find(self._known(lun_at(address), address))[1].size_bytes)
+        return Disk(device, address, self._origin(self._known(lun_at(address), address)).size_bytes)
 
     def writer(self, disk: Disk) -> DiskWriter:
         """See `SnapshotMechanism.writer`; who is connected to the target uses the LUN."""
@@ -140,13 +141,15 @@ class IscsiMechanism(SnapshotMechanism):
         return writer
 
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
-        """See `SnapshotMechanism.plan`.
+        """See `SnapshotMechanism.plan`. Each place is asked once for its targets: a name that somebody takes later is
+        refused when it is exported.
 
         :raises SnapshotError: a disk is no LUN that is served, what lies behind it cannot be snapshotted, or a name is
             taken
         :raises DriverUnavailable: tgtadm is not installed
         """
-        found = tuple(self._names(disk, tag, index) for index, disk in enumerate(disks))
+        served = cache(lambda portal: self._places.of(portal).served())
+        found = tuple(self._names(disk, tag, index, served) for index, disk in enumerate(disks))
         return SnapshotPlan(self.name, tag, vm, tuple(disks), window, to_data(found))
 
     def prepare(self, plan: SnapshotPlan) -> None:
@@ -175,10 +178,15 @@ class IscsiMechanism(SnapshotMechanism):
 
         :raises SnapshotError: the name is taken, or the target could not be made
         """
+        served: dict[tuple[str, str], list[Target]] = {}
         for snapshot in snapshots:
             names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
             self._stores(names).settle(names.snapshot)
-            self._make(self._export(names, names.target, names.snapshot), names.lun, read_only=True)
+            export = self._export(names, names.target, names.snapshot)
+            asked = (export.place.name, export.server.name)
+            if asked not in served:
+                served[asked] = export.server.targets()
+            self._make(export, names.lun, read_only=True, served=served[asked])
 
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
@@ -279,21 +287,21 @@ class IscsiMechanism(SnapshotMechanism):
 
     # -- within
 
-    def _names(self, disk: Disk, tag: str, index: int) -> LunNames:
+    def _names(self, disk: Disk, tag: str, index: int, served: Callable[[str], Served]) -> LunNames:
         lun = lun_at(disk.address)
         if lun is None or not self.handles(disk):
             raise SnapshotError(f"{disk.device} at {disk.address} is no raw LUN of a place that is known")
-        server, origin = self._find(lun)
+        place, targets = self._place(lun), served(lun.portal)
+        server, origin = _find(place, targets, lun)
         if origin.size_bytes != disk.size_bytes:
             raise SnapshotError(
                 f"{disk.address} has {disk.size_bytes} bytes for the VM, and {origin.size_bytes} where it lies"
             )
-        place = self._place(lun)
         stores = place.kinds[origin.kind]
         snapshot, target = stores.beside(origin.path, tag, index), target_of(lun, tag, index)
         if stores.exists(snapshot):
             raise SnapshotError(f"there is {snapshot} on {place.name} already")
-        if server.find(target) is not None:
+        if any(each.name == target for each in targets.by(server)):
             raise Taken(target)
         return LunNames(str(lun), server.name, origin.kind, origin.path, snapshot, target)
 
@@ -302,13 +310,9 @@ class IscsiMechanism(SnapshotMechanism):
             raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
         return lun
 
-    def _find(self, lun: LunAddress) -> tuple[Targets, Origin]:
+    def _origin(self, lun: LunAddress) -> Origin:
         place = self._place(lun)
-        server, target = place.serving(lun.target) or (None, Target(lun.target))
-        found = next((each for each in target.disks if each.number == lun.lun), None)
-        if server is None or found is None:
-            raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
-        return server, place.look(found.path)
+        return _find(place, place.served(), lun)[1]
 
     def _place(self, lun: LunAddress) -> Place:
         return self._places.of(lun.portal)
@@ -329,9 +333,17 @@ class IscsiMechanism(SnapshotMechanism):
     def _export(self, names: LunNames, target: str, path: str) -> Export:
         return Export(self._place(names.lun), self._server(names), target, path)
 
-    def _make(self, export: Export, beside: LunAddress, duplicate: str = "", *, read_only: bool) -> None:
+    def _make(
+        self,
+        export: Export,
+        beside: LunAddress,
+        duplicate: str = "",
+        *,
+        read_only: bool,
+        served: Sequence[Target] | None = None,
+    ) -> None:
         initiators = self._options["initiators"].split()
-        self._exports.make(export, beside, initiators, duplicate, read_only=read_only)
+        self._exports.make(export, beside, initiators, duplicate, read_only=read_only, served=served)
 
     def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
         if not self._place(names.lun).here or self._options["reading"] == "initiator":
@@ -346,6 +358,15 @@ class IscsiMechanism(SnapshotMechanism):
     def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
         origins = [lun.path for _, target in place.all_targets() for lun in target.disks if lun.path.startswith("/")]
         return [(stores, owned) for stores in place.kinds.values() for owned in stores.owned(origins)]
+
+
+def _find(place: Place, served: Served, lun: LunAddress) -> tuple[Targets, Origin]:
+    """What serves a LUN, and what lies behind it."""
+    server, target = served.serving(lun.target) or (None, Target(lun.target))
+    found = next((each for each in target.disks if each.number == lun.lun), None)
+    if server is None or found is None:
+        raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
+    return server, place.look(found.path)
 
 
 def _shown(place: Place, owned: Owned) -> str:

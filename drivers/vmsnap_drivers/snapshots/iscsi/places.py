@@ -32,6 +32,29 @@ class ServerSettings:
     chap_user: str = ""
 
 
+@dataclass(frozen=True)
+class Served:
+    """All targets of the place that messages call `name`, each with what serves it, at the moment when it was asked."""
+
+    name: str
+    targets: tuple[tuple[Targets, Target], ...]
+
+    def serving(self, target: str) -> tuple[Targets, Target] | None:
+        """What serves a target, and the target.
+
+        :raises SnapshotError: two serve targets of that name
+        """
+        found = [each for each in self.targets if each[1].name == target]
+        if len(found) > 1:
+            both = " and ".join(server.label for server, _ in found)
+            raise SnapshotError(f"{both} both serve a target {target} on {self.name}", cure="see the option server")
+        return found[0] if found else None
+
+    def by(self, server: Targets) -> list[Target]:
+        """Those that one server serves."""
+        return [target for each, target in self.targets if each is server]
+
+
 @dataclass
 class Place:
     """One place where targets are served. `name` is what messages call it, `portal` where it is reached; empty for this
@@ -66,14 +89,18 @@ class Place:
         :raises SnapshotError: nothing serves here, it cannot be asked, or two serve targets of that name
         :raises DriverUnavailable: the programs are not installed by which it could be
         """
-        found = [each for each in self.all_targets() if each[1].name == target]
-        if len(found) > 1:
-            both = " and ".join(server.label for server, _ in found)
-            raise SnapshotError(f"{both} both serve a target {target} on {self.name}", cure="see the option server")
-        return found[0] if found else None
+        return self.served().serving(target)
+
+    def served(self) -> Served:
+        """All targets, asked for once. Raises as `all_targets` does."""
+        return Served(self.name, tuple(self.all_targets()))
 
     def all_targets(self) -> Iterator[tuple[Targets, Target]]:
-        """All targets, each with what serves it. Raises as `serving` does."""
+        """All targets, each with what serves it.
+
+        :raises SnapshotError: nothing serves here, or it cannot be asked
+        :raises DriverUnavailable: the programs are not installed by which it could be
+        """
         silent: list[NotRunning | DriverUnavailable] = []
         asked = [server for server in self.servers.values() if not self.here or server.is_on_this_host()]
         if not asked:
