@@ -24,6 +24,10 @@ _INIT = Path(__file__).parent / "storage_guest/init"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _NEEDED = ("virtio_pci", "9p", "9pnet_virtio", "overlay")
 _MEMORY_MIB = 1024
+# What costs an emulated CPU much and gives a guest of some minutes nothing: copying byte by byte (erms), page tables of
+# five levels, the kernel's guards against itself and others, huge pages. Without them programs take 8 % less.
+_CPU = "max,-erms,-la57,-smap,-smep,-umip,-pku"
+_QUICK = "mitigations=off transparent_hugepage=never"
 _BOOT_SECONDS = 180.0
 _POLL_SECONDS = 0.05
 ADDRESS = "10.0.2.15"
@@ -86,11 +90,11 @@ class StorageGuest:
         # fmt: off
         return qemu.command(
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-            "-machine", "pc,accel=tcg", "-cpu", "max", "-m", f"{_MEMORY_MIB}", "-smp", "1",
+            "-machine", "pc,accel=tcg", "-cpu", _CPU, "-m", f"{_MEMORY_MIB}", "-smp", "1",
             "-kernel", str(kernel), "-initrd", str(initramfs),
             # The kernel hands what it does not know on to init, as a variable.
-            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check CHECKOUT={_CHECKOUT}"
-            f" LAYER={'layer' if self.layer else ''}",
+            "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check {_QUICK}"
+            f" CHECKOUT={_CHECKOUT} LAYER={'layer' if self.layer else ''}",
             "-serial", f"file:{self.folder / 'serial.log'}",
             "-chardev", f"socket,id=port,path={self.folder / 'port'}", "-serial", "chardev:port",
             "-virtfs", f"{shared},path=/,mount_tag=host,readonly=on",
