@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmsnap_drivers.qemu.commandline import parse
-from vmsnap_drivers.qemu.refusals import of_argument
+from vmsnap_drivers.qemu.refusals import of_argument, of_nodes
 
 
 def refused(text: str, cwd: str = "/") -> list[str]:
@@ -57,3 +57,15 @@ def test_ram_in_an_ordinary_file_is_told_from_ram_in_memory(tmp_path: Path) -> N
 )
 def test_what_can_be_captured_is_not_refused(text: str) -> None:
     assert refused(text) == []
+
+
+@pytest.mark.parametrize("driver", ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user"])
+def test_a_disk_whose_data_come_into_memory_past_qemu_is_told_by_its_node(driver: str) -> None:
+    """What QEMU says of its nodes; it opens such a one only where there is the device."""
+    nodes = [{"node-name": "disk0", "drv": "raw"}, {"node-name": "disk0-storage", "drv": driver}]
+    (line,) = of_nodes(nodes)
+    assert line == f"the block node 'disk0-storage' ({driver}) has data moved into the guest's memory past QEMU"
+
+
+def test_disks_in_files_and_behind_networks_are_not() -> None:
+    assert of_nodes([{"node-name": name, "drv": name} for name in ("file", "host_device", "iscsi", "nbd", "raw")]) == []

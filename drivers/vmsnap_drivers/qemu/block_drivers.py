@@ -17,10 +17,21 @@ _PROTOCOLS_WORDS: Final = """
     file host_device host_cdrom iscsi nbd nfs rbd ssh gluster http https ftp ftps
 """
 PROTOCOLS: Final = frozenset(_PROTOCOLS_WORDS.split())
-"""Drivers whose bytes are the disk's. Not ``null-co``, ``null-aio`` and ``vvfat``, which make content up, nor ``nvme``
-and those of libblkio (``io_uring``, ``nvme-io_uring``, ``virtio-blk-*``), which may pin the guest's RAM and move data
-into it past the host's page protection.
+"""Drivers whose bytes are the disk's. Not ``null-co``, ``null-aio`` and ``vvfat``, which make content up."""
+
+_PAST_PROTECTION: Final = frozenset(
+    ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"]
+)
+"""Drivers that have a device or another process move data into the guest's RAM, past the host's page protection
+(``block/nvme.c``: by VFIO; ``block/blkio.c``: by libblkio, which maps the RAM).
 """
+
+
+def moves_past_protection(node: Mapping[str, Any]) -> bool:
+    """Whether what is read from a node can reach the guest's RAM without that the host's page protection sees it. Then
+    a memory that is captured while the guest runs would have what came later.
+    """
+    return str(node["drv"]) in _PAST_PROTECTION
 
 
 def format_of(node: Mapping[str, Any]) -> str:

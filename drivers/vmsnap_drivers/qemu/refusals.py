@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from vmsnap_drivers.qemu.block_drivers import moves_past_protection
 from vmsnap_drivers.qemu.capture.migration import MIGRATION_RUNS, migration_status
 from vmsnap_drivers.qemu.commandline import Argument
 from vmsnap_drivers.qemu.image_names import absolute
@@ -34,6 +35,7 @@ def refusals(monitor: Monitor, arguments: Sequence[Argument], cwd: str) -> list[
             " paths)"
             for path in _relative_paths(arguments)
         ]
+    found += of_nodes(monitor.execute("query-named-block-nodes", {"flat": True}))
     for entry in monitor.execute("query-tpm"):
         if entry["options"]["type"] != "emulator":
             found.append(f"the TPM {entry['id']!r} is the host's own, whose state cannot be captured")
@@ -76,6 +78,15 @@ def of_argument(argument: Argument, cwd: str) -> list[str]:
                     f"the guest's RAM {properties.get('id')!r} lies in a file on {file_system} ({path}), not in memory"
                 ]
     return []
+
+
+def of_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The reasons that nodes of QEMU's block graph give, as ``query-named-block-nodes`` has them."""
+    return [
+        f"the block node {node['node-name']!r} ({node['drv']}) has data moved into the guest's memory past QEMU"
+        for node in nodes
+        if moves_past_protection(node)
+    ]
 
 
 def _relative_paths(arguments: Sequence[Argument]) -> list[str]:
