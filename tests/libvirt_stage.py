@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.guardians import remove_host
 from tests.lab import Disk, ext4, find_qemu
 from tests.lab.bridge import Bridge
 from tests.lab.certificates import Authority
@@ -159,5 +160,4 @@ def staged(
         controller.add_vm("vm001", "libvirt", {"uri": libvirtd.uri, **(options or {})})
         machine.wait_for_check(1)
         yield Stage(place, libvirtd, bridge, machine, controller, create_repository(str(place / "repository")))
-    shutil.rmtree(folders.memory_dir, ignore_errors=True)
-    shutil.rmtree(place)
+    remove_host(place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import signal
 import sqlite3
 import struct
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.guardians import remove_host
 from tests.lab import Disk, LabMachine, QemuBuild, ext4
 from tests.lab import serial as console
 from tests.lab.bridge import Bridge
@@ -109,7 +109,7 @@ def staged(
     """
     place = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, place)
+        stack.callback(remove_host, place)
         bridge = stack.enter_context(Bridge(next(_numbers)))
         machine = LabMachine(
             place / "vm001",
@@ -128,7 +128,6 @@ def staged(
         stack.enter_context(machine)
         stack.callback(end_all, place)
         folders = HostFolders.find(place / "state")
-        stack.callback(shutil.rmtree, folders.memory_dir, ignore_errors=True)
         drivers = Drivers(folders.context(), mechanism_options)
         controller = stack.enter_context(Controller(folders, drivers=drivers))
         controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})

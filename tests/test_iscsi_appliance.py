@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import pytest
 
+from tests.guardians import remove_host
 from tests.lab import Disk, LabMachine, disk_records, find_qemu, serial
 from tests.lab.appliance import USER, Appliance, add_known_hosts
 from tests.lab.lio import QEMU
@@ -124,7 +125,7 @@ def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]
     server, place = request.param, Path(tempfile.mkdtemp(prefix="vmsnap-"))
     target, lio = f"{AUTHORITIES[server]}:001", server == "lio"
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, place)
+        stack.callback(remove_host, place)
         (place / "word").write_text(WORD)
         machine = LabMachine(
             place / "vm001",
@@ -141,7 +142,6 @@ def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]
         stack.enter_context(machine)
         stack.callback(end_all, place)
         made = Site(place, appliance, server, machine)
-        stack.callback(shutil.rmtree, made.folders.memory_dir, ignore_errors=True)
         machine.wait_for_check(1, timeout_seconds=200)
         with made.controller() as controller:
             controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})

@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 
 from tests.conftest import Counted
+from tests.guardians import remove_host
 from tests.lab import Disk, LabMachine, find_qemu
 from tests.lab.qmp import seconds_between
 from tests.lab.sshd import SshServer
@@ -223,7 +224,7 @@ def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench
         file.truncate(SIZE_MIB * MIB)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, images)
-        stack.callback(shutil.rmtree, place)
+        stack.callback(remove_host, place)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         server = stack.enter_context(TargetServer(tmp_path_factory.mktemp("tgtd")))
         server.add(TARGET, images / "disk0.img")
@@ -248,7 +249,6 @@ def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench
         appliance = Appliance(place, images, server, sshd)
         stack.callback(appliance.close)
         made = Bench(place, appliance)
-        stack.callback(shutil.rmtree, made.folders.memory_dir, ignore_errors=True)
         stack.enter_context(made.machine)
         stack.callback(end_all, place)
         made.machine.wait_for_check(1, timeout_seconds=200)

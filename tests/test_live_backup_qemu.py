@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.guardians import remove_host
 from tests.lab import WITH_BARE_DISK, LabMachine, available_qemus
 from tests.lab import serial as console
 from tests.lab.machine import PATIENCE_SECONDS
@@ -37,7 +38,7 @@ def place() -> Iterator[Path]:
     """A folder with a short name, for UNIX sockets."""
     folder = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     yield folder
-    shutil.rmtree(folder)
+    remove_host(folder)
 
 
 @pytest.fixture(params=BUILDS)
@@ -53,7 +54,6 @@ def controller(place: Path) -> Iterator[Controller]:
     folders = HostFolders.find(place / "state")
     with Controller(folders) as made:
         yield made
-    shutil.rmtree(folders.memory_dir)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.guardians import remove_host
 from tests.lab import LabMachine, available_qemus
 from tests.lab import serial as console
 from tests.lab.qemus import QemuBuild
@@ -42,7 +43,7 @@ def place() -> Iterator[Path]:
     """A folder with a short name, for UNIX sockets, on a disk."""
     folder = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     yield folder
-    shutil.rmtree(folder)
+    remove_host(folder)
 
 
 @pytest.fixture(params=BUILDS)
@@ -122,7 +123,6 @@ def host(place: Path) -> Iterator[Host]:
     with Controller(folders) as controller:
         yield Host(place, controller, create_repository(str(place / "repository")))
     assert list(folders.memory_dir.rglob("*")) == []
-    shutil.rmtree(folders.memory_dir)
 
 
 @contextmanager

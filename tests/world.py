@@ -6,13 +6,13 @@ It lies on tmpfs, so that thousands of runs are quick; nothing in it is a stand-
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.guardians import remove_host
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import VmGone
 from vmsnap.guardian import Guard, NoGuard, start_for
@@ -120,8 +120,7 @@ class World:
         """End every VM and remove everything."""
         for vm in lifecycle.list_vms(self.folders.state_dir):
             lifecycle.stop(vm.socket, force=True)
-        shutil.rmtree(self.folder)
-        shutil.rmtree(self.folders.memory_dir, ignore_errors=True)
+        remove_host(self.folder)
 
     # -- acting
 
