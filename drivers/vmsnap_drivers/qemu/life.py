@@ -123,8 +123,9 @@ def _check_faultless(vm: str, monitor: Monitor, mark: int) -> None:
 
 
 def answers(path: Path, seconds: float = _AGENT_SECONDS) -> bool:
-    """Whether an agent answers, with `seconds` for each piece of it. Where nobody does, the question stays in the port's
-    buffer, which does no harm.
+    """Whether an agent answers, with `seconds` for each piece of it.
+
+    Where nobody does, the question stays in the port's buffer, which does no harm.
     """
     token = int.from_bytes(os.urandom(4), "big")
     question = json.dumps({"execute": "guest-sync", "arguments": {"id": token}}).encode() + b"\n"
