@@ -24,7 +24,7 @@ from tests.proxy import Proxy
 from tests.qemu_stage import MIB, chap_arguments, end_all, until
 from tests.test_live_backup_qemu import processes_of, text_after_two_checks
 from vmsnap.controller import Controller, Drivers
-from vmsnap.errors import SnapshotError, VmsnapError
+from vmsnap.errors import Busy, SnapshotError, VmsnapError
 from vmsnap.host import HostFolders
 from vmsnap.model import Disk as ModelDisk
 from vmsnap.model import VmState, Window
@@ -136,7 +136,7 @@ def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]
             extra_arguments=chap_arguments(place / "word") if lio else (),
         )
         if lio:
-            appliance.add_lio(target, "vm001", SIZE_MIB, f"{QEMU}:{machine.uuid}", ACCOUNT, WORD)
+            appliance.add_lio(target, "vm001", SIZE_MIB, [f"{QEMU}:{machine.uuid}"], ACCOUNT, WORD)
         else:
             appliance.add(target, "vm002", SIZE_MIB)
         stack.enter_context(machine)
@@ -170,6 +170,35 @@ def test_a_consistent_backup_runs_its_duplicate_on_a_lun_of_the_appliance(site: 
     flushed = disk_records.flushed_count(site.disk(result.backup))
     assert flushed is not None and flushed >= count
     assert processes_of(site.place) == processes
+    site.see_that_the_guest_runs()
+    site.see_that_nothing_is_left()
+
+
+def test_a_restore_goes_onto_a_lun_of_the_appliance_that_nobody_uses(site: Site) -> None:
+    """LIO admits whom its target names: our programs, which write, and the VM, which has the name of the original."""
+    target, volume, admitted = site.target("copy"), f"copy-{site.server}", [QEMU, f"{QEMU}:{site.machine.uuid}"]
+    if site.server == "lio":
+        site.appliance.add_lio(target, volume, SIZE_MIB, admitted, ACCOUNT, WORD)
+    else:
+        site.appliance.add(target, volume, SIZE_MIB)
+    site.before |= {target, volume}
+    with site.controller() as controller:
+        before = site.machine.latest_count()
+        backup = controller.backup("vm001", site.repository, max_pause_seconds=PAUSE_SECONDS).backup
+        with pytest.raises(Busy, match=r"is in use by \S+ \(end the VM that uses it") as refused:
+            controller.restore(site.repository, backup, "vm002", isolated=True, onto={"": site.address()})
+        assert "\n" not in str(refused.value)
+        onto = {"disk0": site.address("copy")}
+        restored = controller.restore(site.repository, backup, "vm002", isolated=True, onto=onto, run=True)
+        driver = controller.drivers.hypervisor("qemu", "vm002", restored.options)
+        try:
+            assert {disk.device: disk.address for disk in restored.disks} == onto
+            text = text_after_two_checks(Path(restored.options["qmp"]).with_name("serial.log"), 200)
+            assert serial.faults(text) == [] and serial.counts(text)[0] >= before
+        finally:
+            driver.destroy()
+            driver.close()
+            controller.remove_vm("vm002")
     site.see_that_the_guest_runs()
     site.see_that_nothing_is_left()
 
@@ -274,7 +303,7 @@ def test_a_domain_of_libvirt_on_a_lun_of_lio_is_backed_up_and_comes_back(applian
 
     target, initiator, word = f"{AUTHORITIES['lio']}:005", "iqn.2009-12.com.example.host:vm005", tmp_path / "word"
     word.write_text(WORD)
-    appliance.add_lio(target, "vm005", SIZE_MIB, initiator, ACCOUNT, WORD)
+    appliance.add_lio(target, "vm005", SIZE_MIB, [initiator], ACCOUNT, WORD)
     lun = Disk("raw", SIZE_MIB * MIB, appliance.address(target, "lio"), ACCOUNT, initiator)
     options = {"iscsi": options_of(appliance, "lio", word)}
     settings = {"slots": 64, "pause_us": 20000}
@@ -298,3 +327,17 @@ def test_a_domain_of_libvirt_on_a_lun_of_lio_is_backed_up_and_comes_back(applian
         assert stage.at_rest() == rest and appliance.traces() == traces
         machine.wait_for_check(machine.latest_check() + 1)
         assert machine.faults() == []
+        held = controller.backup("vm001", stage.repository, keep_duplicate=True, max_pause_seconds=PAUSE_SECONDS)
+        after = machine.wait_for_count(machine.latest_count() + 20)
+        machine.kill()
+        begun = len(machine.serial_text())
+        taken = controller.failover("vm001")
+        assert "libvirt says that it does not run" in taken.fenced
+        own = appliance.address(f"{AUTHORITIES['lio']}:{held.duplicate}", "lio")
+        assert [disk.address for disk in taken.disks] == [own]
+        until(lambda: bool(serial.checks(machine.serial_text()[begun:])), "it goes on and checks itself", 200)
+        text = machine.serial_text()[begun:]
+        assert serial.faults(text) == [] and serial.counts(text)[0] <= after + 20
+        driver = controller.drivers.hypervisor("libvirt", "vm001", stage.options)
+        driver.destroy()
+        driver.close()

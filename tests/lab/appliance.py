@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -140,10 +141,12 @@ class Appliance:
             f"{tgtadm} --mode target --op bind --tid {number} --initiator-address {HOST_ADDRESS}\n"
         )
 
-    def add_lio(self, target: str, volume: str, size_mib: int, initiator: str, user: str, password: str) -> None:
-        """Make a thin volume, and a target of its LIO whose disk it is, for that initiator with that account."""
+    def add_lio(
+        self, target: str, volume: str, size_mib: int, initiators: Sequence[str], user: str, password: str
+    ) -> None:
+        """Make a thin volume, and a target of its LIO whose disk it is, for these initiators with that account."""
         self._make(volume, size_mib)
-        words = shlex.join(["add", target, f"/dev/vg0/{volume}", initiator])
+        words = shlex.join(["add", target, f"/dev/vg0/{volume}", *initiators])
         self.run(f"{_lio()} {words} <<'ACCOUNT'\n{user} {password}\nACCOUNT\n")
 
     def targets(self) -> set[str]:
