@@ -378,7 +378,7 @@ def _lose_a_pack(repository: Repository, manifest: Manifest) -> None:
 def _flip(prefix: str) -> Callable[[Repository, Manifest], None]:
     def flip(repository: Repository, manifest: Manifest) -> None:
         key = keys(repository, prefix)[0]
-        raw(repository)[key] = raw(repository)[key][:-1] + b"!"
+        raw(repository)[key] = raw(repository)[key][:-1] + bytes([raw(repository)[key][-1] ^ 1])
 
     return flip
 

@@ -248,7 +248,7 @@ def test_prune_leaves_alone_what_it_cannot_read_and_says_so() -> None:
     storage = Memory()
     repository, ids = filled(storage)
     first, second = (manifest_key(backup) for backup in ids[:2])
-    storage.raw[first] = storage.raw[first][:-1] + b"?"
+    storage.raw[first] = storage.raw[first][:-1] + bytes([storage.raw[first][-1] ^ 1])
     newer = json.loads(repository.vault.open_object(second, storage.raw[second])) | {"version": 2}
     storage.raw[second] = repository.vault.seal_object(second, json.dumps(newer).encode())
     report = repository.prune(RetentionPolicy(last=1))
