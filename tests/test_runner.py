@@ -58,11 +58,18 @@ def test_what_takes_too_long_is_asked_to_stop(tmp_path: Path) -> None:
 def test_what_does_not_stop_is_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmsnap_drivers.runner._STOPPING_SECONDS", 0.1)
     text = f"trap '' TERM\necho $$ >{tmp_path / 'pid'}\nhead -c 300000 /dev/zero\nexec sleep 1000\n"
+    runner = LocalRunner()
     with pytest.raises(SnapshotError, match="does not stop") as caught:
-        LocalRunner().run([script(tmp_path, text, "/bin/sh")], 5)
+        runner.run([script(tmp_path, text, "/bin/sh")], 5)
     pid = int((tmp_path / "pid").read_text())
     assert alive(pid) and f"(process {pid})" in caught.value.message
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 0.1)
+    with pytest.raises(SnapshotError, match=rf"\(process {pid}\) has still not ended"):
+        runner.await_late()
     os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 60)
+    runner.await_late()
+    assert not alive(pid)
 
 
 def test_a_change_does_not_go_on_when_we_die(tmp_path: Path) -> None:

@@ -83,6 +83,15 @@ def test_one_that_takes_too_long_is_given_up(runner: SshRunner) -> None:
     assert runner.run(["true"], 30).status == 0
 
 
+def test_what_takes_too_long_can_be_waited_for(runner: SshRunner, tmp_path: Path) -> None:
+    with pytest.raises(SnapshotError, match="and may go on"):
+        runner.run(["sh", "-c", f"sleep 2; touch {tmp_path}/made"], 0.5)
+    assert not (tmp_path / "made").exists()
+    runner.await_late()
+    assert (tmp_path / "made").exists()
+    runner.await_late()
+
+
 def test_several_run_side_by_side(runner: SshRunner) -> None:
     said: list[str] = []
     threads = [
@@ -129,6 +138,9 @@ def test_a_machine_that_is_not_known_or_is_another_is_refused(sshd: SshServer, t
         runner_of(sshd, known_hosts=str(known)).run(["true"], 30)
     with pytest.raises(SnapshotError, match="does not let root in"):
         runner_of(sshd, key=str(tmp_path / "other")).run(["true"], 30)
+    known.write_text("[127.0.0.1]:22 ssh-ed25519 AAA\n")
+    with pytest.raises(SnapshotError, match=rf"{known} has a line that is none: .*\(mend it, or remove it\)"):
+        runner_of(sshd, known_hosts=str(known)).run(["true"], 30)
 
 
 def test_whoever_is_not_root_needs_sudo(sshd: SshServer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,8 @@ from typing import IO, Final
 from vmsnap.errors import DriverUnavailable, SnapshotError
 
 _STOPPING_SECONDS: Final = 5.0
+LATE_SECONDS: Final = 60.0
+"""How long commands are waited for that should have ended."""
 _MORE_FOLDERS: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
@@ -69,12 +72,23 @@ class Runner(ABC):
         :raises SnapshotError: it failed, which may be told after some lines
         """
 
+    @abstractmethod
+    def await_late(self) -> None:
+        """Wait until all commands have ended that were not when their time was over: what they make would come into
+        being after it was removed. Blocks for a minute at most.
+
+        :raises SnapshotError: one has not
+        """
+
     def close(self) -> None:
         """Let go of connections; idempotent."""
 
 
 class LocalRunner(Runner):
     """Commands of this host. They see no descriptors of ours, no terminal, and English messages."""
+
+    def __init__(self) -> None:
+        self._late: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def find(self, program: str) -> str | None:
         """See `Runner.find`. Folders of the administrator's programs are searched too."""
@@ -94,6 +108,7 @@ class LocalRunner(Runner):
             except subprocess.TimeoutExpired as e:
                 if _ends(process):
                     raise SnapshotError(f"{_name(argv)} did not end within {seconds:g} s and was stopped") from e
+                self._late.append((_name(argv), process))
                 raise SnapshotError(
                     f"{_name(argv)} did not end within {seconds:g} s, and does not stop (process {process.pid})",
                     cure="see what it waits for; it is not killed, since a guest's disk may depend on it",
@@ -129,6 +144,17 @@ class LocalRunner(Runner):
             for line in pipe:
                 yield line.decode(errors="replace")
 
+    def await_late(self) -> None:
+        """See `Runner.await_late`."""
+        deadline = time.monotonic() + LATE_SECONDS
+        for late in list(self._late):
+            name, process = late
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as e:
+                raise still_going(name, f"process {process.pid}") from e
+            self._late.remove(late)
+
     def _start(
         self, argv: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes], *, tied: bool = False
     ) -> subprocess.Popen[bytes]:
@@ -148,6 +174,14 @@ class LocalRunner(Runner):
         """Have the kernel send SIGTERM when we die: what we have begun must not come into being after the recovery."""
         setpriv = self.find("setpriv")
         return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+
+
+def still_going(name: str, which: str) -> SnapshotError:
+    """What `Runner.await_late` raises."""
+    return SnapshotError(
+        f"{name} ({which}) has still not ended, and what it makes could not be removed yet",
+        cure="see what it waits for, then: vmsnap recover",
+    )
 
 
 def one_line(text: str) -> str:

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 from typing import IO, TYPE_CHECKING, Final, cast
 
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
-from vmsnap_drivers.runner import Output, Runner, one_line
+from vmsnap_drivers.runner import LATE_SECONDS, Output, Runner, one_line, still_going
 
 if TYPE_CHECKING:
     from paramiko import Channel, SSHClient
@@ -79,6 +79,7 @@ class SshRunner(Runner):
         self._port = int(found["port"] or 22)
         self._settings = settings
         self._client: SSHClient | None = None
+        self._late: list[tuple[str, Channel]] = []
         self._lock = Lock()
 
     def find(self, program: str) -> str | None:
@@ -96,6 +97,7 @@ class SshRunner(Runner):
         :raises SnapshotError: the machine cannot be reached, is not the one that it was, or does not let us in
         """
         channel = self._begin(argv)
+        late = False
         deadline = time.monotonic() + seconds
         said: dict[bool, bytearray] = {True: bytearray(), False: bytearray()}
         try:
@@ -107,12 +109,15 @@ class SshRunner(Runner):
                 elif not self._is_connected():
                     raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
                 elif time.monotonic() > deadline and not channel.exit_status_ready():
+                    late = True
+                    self._late.append((argv[0], channel))
                     raise SnapshotError(f"{argv[0]} on {self.url} did not end within {seconds:g} s, and may go on")
                 else:
                     channel.status_event.wait(0.005)
             status = channel.recv_exit_status()
         finally:
-            channel.close()
+            if not late:
+                channel.close()
         if status < 0:
             raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
         output = Output(status, said[True].decode(errors="replace"), said[False].decode(errors="replace"))
@@ -149,6 +154,18 @@ class SshRunner(Runner):
             raise SnapshotError(f"{argv[0]} on {self.url} failed: {one_line(done.stderr)}")
         yield from done.stdout.splitlines(keepends=True)
 
+    def await_late(self) -> None:
+        """See `Runner.await_late`. Of a command whose connection was lost nobody can tell."""
+        deadline = time.monotonic() + LATE_SECONDS
+        for late in list(self._late):
+            name, channel = late
+            while not (channel.exit_status_ready() or channel.closed):
+                if time.monotonic() > deadline:
+                    raise still_going(name, f"on {self.url}")
+                channel.status_event.wait(0.05)
+            channel.close()
+            self._late.remove(late)
+
     def close(self) -> None:
         """See `Runner.close`."""
         with self._lock:
@@ -167,7 +184,14 @@ class SshRunner(Runner):
             if transport is None:
                 raise SnapshotError(f"the connection to {self.url} was lost")
             channel = transport.open_session(timeout=_CONNECT_SECONDS)
-            channel.exec_command(shlex.join(words))
+            # paramiko waits for the answer as long as it takes.
+            silent = Timer(_CONNECT_SECONDS, channel.close)
+            silent.daemon = True
+            silent.start()
+            try:
+                channel.exec_command(shlex.join(words))
+            finally:
+                silent.cancel()
         except (SSHException, EOFError, OSError) as e:
             self.close()
             raise SnapshotError(f"{self.url} cannot be told to run {argv[0]}: {e or 'it does not answer'}") from e
@@ -198,6 +222,7 @@ class SshRunner(Runner):
                 SSHClient,
                 SSHException,
             )
+            from paramiko.hostkeys import InvalidHostKey
         except ImportError as e:
             raise DriverUnavailable(
                 "commands on other machines need paramiko, which is not installed", cure="pip install 'vmsnap[ssh]'"
@@ -221,6 +246,12 @@ class SshRunner(Runner):
                 timeout=_CONNECT_SECONDS, banner_timeout=_CONNECT_SECONDS, auth_timeout=_CONNECT_SECONDS,
                 look_for_keys=not self._settings.key, allow_agent=not self._settings.key,
             )  # fmt: skip
+        except (InvalidHostKey, UnicodeDecodeError) as e:
+            client.close()
+            raise SnapshotError(
+                f"{known_hosts or 'a file of known host keys'} has a line that is none: {e}",
+                cure="mend it, or remove it",
+            ) from e
         except BadHostKeyException as e:
             client.close()
             raise SnapshotError(

@@ -253,6 +253,7 @@ class LvmMechanism(SnapshotMechanism):
         :raises SnapshotError: something could not be removed, or the group is not there
         """
         self._stop_watching(plan.tag)
+        self._lvm.runner.await_late()
         found = names_of(plan)
         volumes = self._lvm.volumes(sorted({names.group for names in found}))
         wanted = {(names.group, names.snapshot) for names in found}

@@ -292,6 +292,7 @@ class ZfsMechanism(SnapshotMechanism):
         return [each for each in self._zfs.ours(pools) if each.plan == tag]
 
     def _remove(self, plan: SnapshotPlan) -> None:
+        self._zfs.runner.await_late()
         found = names_of(plan)
         self._remove_all(plan.tag, self._made(plan.tag, pools_of(found)))
         for names in found:
