@@ -26,16 +26,19 @@ class DeviceReader(DiskReader):
         label: str,
         extents: Callable[[], Iterator[Extent]] | None = None,
         why: Callable[[], str] = str,
+        given_up: Callable[[], str] = str,
     ) -> None:
         """Look at it.
 
         :param label: what messages call it, such as ``the snapshot vg0/x``
         :param extents: tells where data is; None where all of it may be
         :param why: tells why it is lost, when it is; empty where nobody knows better than the kernel
+        :param given_up: tells why nobody is to open it any more; empty while that is not so
         :raises SnapshotError: it is gone, or shorter than its disk
         """
         self.size_bytes = size_bytes
         self._device, self._label, self._extents, self._why = device, label, extents, why
+        self._given_up = given_up
         descriptor = self._open()
         try:
             found = os.lseek(descriptor, 0, os.SEEK_END)
@@ -76,6 +79,8 @@ class DeviceReader(DiskReader):
         """Nothing is open; see `DiskReader.close`."""
 
     def _open(self) -> int:
+        if why := self._given_up():
+            raise SnapshotError(f"{self._label} is lost: {why}")
         try:
             return os.open(self._device, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:

@@ -158,6 +158,17 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
     write(thin.address, 0, written)  # 6 of 16 MiB are the snapshot's alone: 13 are used
     sync(thin.address)
     with mechanism.reader(taken) as reader:
+
+        def reads() -> bool:
+            try:
+                reader.read_into(0, memoryview(bytearray(4096)))
+            except SnapshotError:
+                return False
+            return True
+
+        with Path(f"/dev/{group}/vmsnap-t.0").open("rb"):  # as one of several that read it
+            eventually(lambda: not reads(), "nobody is let at it any more", 60)
+            assert f"{group}/vmsnap-t.0" in volumes(), "it is in use"
         eventually(lambda: f"{group}/vmsnap-t.0" not in volumes(), "the snapshot is given up", 60)
         with pytest.raises(SnapshotError, match="to spare the guests"):
             reader.read_into(0, memoryview(bytearray(4096)))

@@ -190,8 +190,9 @@ class LvmMechanism(SnapshotMechanism):
         label = f"the snapshot {names.group}/{names.snapshot}"
         extents = (lambda: self._extents(names.group, names.snapshot, snapshot.disk)) if names.thin else None
         watch = self._watches.get(snapshot.plan.tag)
-        why = (lambda: watch.problem(names)) if watch else str
-        return DeviceReader(f"/dev/{names.group}/{names.snapshot}", snapshot.disk.size_bytes, label, extents, why)
+        why, given_up = (lambda: watch.problem(names), lambda: watch.given_up(names)) if watch else (str, str)
+        device = f"/dev/{names.group}/{names.snapshot}"
+        return DeviceReader(device, snapshot.disk.size_bytes, label, extents, why, given_up)
 
     def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
         """See `SnapshotMechanism.changed_extents`; by the pool's metadata, whole blocks of the pool."""

@@ -41,7 +41,8 @@ class Watch:
         self._names = names_of(plan)
         self._grow = grow
         self._limit = limit_percent / 100
-        self._full: set[str] = set()
+        self._done: set[str] = set()
+        self._given_up: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=f"lvm watch {plan.tag}", daemon=True)
@@ -57,7 +58,13 @@ class Watch:
 
     def problem(self, names: VolumeNames) -> str:
         """Why the snapshot of this disk is lost or about to be; empty where nothing is known."""
-        return self._problems.get(names.snapshot, "")
+        return self.given_up(names) or self._problems.get(names.snapshot, "")
+
+    def given_up(self, names: VolumeNames) -> str:
+        """Why the snapshot of this disk was given up: nobody is to open it any more, so that it can be removed; empty
+        while it is not.
+        """
+        return self._given_up.get(names.snapshot, "")
 
     def look(self) -> None:
         """Look once, and do what is needed.
@@ -68,7 +75,7 @@ class Watch:
         for names in self._names:
             device = device_name(names.group, names.pool or names.snapshot)
             fill = fills.get(f"{device}-tpool" if names.thin else device)
-            if fill is None or names.snapshot in self._full:
+            if fill is None or names.snapshot in self._done:
                 continue
             if names.thin and max(fill.data, fill.metadata) >= self._limit:
                 self._relieve(names, fill)
@@ -88,7 +95,8 @@ class Watch:
         if fill.lost:
             known = self._problems.get(names.snapshot, "")
             why = f"the guest overwrote more than the {names.room_bytes} bytes of room that it began with"
-            self._give_up(names, f"{why}; {known}" if known else why)
+            self._given_up[names.snapshot] = f"{why}; {known}" if known else why
+            self._done.add(names.snapshot)
             return
         if not self._grow:
             return
@@ -109,16 +117,13 @@ class Watch:
         if marks:
             self._lvm.remove(marks)
             return
-        self._give_up(
-            names,
+        self._given_up[names.snapshot] = (
             f"thin pool {names.group}/{names.pool} is full to {fill.data:.0%} (metadata {fill.metadata:.0%}), and the"
-            " snapshot was given up to spare the guests",
+            " snapshot was given up to spare the guests"
         )
+        # It fails while somebody reads it; the next look finds it closed.
         self._lvm.remove([v for v in ours if v.name == names.snapshot and is_made_for(v, self._plan.tag, "snapshot")])
-
-    def _give_up(self, names: VolumeNames, why: str) -> None:
-        self._full.add(names.snapshot)
-        self._problems[names.snapshot] = why
+        self._done.add(names.snapshot)
 
 
 def parse_status(text: str) -> Mapping[str, Fill]:
