@@ -206,6 +206,16 @@ def test_the_vm_that_took_over_is_backed_up_held_and_failed_over_in_turn(world: 
     assert world.status()["counter"] >= count and ask(world.socket, "check") == {"fault": ""}
 
 
+def test_the_disks_of_a_vm_that_took_over_are_nobodys_strays_while_it_has_them(world: World) -> None:
+    with world.controller() as controller:
+        keep(world)
+        kill(world)
+        controller.failover("vm001")
+        assert controller.strays() == []
+        controller.remove_vm("vm001")
+        assert controller.strays() != [], "now nobody answers for them"
+
+
 def test_as_long_as_the_original_lives_nothing_takes_its_place(world: World) -> None:
     result = keep(world)
     for state in ("executing", "stopped"):

@@ -12,8 +12,9 @@ from tests.test_file_mechanism import plain_disk
 from tests.world import FaultyDrivers
 from vmsnap.controller import Controller, Drivers
 from vmsnap.controller.kept_snapshots import KeptSnapshots
-from vmsnap.errors import AlreadyExists, NotFound, SnapshotError, UsageError
+from vmsnap.errors import AlreadyExists, Busy, NotFound, SnapshotError, UsageError
 from vmsnap.host import HostFolders
+from vmsnap.locks import vm_lock
 from vmsnap.model import Disk
 from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.faults import Effect, Fault, FaultPlan
@@ -74,6 +75,17 @@ def test_a_snapshot_is_taken_listed_cloned_and_deleted(folders: HostFolders, ima
     assert files(images) == {"a", "b"} and kept.all("file") == []
     with pytest.raises(NotFound, match="there is no snapshot"):
         kept.delete("file", name)
+
+
+def test_one_at_a_time_clones_a_snapshot_or_deletes_it(folders: HostFolders, images: list[str]) -> None:
+    kept = kept_in(folders)
+    name = kept.take("file", images).plan.tag
+    with vm_lock(folders.state_dir / KeptSnapshots.FOLDER, name, "clone", kind="snapshot"):
+        for work in (lambda: kept.clone("file", name, "trial"), lambda: kept.delete("file", name)):
+            with pytest.raises(Busy, match=f"snapshot '{name}' is busy: clone by process"):
+                work()
+    kept.delete("file", name)
+    assert files(images) == {"a", "b"}
 
 
 @pytest.mark.parametrize("call", ["prepare_disks", "snapshot", "settle"])

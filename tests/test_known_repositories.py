@@ -48,7 +48,7 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     path = tmp_path / "db"
     Database(path).close()
     with sqlite3.connect(path) as old:
-        later = ("held", "repository", "schedule", "schedule_state", "job", "notice", "token", "catalogue")
+        later = ("held", "repository", "schedule", "schedule_state", "job", "notice", "token", "catalogue", "own_disk")
         for table in (*later, "counter", "vm_tag"):
             old.execute(f"DROP TABLE {table}")
         for trigger in ("operation_counted", "failure_counted", "deed_counted"):

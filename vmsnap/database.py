@@ -14,7 +14,7 @@ from vmsnap.errors import VmsnapError
 
 FILE_NAME = "vmsnap.db"
 """What it is called in the state folder."""
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -163,6 +163,12 @@ CREATE TABLE vm_tag (
 )
 # The backup that an operation has stored or uses, as soon as there is one.
 _SINCE_VERSION_6 = "ALTER TABLE operation ADD COLUMN backup TEXT NOT NULL DEFAULT ''"
+_SINCE_VERSION_7 = """
+CREATE TABLE own_disk (
+    address       TEXT PRIMARY KEY,           -- that of a disk of the VM table, while the VM has it
+    data          TEXT NOT NULL               -- JSON: the ClonePlan of a duplicate that has taken its VM's place
+) STRICT
+"""
 
 
 class Database:
@@ -208,8 +214,10 @@ class Database:
             if version in (0, 1, 2, 3, 4):
                 for statement in _SINCE_VERSION_5:
                     connection.execute(statement)
-            if version < SCHEMA_VERSION:
+            if version in (0, 1, 2, 3, 4, 5):
                 connection.execute(_SINCE_VERSION_6)
+            if version < SCHEMA_VERSION:
+                connection.execute(_SINCE_VERSION_7)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise VmsnapError(

@@ -139,8 +139,9 @@ class HeldDuplicates:
         return operation
 
     def take_place(self, held: HeldDuplicate, disks: Sequence[Disk], state: str, operation: str) -> int:
-        """Enter that the duplicate runs in its VM's place, on its own `disks`: they are the VM's now, and nothing that
-        `operation` made is to be removed but the images, whose position in the journal is returned.
+        """Enter that the duplicate runs in its VM's place, on its own `disks`: they are the VM's now, no strays while
+        it has them, and nothing that `operation` made is to be removed but the images, whose position in the journal is
+        returned.
         """
         with self._database.transaction() as db:
             db.execute("DELETE FROM vm WHERE vm = ?", (held.name,))
@@ -149,6 +150,11 @@ class HeldDuplicates:
                 (state, time.time_ns(), held.vm),
             )
             replace_disks(db, held.vm, [DiskRow(disk.device, disk.address) for disk in disks])
+            plans = {each.disk.device: each.plan for each in held.disks}
+            db.executemany(
+                "INSERT OR REPLACE INTO own_disk VALUES (?, ?)",
+                [(disk.address, to_json(plans[disk.device])) for disk in disks if disk.device in plans],
+            )
             db.execute("UPDATE resource SET gone = 1 WHERE operation = ?", (operation,))
             return insert_resource(db, operation, "duplicate", held.hypervisor, to_json(held.name))
 

@@ -22,21 +22,23 @@ _LOOK_EACH_SECONDS = 0.02
 
 
 @contextmanager
-def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float = 0.0) -> Iterator[None]:
+def vm_lock(
+    state_dir: Path, vm: str, purpose: str, *, patience_seconds: float = 0.0, kind: str = "VM"
+) -> Iterator[None]:
     """Hold the lock of `vm` (flock(2) on a file in the state folder; the kernel drops it when the process ends).
 
     Waits `patience_seconds` for another holder, and for a guardian as long as that takes. A holder who has not said yet
-    who it is may be one.
+    who it is may be one. What is locked may be something else than a VM, as `kind` says.
 
     :raises Busy: another process holds it; who, what for and since when is in the message
     :raises VmsnapError: the file cannot be made
     """
-    path = state_dir / "locks" / f"{check_name(vm, 'VM name')}.lock"
+    path = state_dir / "locks" / f"{check_name(vm, f'{kind} name')}.lock"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        raise VmsnapError(f"VM {vm!r} cannot be locked: {e.strerror}: {path}") from e
+        raise VmsnapError(f"{kind} {vm!r} cannot be locked: {e.strerror}: {path}") from e
     begun = time.monotonic()
     try:
         while not _taken(descriptor):
@@ -47,7 +49,7 @@ def vm_lock(state_dir: Path, vm: str, purpose: str, *, patience_seconds: float =
             elif not _lives(holder):
                 patience = max(patience, _UNNAMED_PATIENCE_SECONDS)
             if time.monotonic() - begun >= patience:
-                raise Busy(f"VM {vm!r} is busy: {_holder(holder)}", cure="try again when it is done")
+                raise Busy(f"{kind} {vm!r} is busy: {_holder(holder)}", cure="try again when it is done")
             time.sleep(_LOOK_EACH_SECONDS)
         note = {"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         _write_note(descriptor, json.dumps(note).encode())

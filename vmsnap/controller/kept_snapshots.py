@@ -17,6 +17,7 @@ from typing import ClassVar
 from vmsnap import durable
 from vmsnap.controller.drivers import Drivers
 from vmsnap.errors import AlreadyExists, NotFound, SnapshotError, UsageError
+from vmsnap.locks import vm_lock
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, SnapshotPlan, Window, check_name, from_json, to_json
 
 _TAG = re.compile(r"vmsnap-by-hand-[0-9a-f]{10}")
@@ -88,9 +89,15 @@ class KeptSnapshots:
 
         :raises NotFound: there is no such snapshot
         :raises AlreadyExists: it has clones of that name
+        :raises Busy: another process clones or deletes it
         :raises SnapshotError: it failed; nothing is left
         """
-        kept = self._get(mechanism, snapshot)
+        self._get(mechanism, snapshot)
+        with vm_lock(self._folder, snapshot, "clone", kind="snapshot"):
+            return self._clone(mechanism, self._get(mechanism, snapshot), name)
+
+    def _clone(self, mechanism: str, kept: KeptSnapshot, name: str) -> tuple[Disk, ...]:
+        snapshot = kept.plan.tag
         check_name(name, "name of a clone")
         if any(clone.plan.name == name for clone in kept.clones):
             raise AlreadyExists(f"snapshot {snapshot} has clones named {name!r}", cure="choose another name")
@@ -116,9 +123,15 @@ class KeptSnapshots:
         """Delete a snapshot that has no clones, or the clones of one name. Blocks.
 
         :raises NotFound: there is no such snapshot, or no such clone of it
+        :raises Busy: another process clones or deletes it
         :raises SnapshotError: it cannot be removed now, or clones are left; a later call tries again
         """
-        kept = self._get(mechanism, snapshot)
+        self._get(mechanism, snapshot)
+        with vm_lock(self._folder, snapshot, "delete", kind="snapshot"):
+            self._delete(mechanism, self._get(mechanism, snapshot), clone)
+
+    def _delete(self, mechanism: str, kept: KeptSnapshot, clone: str) -> None:
+        snapshot = kept.plan.tag
         gone = [each for each in kept.clones if each.plan.name == clone]
         if clone and not gone:
             raise NotFound(f"snapshot {snapshot} has no clones named {clone!r}")
@@ -164,3 +177,4 @@ class KeptSnapshots:
 
     def _strike(self, snapshot: str) -> None:
         self._path(snapshot).unlink(missing_ok=True)
+        (self._folder / "locks" / f"{snapshot}.lock").unlink(missing_ok=True)

@@ -85,6 +85,8 @@ class Strays:
         texts += [row["data"] for row in self._database.rows("SELECT data FROM held")]
         texts += [to_json(row["vm"]) for row in self._database.rows("SELECT vm FROM vm")]
         texts.append(self._kept.known())
+        own = self._database.rows("SELECT data FROM own_disk WHERE address IN (SELECT address FROM disk)")
+        texts += [row["data"] for row in own]
         texts += [to_json(row["address"]) for row in self._database.rows("SELECT address FROM disk")]
         return "\n".join(texts)
 
