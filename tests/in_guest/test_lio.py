@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.disk_rig import sync, write
-from tests.in_guest.volumes import make_thick, run, volume_group, volumes
+from tests.in_guest.volumes import MIB, make_pool, make_thick, make_thin, run, volume_group, volumes
 from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO
@@ -24,7 +24,7 @@ from vmsnap.errors import SnapshotError, UsageError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
-from vmsnap.testing.rigs import read_all
+from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
 from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
@@ -69,6 +69,23 @@ def test_an_export_listens_where_its_origin_does_and_admits_by_name(rig: LunRig,
     delete_all(life.mechanism, clones)
     life.end()
     assert sorted(server.targets()) == sorted(TARGETS)
+
+
+def test_a_lun_is_what_its_initiators_see_by_its_number(rig: LunRig, server: LioServer) -> None:
+    target, other = f"{AUTHORITY}:both", rig.images / "other.img"
+    other.write_bytes(bytes(SIZE))
+    server.add(target, rig.path(rig.disks()[0]), initiators=())
+    server.add_disk(target, other, 2, {"iqn.2009-12.com.example:a": 1})
+    lun, mechanism = Disk("disk0", server.address(target), SIZE), rig.mechanism()
+    plan = mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
+    assert plan.data["luns"][0]["origin"] == str(other), "the group's own LUN 1 is seen by nobody"
+    server.add_disk(target, rig.path(rig.disks()[1]), 3, {"iqn.2009-12.com.example:b": 1})
+    with pytest.raises(SnapshotError, match=r"LUN 1 of .* is not the same disk to all of its initiators, but one of"):
+        mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
+    with pytest.raises(SnapshotError, match="is not the same disk to all"):
+        mechanism.writer(lun)
+    server.remove(target)
+    other.unlink()
 
 
 def test_initiators_are_names_to_lio(rig: LunRig) -> None:
@@ -181,13 +198,53 @@ def _made() -> list[str]:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("reading", ["store", "initiator"])
+def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
+    server: LioServer, tmp_path: Path, reading: str
+) -> None:
+    target = f"{AUTHORITY}:thin"
+    with volume_group(tmp_path, "vg0", 64) as group:
+        make_pool(group, "pool", 16)
+        origin = make_thin(group, "pool", "vm001", 16)
+        server.add(target, Path(origin.address))
+        lun = Disk("disk0", server.address(target), origin.size_bytes)
+        options = {"server": "lio", "pause_seconds": "60", "reading": reading}
+        mechanism = IscsiMechanism(DriverContext(tmp_path / "state", tmp_path), options)
+        before = volumes()
+        write(origin.address, 0, os.urandom(8 * MIB))
+        sync(origin.address)
+        plan = mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
+        mechanism.prepare(plan)
+        (taken,) = mechanism.snapshot(plan)
+        mechanism.settle([taken])
+        with mechanism.reader(taken) as reader:
+            reader.read_into(0, memoryview(bytearray(4096)))
+            written = os.urandom(7 * MIB + MIB // 2)
+            write(origin.address, 0, written)  # 8 of 16 MiB are the snapshot's alone: 15.5 are used
+            sync(origin.address)
+            eventually(lambda: volumes().keys() == before.keys(), "the snapshot is given up", 120)
+            assert target in server.targets() and len(server.targets()) == 1
+            with pytest.raises(SnapshotError, match=r"pool vg0/pool is full to 9\d%, and the snapshot was given up"):
+                for at in range(0, lun.size_bytes, MIB):
+                    reader.read_into(at, memoryview(bytearray(MIB)))
+        write(origin.address, 8 * MIB, os.urandom(4 * MIB))  # there was no room for this
+        sync(origin.address)
+        assert Path(origin.address).read_bytes()[: len(written)] == written
+        mechanism.delete(plan)
+        mechanism.close()
+        assert not mechanism.list_owned()
+        mechanism.close()
+        server.remove(target)
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("operation", ["export", "delete"])
 def test_a_killed_export_or_removal_leaves_nothing_that_a_later_removal_does_not_find(
     rig: LunRig, server: LioServer, operation: str, record_property: Callable[[str, object], None]
 ) -> None:
     image, notes = rig.images / "vmsnap-x~0~bk001~clone.iscsi", rig.scratch / "notes"
     image.write_bytes(bytes(SIZE))
-    dying, place = Dying(), Place(HERE, "", LocalRunner(), ServerSettings())
+    dying, place = Dying(), Place(HERE, (), LocalRunner(), ServerSettings())
     export, beside = Export(place, dying, f"{AUTHORITY}:bk001", str(image)), rig.lun(rig.disks()[0])
     before, steps, killed = _made(), 0, True
     while killed:

@@ -11,6 +11,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -93,6 +94,16 @@ class LioServer:
                     access.chap_userid, access.chap_password = user, password
             group.enable = True
         group.set_attribute("authentication", int(bool(user)))
+
+    def add_disk(self, target: str, path: Path, number: int, seen: Mapping[str, int]) -> None:
+        """Give a target one more LUN, which each of these initiators sees by a number of its own."""
+        rtslib = self._rtslib()
+        (group,) = self._find(target).tpgs
+        name = f"{target.rpartition(':')[2]}-{number}"
+        store = rtslib.FileIOStorageObject(name, dev=str(path), size=path.stat().st_size)
+        lun = rtslib.LUN(group, number, store)
+        for initiator, as_number in seen.items():
+            rtslib.MappedLUN(rtslib.NodeACL(group, initiator), as_number, lun)
 
     def remove(self, target: str) -> None:
         """Remove a target, whoever uses it, with its backing stores."""

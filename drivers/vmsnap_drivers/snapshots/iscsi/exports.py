@@ -109,7 +109,7 @@ class Exports:
         note.unlink(missing_ok=True)
 
     def _note(self, place: Place, target: str) -> Path:
-        name = hashlib.sha256(f"{place.portal} {target}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{place.name} {target}".encode()).hexdigest()[:32]
         return self._folder / f"{name}.making"
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,15 +57,19 @@ class Account:
 class InitiatorReader(DiskReader):
     """Reads one LUN. Used by one thread at a time."""
 
-    def __init__(self, lun: LunAddress, size_bytes: int, label: str, account: Account) -> None:
+    def __init__(
+        self, lun: LunAddress, size_bytes: int, label: str, account: Account, given_up: Callable[[], str] = str
+    ) -> None:
         """Connect. Blocks.
 
         :param label: what messages call it
+        :param given_up: tells why it was taken from us, where it was; empty otherwise
         :raises SnapshotError: the target cannot be reached, does not let us in, or the LUN has another size
         :raises DriverUnavailable: qemu-nbd is not installed
         """
         self.size_bytes = size_bytes
         self._label = label
+        self._given_up = given_up
         self._client: NbdClient | None = None
         self._process: subprocess.Popen[bytes] | None = None
         program = shutil.which("qemu-nbd")
@@ -154,4 +158,6 @@ class InitiatorReader(DiskReader):
         return self._client
 
     def _lost(self, error: NbdError) -> SnapshotError:
+        if why := self._given_up():
+            return SnapshotError(f"{self._label} is lost: {why}")
         return SnapshotError(f"{self._label} cannot be read over iSCSI: {error.message}")

@@ -78,13 +78,31 @@ def links(folder: str) -> list[str]:
     return [path for path in paths_in(folder) if os.path.islink(path)]
 
 
+def number_of(lun: str) -> int:
+    """The number of the LUN with that folder."""
+    return int(lun.rpartition("_")[2])
+
+
 def disks_of(group: str) -> Iterator[dict[str, Any]]:
-    """The LUNs of a portal group that are whole: one without a store was begun, or is being removed, and is no disk."""
-    for lun in folders(f"{group}/lun"):
+    """The LUNs of a portal group that are whole: one without a store was begun, or is being removed, and is no disk.
+
+    They have the numbers by which initiators see them: those of their access, or the group's own where initiators
+    without an access are let in, or nobody has any. A number that is several disks is there several times.
+    """
+    seen = {
+        (number_of(mapped), os.path.realpath(link))
+        for access in folders(f"{group}/acls")
+        for mapped in folders(access)
+        if name_of(mapped).startswith("lun_")
+        for link in links(mapped)
+    }
+    if not seen or read(f"{group}/attrib/generate_node_acls") == "1":
+        seen |= {(number_of(lun), lun) for lun in folders(f"{group}/lun")}
+    for number, lun in sorted(seen):
         for link in links(lun):
             store = os.path.realpath(link)
             yield {
-                "number": int(lun.rpartition("_")[2]),
+                "number": number,
                 "path": read(f"{store}/udev_path"),
                 "read_only": "readonly: 1" in read(f"{store}/info"),
             }

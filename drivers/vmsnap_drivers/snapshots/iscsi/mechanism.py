@@ -54,6 +54,7 @@ from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, Served, S
 from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
+from vmsnap_drivers.snapshots.iscsi.watch import Watch, Watched
 from vmsnap_drivers.snapshots.iscsi.writer import open_lun
 
 _MOST_AT_ONCE: Final = 8
@@ -119,6 +120,7 @@ class IscsiMechanism(SnapshotMechanism):
         self._exports = Exports(context.state_dir / self.name)
         self._sessions = KernelSessions(LocalRunner())
         self._kinds = self._places.of("").kinds
+        self._watches: dict[str, Watch] = {}
 
     def handles(self, disk: Disk) -> bool:
         """Say whether the disk is a raw LUN of a place that is known, reached by QEMU's own initiator or by Linux'."""
@@ -174,7 +176,8 @@ class IscsiMechanism(SnapshotMechanism):
         return tuple(DiskSnapshot(plan, disk, instant) for disk, instant in zip(plan.disks, instants, strict=True))
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
-        """See `SnapshotMechanism.settle`. Exports them, each under a name of its own.
+        """See `SnapshotMechanism.settle`. Exports them, each under a name of its own, and begins to watch how full the
+        pools get in which they lie.
 
         :raises SnapshotError: the name is taken, or the target could not be made
         """
@@ -187,11 +190,15 @@ class IscsiMechanism(SnapshotMechanism):
             if asked not in served:
                 served[asked] = export.server.targets()
             self._make(export, names.lun, read_only=True, served=served[asked])
+        if snapshots:
+            self._begin_watching(snapshots[0].plan)
 
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
         names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
-        return self._read(names, names.exported, names.snapshot, snapshot.disk.size_bytes, "the snapshot")
+        watch = self._watches.get(snapshot.plan.tag)
+        given_up = (lambda: watch.given_up(names.snapshot)) if watch else str
+        return self._read(names, names.exported, names.snapshot, snapshot.disk.size_bytes, "the snapshot", given_up)
 
     def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
         """See `SnapshotMechanism.plan_clone`: beside the disk's backing store, lasting or not. No files here."""
@@ -240,9 +247,11 @@ class IscsiMechanism(SnapshotMechanism):
 
         :raises SnapshotError: something could not be removed or reached
         """
+        self._stop_watching(plan.tag)
         failed: SnapshotError | None = None
         for names in names_of(plan, self._kinds):
             try:
+                self._place(names.lun).runner.await_late()
                 self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
                 self._stores(names).remove(names.snapshot, plan.tag)
             except SnapshotError as e:
@@ -272,7 +281,7 @@ class IscsiMechanism(SnapshotMechanism):
                     continue
                 for server, target in list(place.all_targets()):
                     if [lun.path for lun in target.disks] == [found.path]:
-                        self._sessions.log_out_of(target.name, place.portal)
+                        self._sessions.log_out_of(target.name, place.portals)
                         export = Export(place, server, target.name, found.path)
                         self._exports.remove(export, force=found.kind == "snapshot")
                 stores.remove(found.path, found.tag)
@@ -282,7 +291,9 @@ class IscsiMechanism(SnapshotMechanism):
         return examine(self._places)
 
     def close(self) -> None:
-        """See `SnapshotMechanism.close`."""
+        """See `SnapshotMechanism.close`. Nobody watches the pools any more."""
+        for tag in list(self._watches):
+            self._stop_watching(tag)
         self._places.close()
 
     # -- within
@@ -304,6 +315,25 @@ class IscsiMechanism(SnapshotMechanism):
         if any(each.name == target for each in targets.by(server)):
             raise Taken(target)
         return LunNames(str(lun), server.name, origin.kind, origin.path, snapshot, target)
+
+    def _begin_watching(self, plan: SnapshotPlan) -> None:
+        def watched(names: LunNames) -> Watched:
+            stores = self._stores(names)
+
+            def give_up() -> None:
+                self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
+                stores.remove(names.snapshot, plan.tag)
+
+            return Watched(names.snapshot, lambda: stores.fill(names.origin), give_up)
+
+        self._stop_watching(plan.tag)
+        watch = Watch(plan.tag, [watched(names) for names in names_of(plan, self._kinds)])
+        self._watches[plan.tag] = watch
+        watch.start()
+
+    def _stop_watching(self, tag: str) -> None:
+        if watch := self._watches.pop(tag, None):
+            watch.stop()
 
     def _known(self, lun: LunAddress | None, address: str) -> LunAddress:
         if lun is None or not self._places.serves(lun):
@@ -345,12 +375,20 @@ class IscsiMechanism(SnapshotMechanism):
         initiators = self._options["initiators"].split()
         self._exports.make(export, beside, initiators, duplicate, read_only=read_only, served=served)
 
-    def _read(self, names: LunNames, exported: LunAddress, path: str, size_bytes: int, what: str) -> DiskReader:
+    def _read(
+        self,
+        names: LunNames,
+        exported: LunAddress,
+        path: str,
+        size_bytes: int,
+        what: str,
+        given_up: Callable[[], str] = str,
+    ) -> DiskReader:
         if not self._place(names.lun).here or self._options["reading"] == "initiator":
-            return InitiatorReader(exported, size_bytes, f"{what} {exported}", self._account())
+            return InitiatorReader(exported, size_bytes, f"{what} {exported}", self._account(), given_up)
         if names.kind == Files.kind:
             return FileReader(Path(path), size_bytes, what)
-        return DeviceReader(path, size_bytes, f"{what} {path}")
+        return DeviceReader(path, size_bytes, f"{what} {path}", given_up=given_up)
 
     def _account(self) -> Account:
         return Account(self._options["chap_user"], self._options.get("chap_password_file", ""))
@@ -363,7 +401,7 @@ class IscsiMechanism(SnapshotMechanism):
 def _find(place: Place, served: Served, lun: LunAddress) -> tuple[Targets, Origin]:
     """What serves a LUN, and what lies behind it."""
     server, target = served.serving(lun.target) or (None, Target(lun.target))
-    found = next((each for each in target.disks if each.number == lun.lun), None)
+    found = target.disk(lun.lun)
     if server is None or found is None:
         raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
     return server, place.look(found.path)

@@ -57,12 +57,12 @@ class Served:
 
 @dataclass
 class Place:
-    """One place where targets are served. `name` is what messages call it, `portal` where it is reached; empty for this
+    """One place where targets are served. `name` is what messages call it, `portals` where it is reached; none for this
     host. `servers` are what may serve there.
     """
 
     name: str
-    portal: str
+    portals: tuple[str, ...]
     runner: Runner
     settings: ServerSettings
     servers: Mapping[str, Targets] = field(init=False)
@@ -151,21 +151,29 @@ class Places:
         return any(server.is_on_this_host() for server in self.of("").servers.values())
 
     def of(self, portal: str) -> Place:
-        """The place behind a portal."""
+        """The place behind a portal; this host for none.
+
+        :raises SnapshotError: it is no portal of this host, nor of an appliance that is configured, or is any more
+        """
         url = self._urls.get(portal, "")
+        if not url and portal and not is_of_this_host(portal.rpartition(":")[0]):
+            raise SnapshotError(
+                f"{portal} is no portal of this host, nor of an appliance that is known",
+                cure="see the option appliances",
+            )
         if url not in self._made:
             if url:
-                runner: Runner = SshRunner(url, self._settings)
-                self._made[url] = Place(f"the appliance {url}", portal, runner, self._servers)
+                portals = tuple(each for each, known in self._urls.items() if known == url)
+                self._made[url] = Place(f"the appliance {url}", portals, SshRunner(url, self._settings), self._servers)
             else:
-                self._made[url] = Place(HERE, "", LocalRunner(), self._servers)
+                self._made[url] = Place(HERE, (), LocalRunner(), self._servers)
         return self._made[url]
 
     def all(self) -> Iterator[Place]:
         """This host where it serves, and all appliances."""
         if self.has_server():
             yield self.of("")
-        for portal in self._urls:
+        for portal in {url: portal for portal, url in self._urls.items()}.values():
             yield self.of(portal)
 
     def close(self) -> None:

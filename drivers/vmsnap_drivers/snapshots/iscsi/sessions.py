@@ -8,7 +8,7 @@ stands in no command line and in no file of ours.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -90,10 +90,10 @@ class KernelSessions:
         if sessions or any(_records_of(lun)):
             self._tell([*_where(lun), "-o", "delete"], f"forget {lun}", _NOTHING_FOUND)
 
-    def log_out_of(self, target: str, portal: str) -> None:
-        """`log_out` of LUN 1 of a target, where there is a session with it; at that portal alone if it is not empty."""
+    def log_out_of(self, target: str, portals: Collection[str]) -> None:
+        """`log_out` of LUN 1 of a target, where there is a session with it; at these portals alone, if any is named."""
         for lun in {lun for session in all_sessions() if (lun := session.lun(1)) and lun.target == target}:
-            if portal in ("", lun.portal):
+            if not portals or lun.portal in portals:
                 self.log_out(lun)
 
     def _tell(self, words: Sequence[str], what: str, *accepted: int) -> None:
@@ -136,13 +136,15 @@ def _give_account(lun: LunAddress, account: Mapping[str, str]) -> None:
 
 def _await_device(lun: LunAddress) -> Path:
     deadline = time.monotonic() + _DEVICE_SECONDS
-    lasting = _BY_PATH / f"ip-{lun.portal}-iscsi-{lun.target}-lun-{lun.lun}"
     while True:
         for session in sessions_with(lun):
-            disk = session.disk(lun.lun)
-            device = lasting if _UDEV.exists() else Path("/dev", disk)
-            if disk and device.is_block_device():
-                return device
+            disk = Path("/dev", session.disk(lun.lun))
+            # udev calls it by the portal's address, without the brackets of one of IPv6 (systemd's path_id).
+            lasting = sorted(_BY_PATH.glob(f"*-iscsi-{lun.target}-lun-{lun.lun}")) if _UDEV.exists() else [disk]
+            if disk.is_block_device() and (mine := [path for path in lasting if path.resolve() == disk]):
+                return mine[0]
         if time.monotonic() > deadline:
-            raise SnapshotError(f"the disk of {lun} has not come within {_DEVICE_SECONDS:g} s")
+            raise SnapshotError(
+                f"the disk of {lun} has not come within {_DEVICE_SECONDS:g} s", cure="see dmesg, and that udev runs"
+            )
         time.sleep(_LOOK_EACH_SECONDS)

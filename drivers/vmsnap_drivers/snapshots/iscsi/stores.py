@@ -37,6 +37,14 @@ class Owned:
     tag: str
 
 
+@dataclass(frozen=True)
+class Fill:
+    """How full what snapshots take their room from is, from 0 to 1; `what` is as messages call it."""
+
+    what: str
+    used: float
+
+
 class Stores(ABC):
     """One kind of backing stores, where `runner` runs commands. Paths are absolute.
 
@@ -82,6 +90,14 @@ class Stores(ABC):
 
     def settle(self, path: str) -> None:
         """Let a snapshot be opened."""
+
+    def fill(self, origin: str) -> Fill | None:
+        """How full the pool is from which both take room, a snapshot and whoever writes to its origin; None where there
+        is none.
+
+        :raises SnapshotError: it cannot be asked
+        """
+        return None
 
     @abstractmethod
     def clone(self, source: str, path: str, tag: str) -> None:

@@ -49,6 +49,20 @@ class Target:
     access: list[str] = field(default_factory=list)
     portals: list[str] = field(default_factory=list)
 
+    def disk(self, number: int) -> Lun | None:
+        """The disk that initiators see by that number.
+
+        :raises SnapshotError: each of them sees another one
+        """
+        found = [lun for lun in self.disks if lun.number == number]
+        if len({lun.path for lun in found}) > 1:
+            paths = ", ".join(sorted({lun.path for lun in found}))
+            raise SnapshotError(
+                f"LUN {number} of {self.name} is not the same disk to all of its initiators, but one of {paths}",
+                cure="give each disk a number, or a target, of its own",
+            )
+        return found[0] if found else None
+
 
 class Targets(ABC):
     """One program or kernel part that serves targets. Its methods block.

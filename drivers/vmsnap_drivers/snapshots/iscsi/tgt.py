@@ -24,7 +24,9 @@ _SECONDS: Final = 60.0
 _TARGET: Final = re.compile(r"Target (\d+): (\S+)")
 _SOCKETS: Final = Path("/var/run/tgtd")
 _TRIES: Final = 5
-_NOBODY: Final = "tgt daemon"
+_NOBODY: Final = re.compile(r"can't connect to tgt daemon, (Connection refused|No such file or directory)")
+"""Nobody listens (``usr/tgtadm.c``, 1.0.85). What else keeps tgtadm from asking says nothing of what is served."""
+_NO_ANSWER: Final = "tgt daemon"
 _EXISTS: Final = "this target already exists"
 
 
@@ -118,9 +120,10 @@ class Tgt(Targets):
         if not done.status:
             return done.stdout
         said = one_line(done.stderr).removeprefix("tgtadm: ") or f"status {done.status}"
-        if _NOBODY in said:
+        if _NOBODY.search(said):
             raise NotRunning("no tgtd answers", cure="start tgtd, and see that vmsnap may use its socket (root's)")
-        raise SnapshotError(f"tgtadm could not {operation} {mode} {tid}: {said}".replace("  ", " "))
+        cure = "see that vmsnap may use tgtd's socket (root's)" if _NO_ANSWER in said else ""
+        raise SnapshotError(f"tgtadm could not {operation} {mode} {tid}: {said}".replace("  ", " "), cure=cure)
 
 
 def parse(text: str) -> list[Target]:

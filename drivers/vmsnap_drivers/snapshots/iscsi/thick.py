@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Final
 
 from vmsnap.errors import SnapshotError
-from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned
+from vmsnap_drivers.snapshots.iscsi.stores import Fill, Origin, Owned
 from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
 
 _LAYOUTS: Final = {"linear", "striped"}
@@ -51,6 +51,10 @@ class ThickVolumes(Volumes):
 
     def settle(self, path: str) -> None:
         """See `Stores.settle`: it can be opened as it is."""
+
+    def fill(self, origin: str) -> Fill | None:
+        """See `Stores.fill`: a snapshot has room of its own."""
+        return None
 
     def clone(self, source: str, path: str, tag: str) -> None:
         """See `Stores.clone`."""

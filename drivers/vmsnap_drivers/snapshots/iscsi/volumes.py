@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 from vmsnap.errors import SnapshotError
-from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
+from vmsnap_drivers.snapshots.iscsi.stores import Fill, Origin, Owned, Stores
 
 _FIELDS: Final = (
     "lv_path,lv_size,lv_tags,lv_layout,origin,pool_lv,vg_name,vg_free,vg_extent_size,data_percent,metadata_percent"
@@ -56,6 +56,14 @@ class Volumes(Stores):
     def settle(self, path: str) -> None:
         """See `Stores.settle`."""
         self._lvm("lvchange", "--activate", "y", "--ignoreactivationskip", path)
+
+    def fill(self, origin: str) -> Fill | None:
+        """See `Stores.fill`: the thin pool's data or metadata."""
+        (found,) = self._lvs(origin)
+        pool = f"{found['vg_name']}/{found['pool_lv'].strip('[]')}"
+        (row,) = self._lvs(pool)
+        used = max(float(row[f"{what}_percent"] or 0) for what in ("data", "metadata"))
+        return Fill(f"the thin pool {pool}", used / 100)
 
     def clone(self, source: str, path: str, tag: str) -> None:
         """See `Stores.clone`."""

@@ -61,7 +61,7 @@ def open_lun(place: Place, lun: LunAddress, account: Account) -> LunTarget:
 
 def _disk(place: Place, lun: LunAddress) -> Lun:
     served = place.serving(lun.target)
-    disk = next((each for each in served[1].disks if each.number == lun.lun), None) if served else None
+    disk = served[1].disk(lun.lun) if served else None
     if disk is None:
         raise NotFound(f"{place.name} serves no LUN {lun.lun} of {lun.target}", cure="make it first: it is only filled")
     if disk.read_only:

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 from vmsnap.errors import SnapshotError
 from vmsnap_drivers.runner import one_line
-from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
+from vmsnap_drivers.snapshots.iscsi.stores import Fill, Origin, Owned, Stores
 
 _NODES: Final = "/dev/zvol/"
 _NUMBERED: Final = re.compile(r"/dev/zd\d+")
@@ -96,6 +96,15 @@ class Zvols(Stores):
             argv = ["zfs", "clone", "-o", "readonly=on", *_marked("snapshot", taken.plan, path)]
             self._run([*argv, taken.dataset, _dataset(path)], changes=True)
         self._await_node(path)
+
+    def fill(self, origin: str) -> Fill | None:
+        """See `Stores.fill`."""
+        pool = _dataset(origin).partition("/")[0]
+        words = self._run(["zfs", "get", "-Hp", "-o", "value", "used,available", pool]).split()
+        if len(words) != 2 or not all(word.isdecimal() for word in words):
+            raise SnapshotError(f"zfs does not say how full {pool} is: {' '.join(words)}")
+        used, available = map(int, words)
+        return Fill(f"the pool {pool}", used / max(1, used + available))
 
     def clone(self, source: str, path: str, tag: str) -> None:
         """See `Stores.clone`. The snapshot stays in the pool until it goes too."""
