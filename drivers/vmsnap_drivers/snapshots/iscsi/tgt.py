@@ -24,8 +24,13 @@ _SECONDS: Final = 60.0
 _TARGET: Final = re.compile(r"Target (\d+): (\S+)")
 _SOCKETS: Final = Path("/var/run/tgtd")
 _TRIES: Final = 5
-_NOBODY: Final = re.compile(r"can't connect to tgt daemon, (Connection refused|No such file or directory)")
-"""Nobody listens (``usr/tgtadm.c``, 1.0.85). What else keeps tgtadm from asking says nothing of what is served."""
+_NOBODY: Final = re.compile(
+    r"(can't connect to|failed to send request hdr to) tgt daemon,"
+    r" (Connection refused|No such file or directory|Transport endpoint is not connected)"
+)
+"""Nobody listens: tgtadm 1.0.85 does not see that it could not connect, and is told so when it writes
+(``ipc_mgmt_connect`` in ``usr/tgtadm.c``). What else keeps it from asking says nothing of what is served.
+"""
 _NO_ANSWER: Final = "tgt daemon"
 _EXISTS: Final = "this target already exists"
 
