@@ -21,6 +21,7 @@ from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
+from vmsnap_drivers.snapshots.iscsi import watch
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
 pytestmark = pytest.mark.storage
@@ -94,6 +95,19 @@ def test_what_is_made_is_ours_and_the_mechanism_zfs_leaves_it_alone(rig: ZvolRig
     assert {owned.kind for owned in life.mechanism.list_owned()} == {"clone"}, "the snapshot goes with it"
     delete_all(life.mechanism, clones)
     assert not life.mechanism.list_owned()
+
+
+def test_a_pool_that_is_too_full_is_relieved_of_the_snapshot(
+    rig: ZvolRig, tank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_FULL", 0.0)
+    before = rig.traces()
+    life = live(rig, "reader")
+    eventually(lambda: rig.traces() == before, "the snapshot is given up", 60)
+    for reader in life.readers:
+        with pytest.raises(SnapshotError, match=rf"the pool {tank} is full to \d+%, and the snapshot was given up"):
+            reader.read_into(0, memoryview(bytearray(4096)))
+    life.end()
 
 
 def test_a_volume_of_others_that_is_called_as_ours_is_left_alone(rig: ZvolRig, tank: str) -> None:
