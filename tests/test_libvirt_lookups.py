@@ -5,6 +5,7 @@ listed, what their definitions say, and how wrong ones are told. Nothing of it c
 from __future__ import annotations
 
 import subprocess
+import uuid
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -40,6 +41,7 @@ DEVICES = {
     "virtual-function": """<interface type='hostdev'><source>
         <address type='pci' domain='0x0000' bus='0x05' slot='0x03' function='0x0'/></source></interface>""",
     "tpm": "<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>",
+    "shared": "<disk type='block'><source dev='/dev/sdy'/><target dev='sdb' bus='scsi'/><shareable/></disk>",
     "lun": "<disk type='block' device='lun'><source dev='/dev/sdz'/><target dev='sda' bus='scsi'/></disk>",
 }
 TOLD = {
@@ -47,6 +49,7 @@ TOLD = {
     "usb": "hostdev: a device of the host is passed through (usb 1234:beef), whose state cannot be captured",
     "virtual-function": "interface: its network card is of type hostdev, whose state cannot be captured",
     "tpm": "the TPM is the host's own (passthrough), whose state cannot be captured",
+    "shared": "disk sdb is shared (<shareable/>) with others, who may write",
     "lun": "disk sda passes the guest's commands through to a device of the host (device='lun')",
 }
 
@@ -183,6 +186,22 @@ def test_the_lun_of_a_duplicate_is_reached_by_the_name_and_the_account_of_the_fi
     assert ET.canonicalize(ET.tostring(source, encoding="unicode"), strip_text=True) == kept
     assert beside.find("auth") is None
     assert {element.tag for element in disk_at("/srv/vda.raw").iter()} == {"disk", "source", "target", "driver"}
+
+
+def test_the_uuid_that_the_machine_shows_its_guest_is_the_new_one_too(tmp_path: Path) -> None:
+    """As OpenStack has it. libvirt takes no definition in which they differ."""
+    import libvirt
+
+    old = "6695eb01-f6a4-8304-79aa-97f2502e1930"
+    shown = f"<sysinfo type='smbios'><system><entry name='uuid'>{old}</entry></system></sysinfo><devices>"
+    xml = DOMAIN.format("web1", "", "").replace("<devices>", shown).replace("<memory", f"<uuid>{old}</uuid><memory")
+    new = str(uuid.uuid4())
+    text = rewrite(xml, Definition(1, xml, "", "", (7, 2, 0), ()), NewDomain("bk", new, tmp_path))
+    connection = libvirt.open(DEFAULT)
+    with pytest.raises(libvirt.libvirtError, match="UUID mismatch"):
+        connection.defineXML(xml.replace(old, new, 1).replace("web1", "differs"))
+    assert connection.defineXML(text).UUIDString() == new and old not in text
+    connection.close()
 
 
 def test_where_the_stream_begins_in_what_libvirt_saved(tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.lab import QemuBuild, available_qemus
+from tests.lab.qmp import Oracle
+from vmsnap.testing.rigs import eventually
 from vmsnap_drivers.qemu.commandline import parse
 from vmsnap_drivers.qemu.refusals import of_argument, of_nodes
+
+BUILDS = [pytest.param(build, id=f"qemu-{build.version}") for build in available_qemus()]
 
 
 def refused(text: str, cwd: str = "/") -> list[str]:
@@ -59,13 +67,62 @@ def test_what_can_be_captured_is_not_refused(text: str) -> None:
     assert refused(text) == []
 
 
+def node(name: str, driver: str, file: str = "/srv/disk", *, read_only: bool = False, encrypted: bool = False) -> Any:
+    """As QEMU 7.2 and 10.0 tell of one."""
+    return {"node-name": name, "drv": driver, "file": file, "ro": read_only, "encrypted": encrypted}
+
+
 @pytest.mark.parametrize("driver", ["nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user"])
 def test_a_disk_whose_data_come_into_memory_past_qemu_is_told_by_its_node(driver: str) -> None:
-    """What QEMU says of its nodes; it opens such a one only where there is the device."""
-    nodes = [{"node-name": "disk0", "drv": "raw"}, {"node-name": "disk0-storage", "drv": driver}]
-    (line,) = of_nodes(nodes)
+    """It opens such a one only where there is the device."""
+    (line,) = of_nodes([node("disk0", "raw"), node("disk0-storage", driver)])
     assert line == f"the block node 'disk0-storage' ({driver}) has data moved into the guest's memory past QEMU"
 
 
 def test_disks_in_files_and_behind_networks_are_not() -> None:
-    assert of_nodes([{"node-name": name, "drv": name} for name in ("file", "host_device", "iscsi", "nbd", "raw")]) == []
+    assert of_nodes([node(name, name) for name in ("file", "host_device", "iscsi", "nbd", "raw", "qcow2")]) == []
+
+
+def asked(tmp_path: Path, build: QemuBuild, *options: str) -> list[dict[str, Any]]:
+    """What a QEMU that does not run says of its nodes."""
+    socket = tmp_path / "qmp"
+    words = ["-S", "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-qmp", f"unix:{socket},server=on"]
+    with subprocess.Popen(build.command(*words, *options)) as process:
+        try:
+            eventually(socket.exists, "its monitor is there")
+            oracle = Oracle(socket)
+            found: list[dict[str, Any]] = oracle.execute("query-named-block-nodes", flat=True)
+            oracle.close()
+            return found
+        finally:
+            process.kill()
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_part_of_a_device_and_an_encrypted_image_are_told_by_a_real_qemu(tmp_path: Path, build: QemuBuild) -> None:
+    raw, image, secret = tmp_path / "raw", tmp_path / "qcow2", "secret,id=word,data=word"
+    raw.write_bytes(bytes(4 << 20))
+    luks = ["-o", "encrypt.format=luks,encrypt.key-secret=word,encrypt.iter-time=10", str(image), "4M"]
+    subprocess.run([build.img_binary, "create", "-q", "-f", "qcow2", "--object", secret, *luks], check=True)
+    part = {"driver": "raw", "node-name": "part", "file": "raw", "offset": 1 << 20, "size": 2 << 20}
+    whole = {"driver": "raw", "node-name": "whole", "file": "raw", "read-only": True}
+    locked = {"driver": "qcow2", "node-name": "locked", "encrypt": {"format": "luks", "key-secret": "word"}}
+    found = asked(
+        tmp_path, build,
+        "-object", secret,
+        "-blockdev", json.dumps({"driver": "file", "node-name": "raw", "filename": str(raw)}),
+        "-blockdev", json.dumps(part), "-blockdev", json.dumps(whole),
+        "-blockdev", json.dumps({**locked, "file": {"driver": "file", "filename": str(image)}}),
+    )  # fmt: skip
+    told = sorted(of_nodes(found))
+    assert [line.partition("'")[2].partition("'")[0] for line in told] == ["locked", "part"]
+    assert "is an encrypted image" in told[0] and "is a part of what it lies on" in told[1]
+
+
+def test_a_disk_that_others_write_to_is_refused() -> None:
+    (line,) = refused("-device virtio-blk-pci,drive=d,id=shared,share-rw=on")
+    assert "'shared' shares its disk (share-rw)" in line
+    assert refused("""-device '{"driver":"virtio-blk-pci","drive":"d","id":"own","share-rw":false}'""") == []
+    (line,) = refused("""-device '{"driver":"virtio-blk-pci","drive":"d","id":"shared","share-rw":true}'""")
+    assert "(share-rw) with others" in line

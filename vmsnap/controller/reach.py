@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
-from vmsnap.errors import Busy, HypervisorError, VmsnapError
+from vmsnap.errors import Busy, HypervisorError, VmGone, VmsnapError
 from vmsnap.model import Disk, Nic, VmDescription, VmState
 from vmsnap.roles import Hypervisor
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
@@ -87,7 +87,10 @@ class Reach:
     def _describe(self, row: VmRow) -> VmDescription | None:
         driver = self._known.get(row.vm)
         if driver is not None:
-            return driver.describe()
+            try:
+                return driver.describe()
+            except VmGone:
+                return None
         try:
             driver = self._drivers.hypervisor(row.hypervisor, row.vm, row.options)
         except VmsnapError:

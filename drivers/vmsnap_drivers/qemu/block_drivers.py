@@ -10,6 +10,7 @@ Source: ``BlockdevDriver`` in ``qapi/block-core.json`` of QEMU, 7.2 and 10.0; a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -32,6 +33,20 @@ def moves_past_protection(node: Mapping[str, Any]) -> bool:
     a memory that is captured while the guest runs would have what came later.
     """
     return str(node["drv"]) in _PAST_PROTECTION
+
+
+def is_part(node: Mapping[str, Any]) -> bool:
+    """Whether a raw node is not all of what it lies on: QEMU has no name for it then but its options (``raw_format`` in
+    ``block/raw-format.c``: ``offset`` and ``size`` are strong ones).
+    """
+    name = str(node["file"])
+    if node["drv"] != "raw" or not name.startswith("json:"):
+        return False
+    try:
+        options = json.loads(name.removeprefix("json:"))
+    except ValueError:
+        return False  # cut off, as QEMU's names are at 4096 bytes
+    return bool({"offset", "size"} & options.keys())
 
 
 def format_of(node: Mapping[str, Any]) -> str:

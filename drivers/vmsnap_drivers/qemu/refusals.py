@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vmsnap_drivers.qemu.block_drivers import moves_past_protection
+from vmsnap_drivers.qemu.block_drivers import is_part, moves_past_protection
 from vmsnap_drivers.qemu.capture.migration import MIGRATION_RUNS, migration_status
 from vmsnap_drivers.qemu.commandline import Argument
 from vmsnap_drivers.qemu.image_names import absolute
@@ -66,6 +66,8 @@ def of_argument(argument: Argument, cwd: str) -> list[str]:
         is_device = argument.name in ("device", "netdev")
         if kind == "vhost-user" or (is_device and str(kind).startswith(_WRITES_BEHIND_QEMU)):
             return [f"{kind} {properties.get('id')!r} writes to memory and disks behind QEMU's back"]
+        if is_device and properties.get("share-rw") in ("on", "true", "yes"):
+            return [f"{kind} {properties.get('id')!r} shares its disk (share-rw) with others, who may write"]
         if is_device and kind in ("scsi-block", "scsi-generic"):
             return [f"{kind} {properties.get('id')!r} passes the guest's commands through to a device of the host"]
         if kind == "memory-backend-file":
@@ -82,11 +84,18 @@ def of_argument(argument: Argument, cwd: str) -> list[str]:
 
 def of_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """The reasons that nodes of QEMU's block graph give, as ``query-named-block-nodes`` has them."""
-    return [
-        f"the block node {node['node-name']!r} ({node['drv']}) has data moved into the guest's memory past QEMU"
-        for node in nodes
-        if moves_past_protection(node)
-    ]
+    found = []
+    for node in nodes:
+        name = f"the block node {node['node-name']!r}"
+        if moves_past_protection(node):
+            found.append(f"{name} ({node['drv']}) has data moved into the guest's memory past QEMU")
+        if node["ro"]:
+            continue
+        if node.get("encrypted"):
+            found.append(f"{name} is an encrypted image, and what is made of it on this host would not be")
+        if is_part(node):
+            found.append(f"{name} is a part of what it lies on (offset, size), which no snapshot mechanism knows")
+    return found
 
 
 def _relative_paths(arguments: Sequence[Argument]) -> list[str]:

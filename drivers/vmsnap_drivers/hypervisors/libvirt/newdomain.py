@@ -53,6 +53,9 @@ def rewrite(text: str, definition: Definition, new: NewDomain) -> str:
     tree = ET.fromstring(text)
     _set(tree, "name", new.name)
     _set(tree, "uuid", new.uuid)
+    for entry in tree.iterfind("sysinfo/system/entry"):
+        if entry.get("name") == "uuid":  # libvirt wants both to be the same
+            entry.text = new.uuid
     for element in list(tree.iterfind("seclabel")):
         if element.get("type") != "none":
             # Labels are made for each domain; this one's would be those of the original.

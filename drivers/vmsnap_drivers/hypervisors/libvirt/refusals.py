@@ -48,6 +48,8 @@ def _of_disks(tree: ET.Element) -> Iterator[str]:
         device = "" if target is None else target.get("dev", "")
         if disk.get("device") == "lun":
             yield f"disk {device} passes the guest's commands through to a device of the host (device='lun')"
+        if disk.find("shareable") is not None and disk.find("readonly") is None:
+            yield f"disk {device} is shared (<shareable/>) with others, who may write"
         if disk.get("type") == "vhostuser":
             yield f"disk {device} is of type vhostuser, {_BEHIND}"
 

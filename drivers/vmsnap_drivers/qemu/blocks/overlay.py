@@ -150,11 +150,13 @@ def _start(graph: BlockGraph, commit: _Commit) -> None:
 
 
 def _await_ready(graph: BlockGraph, commit: _Commit, mark: int) -> None:
-    deadline = Deadline(_COMMIT_SECONDS)
+    deadline, done_bytes = Deadline(_COMMIT_SECONDS), 0
     name = commit.names.commit_job
     while True:
         _touch(commit.names.committing_file)
         job = graph.job(name)
+        if job is not None and job["offset"] > done_bytes:  # much to put back takes long, and is not hung
+            deadline, done_bytes = Deadline(_COMMIT_SECONDS), job["offset"]
         if (job is not None and job["ready"]) or graph.await_job(name, mark, until_ready=True):
             return
         deadline.check(f"putting the overlay of disk {commit.disk.device} back")
