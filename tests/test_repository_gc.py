@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from tests.test_repository_roundtrip import CHEAP, SMALL, back_up, content_of
 from tests.test_storage_contract import Memory
-from vmsnap.errors import Busy, DamageFound, RepositoryError
+from vmsnap.errors import Busy, DamageFound, ObjectRetained, RepositoryError
 from vmsnap.repository import BackupFields, BaseImage, BytesReader, DiskImage, ImageKind, Manifest, Repository
 from vmsnap.repository.format import BlobKind, pack_key
 from vmsnap.repository.garbage import list_garbage
@@ -401,6 +402,34 @@ def test_nothing_is_deleted_while_something_is_damaged(repository: Repository, d
     assert "vmsnap repair" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert raw(repository) == before
+
+
+def test_a_pack_that_the_storage_keeps_for_a_time_does_not_stop_a_collection(repository: Repository) -> None:
+    """A backup has locked it and failed then."""
+    kept = back_up(repository, BytesReader(os.urandom(200_000)))
+    for _ in range(2):
+        repository.forget(back_up(repository, BytesReader(os.urandom(200_000))).backup)
+    storage = repository.storage
+    locked, delete, packs = set[str](), storage.delete, list[str]()
+
+    def refuse(key: str) -> None:
+        if key.startswith("packs/"):
+            packs.append(key)
+            locked.update(packs[:1] if len(packs) == 1 else [])
+        if key in locked:
+            raise ObjectRetained(f"{key} is locked", until=datetime(2030, 1, 1, tzinfo=UTC))
+        delete(key)
+
+    storage.delete = refuse  # type: ignore[method-assign]
+    repository.gc()
+    assert locked & raw(repository).keys() and len(keys(repository, "garbage/")) == 1
+    repository.gc()
+    assert locked & raw(repository).keys()
+    locked.clear()
+    repository.gc()
+    assert not keys(repository, "garbage/")
+    assert not repository.check(read_data=True).findings
+    assert {manifest.backup for manifest in repository.list()} == {kept.backup}
 
 
 def note(repository: Repository, key: str, lost: LostRange) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.test_repository_roundtrip import CHEAP, SMALL, back_up, content_of
 from tests.test_storage_contract import Memory
-from vmsnap.errors import DamageFound, RepositoryError, StorageError
+from vmsnap.errors import DamageFound, RepositoryError, StorageError, UsageError
 from vmsnap.model import to_json
 from vmsnap.repository import BytesReader, ImageKind, Repository
 from vmsnap.repository.format import INDEX_PREFIX, PACKS_PREFIX, SESSIONS_PREFIX
@@ -162,7 +162,11 @@ def test_a_heartbeat_keeps_a_session_alive(repository: Repository, monkeypatch: 
     beaten = threading.Event()
     put = repository.storage.put
 
+    missed = iter((StorageError("not now"), UsageError("ssh does not say")))
+
     def watch(key: str, data: bytes, *, if_absent: bool = False) -> None:
+        if key.endswith(".heartbeat") and (problem := next(missed, None)):
+            raise problem
         put(key, data, if_absent=if_absent)
         if key.endswith(".heartbeat"):
             beaten.set()

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from tests.test_repository_faults import Failing
 from tests.test_repository_keys import Counting, Dead, struck_at
 from tests.test_storage_contract import Memory
-from vmsnap.errors import NewerFormat, RepositoryError, StorageError, StorageFull, UnknownBackup, UsageError
+from vmsnap.errors import (
+    NewerFormat,
+    ObjectRetained,
+    RepositoryError,
+    StorageError,
+    StorageFull,
+    UnknownBackup,
+    UsageError,
+)
 from vmsnap.repository import BackupStats, Manifest, Repository
 from vmsnap.repository.format import manifest_key
 from vmsnap.repository.manifest import seal_manifest
@@ -297,6 +305,21 @@ def test_a_failure_in_the_middle_leaves_whole_backups_and_says_how_far_it_came()
     assert caught.value.__notes__ == ["1 of 4 backups were removed before that"]
     assert {manifest.backup for manifest in repository.list()} == set(ids[1:])
     assert len(repository.prune(RetentionPolicy(last=1)).removed) == 3
+
+
+def test_a_backup_that_the_storage_keeps_does_not_keep_the_others() -> None:
+    class Locked(Memory):
+        def delete(self, key: str) -> None:
+            if key == manifest_key(ids[1]):
+                raise ObjectRetained(f"{key} is locked", until=datetime(2030, 1, 1, tzinfo=UTC))
+            super().delete(key)
+
+    ids: list[str] = []
+    repository, ids = filled(Locked())
+    with pytest.raises(ObjectRetained) as caught:
+        repository.prune(RetentionPolicy(last=2))
+    assert caught.value.__notes__ == ["2 of 3 backups were removed"]
+    assert {manifest.backup for manifest in repository.list()} == {ids[1], *ids[3:]}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

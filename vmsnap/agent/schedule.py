@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from vmsnap.agent.tags import PREFIX as TAG_PREFIX
 from vmsnap.agent.windows import Window, parse_window
 from vmsnap.errors import UsageError
-from vmsnap.model import check_name
+from vmsnap.model import SCHEDULE_TAG, check_name
 
 VERBS = ("backup", "verify")
 ORDERS = ("fixed", "random", "least-recent")
@@ -139,7 +139,7 @@ class Schedule:
     @property
     def tag(self) -> str:
         """The tag that its backups carry."""
-        return f"schedule:{self.name}"
+        return SCHEDULE_TAG + self.name
 
     @property
     def names_tags(self) -> bool:

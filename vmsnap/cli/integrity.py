@@ -68,7 +68,7 @@ def verify(
     document = {"backup": manifest.backup, **_document(report)}
     verified = f"{output.size(report.read_bytes)} were verified"
     alive = ""
-    if boot and not report.findings:
+    if boot and not report.damaged:
         life, seconds = _boot(session, repository, manifest.backup, alive_within, timeout, options)
         document["boot"] = {"life": life, "seconds": seconds}
         alive = f"; it ran ({life}) and shut down in order, in {seconds:.1f} s"

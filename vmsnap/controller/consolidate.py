@@ -16,7 +16,7 @@ from vmsnap.controller.results import ConsolidateResult
 from vmsnap.controller.retrieval import disk_paths
 from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import AlreadyExists
-from vmsnap.model import Disk, Moment
+from vmsnap.model import SCHEDULE_TAG, Disk, Moment
 from vmsnap.protocol import CONSOLIDATE, Condition, Instruction
 from vmsnap.repository import BackupFields, Manifest, SparseFileReader
 
@@ -106,7 +106,8 @@ class Consolidate(CleanRun):
                 definition=manifest.definition,
                 disks=disks,
                 read_only_disks=manifest.read_only_disks,
-                tags=self._tags or manifest.tags,
+                # A schedule counts, and removes, what bears its tag: this is none of its backups.
+                tags=self._tags or tuple(tag for tag in manifest.tags if not tag.startswith(SCHEDULE_TAG)),
                 remarks=self._remarks(),
             )
             instant_ns = int(datetime.fromisoformat(manifest.time).timestamp()) * 10**9

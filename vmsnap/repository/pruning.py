@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from vmsnap.errors import DamageFound, ObjectNotFound, StorageError, UnknownBackup, UsageError
+from vmsnap.errors import DamageFound, ObjectNotFound, ObjectRetained, StorageError, UnknownBackup, UsageError
 from vmsnap.repository.format import manifest_key
 from vmsnap.repository.retaining import locked
 from vmsnap.repository.retention import RetentionPolicy, Verdict, apply
@@ -76,7 +76,7 @@ def forget_backups(repository: Repository, backups: Sequence[str]) -> None:
     """Remove backups by their whole ids; a damaged one too. Each is removed atomically, one after the other.
 
     :raises UnknownBackup: one of them is not there; none was removed
-    :raises ObjectRetained: the storage keeps one of them until a time; a note says how many were removed
+    :raises ObjectRetained: the storage keeps one of them until a time; the others were removed, says a note
     :raises StorageError: the storage failed; a note says how many were removed
     """
     for backup in backups:
@@ -88,11 +88,18 @@ def forget_backups(repository: Repository, backups: Sequence[str]) -> None:
 
 
 def _forget_each(repository: Repository, backups: Sequence[str]) -> None:
-    for number, backup in enumerate(backups):
+    removed, retained = 0, None
+    for backup in backups:
         try:
             repository.forget(backup)
+            removed += 1
         except UnknownBackup:
-            continue  # somebody else has removed it meanwhile
+            removed += 1  # somebody else has removed it meanwhile
+        except ObjectRetained as e:
+            retained = retained or e
         except StorageError as e:
-            e.add_note(f"{number} of {len(backups)} backups were removed before that")
+            e.add_note(f"{removed} of {len(backups)} backups were removed before that")
             raise
+    if retained is not None:
+        retained.add_note(f"{removed} of {len(backups)} backups were removed")
+        raise retained

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from vmsnap.errors import ObjectNotFound, RepositoryError, StorageError
+from vmsnap.errors import ObjectNotFound, RepositoryError, StorageError, VmsnapError
 from vmsnap.host import boot_id, process_start
 from vmsnap.model import from_json, to_json
 from vmsnap.repository.format import SESSIONS_PREFIX
@@ -161,7 +161,7 @@ class Session:
         key = self.key + _HEARTBEAT
         while not self._ended.wait(HEARTBEAT_SECONDS):
             # One that is missed costs nothing: many are, before a session is dead.
-            with suppress(StorageError):
+            with suppress(VmsnapError):
                 self._has_beaten = True
                 self._storage.put(key, self._vault.seal_object(key, to_json(_Heartbeat(_now())).encode()))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from vmsnap.errors import ObjectRetained
 from vmsnap.repository.format import pack_key
 from vmsnap.repository.garbage import Garbage
 from vmsnap.repository.index import open_index
@@ -66,11 +67,20 @@ def carry_out(
     written = rewrite_index(storage, vault, loader, sweep.doomed)
     session.require()
     keys = [pack_key(pack) for pack in sorted(sweep.doomed & stock.sizes.keys())]
+
+    def is_retained(key: str) -> bool:
+        try:
+            storage.delete(key)
+        except ObjectRetained:
+            return True  # a backup that failed has locked it; a later collection finds it unlocked
+        return False
+
     with ThreadPoolExecutor(_THREADS, "vmsnap-sweep") as threads:
-        list(threads.map(storage.delete, keys))
+        retained = {key for key, is_kept in zip(keys, threads.map(is_retained, keys), strict=True) if is_kept}
     # Last: as long as they are there nobody relies on what they condemn.
     for each in sweep.garbage:
-        storage.delete(each.key)
+        if retained.isdisjoint(map(pack_key, each.packs)):
+            storage.delete(each.key)
     return written
 
 

@@ -188,12 +188,13 @@ class S3Storage(StorageBackend):
 
     def _read(self, key: str, wanted: dict[str, str]) -> bytes:
         from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError  # botocore passes some of them on
 
         what = f"read {key}"
         try:
             answer = self.call(what, "get_object", key, Bucket=self.place.bucket, Key=self.place.full(key), **wanted)
             content: bytes = answer["Body"].read()
-        except (BotoCoreError, OSError) as e:
+        except (BotoCoreError, HTTPError, OSError) as e:
             raise translate(e, f"{what} in {self.place}", reached=True) from e
         return content
 

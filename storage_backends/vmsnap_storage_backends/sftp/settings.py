@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsnap.errors import DriverUnavailable, UsageError
+from vmsnap.errors import DriverUnavailable, TransientStorageError, UsageError
 from vmsnap_storage_backends.sftp.address import SftpAddress, parse_address
 
 _ASK_SECONDS = 30.0
@@ -44,6 +44,7 @@ def settings_of(address: SftpAddress, config_file: Path | None = None) -> HostSe
 
     :param config_file: instead of the user's and the system's own
     :raises UsageError: the configuration is wrong, or wants a ``ProxyCommand``
+    :raises TransientStorageError: ssh does not say in time, or cannot be started
     :raises DriverUnavailable: there is a configuration, and no program to understand it
     """
     command = ["ssh", "-G"]
@@ -61,7 +62,7 @@ def settings_of(address: SftpAddress, config_file: Path | None = None) -> HostSe
     except FileNotFoundError as e:
         return _without_ssh(address, config_file, e)
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise UsageError(f"cannot ask ssh what is configured for {address.host}: {e}") from e
+        raise TransientStorageError(f"cannot ask ssh what is configured for {address.host}: {e}") from e
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise UsageError(
