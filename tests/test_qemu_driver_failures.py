@@ -203,6 +203,28 @@ def test_a_second_capture_at_once_is_refused(bench: Bench) -> None:
     assert_well(bench)
 
 
+def test_a_device_that_is_plugged_in_meanwhile_costs_the_capture(bench: Bench) -> None:
+    """Its state would be in the image, and itself in no definition. Once the capture is prepared QEMU takes none."""
+    driver, machine = bench.driver, bench.machine
+    request = CaptureRequest("bk001", 5.0)
+    plan = driver.plan_capture(request)
+    machine.oracle.execute("device_add", driver="virtio-serial-pci", id="late")
+    driver.prepare(request, plan)
+    driver.pause()
+    duplicate = driver.duplicate()
+    driver.resume()
+    with pytest.raises(HypervisorError, match="was changed during its capture: late was plugged in"):
+        driver.finish_duplicate(duplicate, lambda _: None)
+    driver.abandon()
+    driver.discard_duplicate("bk001")
+    machine.wait_for_count(machine.latest_count() + 20)
+    assert machine.faults() == [] and nothing_left(bench)
+    captured = bench.capture("bk002")
+    assert captured.pause_seconds > 0, "now it is one of those that it begins with"
+    driver.discard_duplicate("bk002")
+    machine.kill()
+
+
 def test_no_room_is_found_before_anything_is_done(bench: Bench) -> None:
     small = DriverContext(bench.context.state_dir, bench.context.memory_dir, None, 100 << 20)
     driver = QemuHypervisor("vm001", small, {"qmp": str(bench.machine.qmp_socket)})

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vmsnap.errors import HypervisorError
-from vmsnap.model import Disk, Finding, OwnedResource, VmDescription, VmState
-from vmsnap.roles import PATH, YES_NO, DriverContext, LoadedVm, LoadRequest, Option, with_defaults
+from vmsnap.model import (
+    CapturePlan,
+    Disk,
+    Duplicate,
+    Finding,
+    OwnedResource,
+    VmDescription,
+    VmState,
+)
+from vmsnap.roles import PATH, YES_NO, CaptureRequest, DriverContext, LoadedVm, LoadRequest, Option, with_defaults
 from vmsnap_drivers.hypervisors.qemu import describe, launch, owned, tpm
+from vmsnap_drivers.hypervisors.qemu.plugged import check_unchanged, plugged
 from vmsnap_drivers.qemu import doctor, fence, life, own_disks, process
 from vmsnap_drivers.qemu.capture import learned
 from vmsnap_drivers.qemu.capture.hypervisor import MonitoredHypervisor
@@ -34,12 +43,24 @@ class QemuHypervisor(MonitoredHypervisor):
         super().__init__(vm, context, options)
         self._folder = launch.run_folder(context.state_dir, vm)
         self._socket = options.get("qmp") or str(self._folder / "qmp.sock")
+        self._plugged: frozenset[str] | None = None
         self._vouches = YES_NO.read(with_defaults(self.options, options)["plain_files"])
 
     # -- asking
 
     def describe(self) -> VmDescription:
         return self._described_by(self.monitor)
+
+    def plan_capture(self, request: CaptureRequest) -> CapturePlan:
+        self._plugged = plugged(self.monitor)
+        return super().plan_capture(request)
+
+    def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
+        # The guest goes on already, so that asking costs it nothing.
+        if self._plugged is not None:
+            check_unchanged(self.vm, self._plugged, plugged(self.monitor))
+            self._plugged = None
+        return super().finish_duplicate(duplicate, progress)
 
     def list_vms(self) -> Sequence[str]:
         return [mark.vm for mark in self._marks() if launch.is_alive(mark)]
