@@ -414,9 +414,8 @@ def test_a_pack_that_the_storage_keeps_for_a_time_does_not_stop_a_collection(rep
 
     def refuse(key: str) -> None:
         if key.startswith("packs/"):
-            if not packs:
-                locked.add(key)
             packs.append(key)
+            locked.update(packs[:1] if len(packs) == 1 else [])
         if key in locked:
             raise ObjectRetained(f"{key} is locked", until=datetime(2030, 1, 1, tzinfo=UTC))
         delete(key)

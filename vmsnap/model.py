@@ -28,7 +28,6 @@ _decoders: dict[type, Any] = {}
 _decoders_lock = Lock()
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 SCHEDULE_TAG = "schedule:"
 """Begins the tag of the backups of a schedule, which it counts and removes."""
 

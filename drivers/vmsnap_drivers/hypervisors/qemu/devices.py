@@ -19,9 +19,8 @@ from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
 from vmsnap_drivers.qemu.networks import Network, networks
 from vmsnap_drivers.qemu.options import Options
 
-NAMED: Final = "/machine/peripheral"
-UNNAMED: Final = "/machine/peripheral-anon"
-"""Where devices with an id are, and those without."""
+_NAMED: Final = "/machine/peripheral"
+_UNNAMED: Final = "/machine/peripheral-anon"
 _OBJECTS: Final = "/objects/"
 _PLACES: Final = ("addr", "channel", "scsi-id", "lun", "nr", "port", "unit", "slot")
 """Where on its bus a device is: given where the option did not say, as QEMU would give the free places anew."""
@@ -32,20 +31,6 @@ _MEETING_POINTS: Final = ("socket", "stream", "dgram", "vde", "l2tpv3")
 """Networks that a new VM gets as names alone, whatever they are connected to (`rewrite`)."""
 _OWN_NAME: Final = re.compile(r"#.*|hub\d+port\d+|[a-z]+\.\d+")
 """The names that QEMU gives to networks of ``-nic`` and ``-net``, which are never plugged in or out."""
-
-
-def children(monitor: Monitor, path: str) -> dict[str, str]:
-    """The objects below one, with their types, in no order.
-
-    :raises VmGone: QEMU ended
-    """
-    try:
-        entries = monitor.execute("qom-list", {"path": path})
-    except MonitorError:
-        # There is no such folder before its first object.
-        return {}
-    found = {entry["name"]: re.fullmatch(r"child<(.*)>", entry["type"]) for entry in entries}
-    return {name: kind[1] for name, kind in found.items() if kind is not None}
 
 
 @dataclass(frozen=True)
@@ -72,19 +57,29 @@ class DeviceReader:
     def read(self) -> None:
         """Ask, and change the options."""
         self._networks()
-        present = children(self._monitor, NAMED)
+        present = self._children(_NAMED)
         given = self._options.named("device", "id")
         self._unnamed()
         # Where a device was plugged out and another in under its id, the option is not this one's.
         kept = {identity for identity in given if identity in present and not self._was_plugged_in(identity)}
-        self.places |= {f"{NAMED}/{identity}": given[identity] for identity in kept}
+        self.places |= {f"{_NAMED}/{identity}": given[identity] for identity in kept}
         if gone := [number for identity, number in given.items() if identity not in kept]:
             for number in gone:
                 self._options.drop(number)
             self._pin()
-        plugged = [f"{NAMED}/{identity}" for identity in present if identity not in kept]
+        plugged = [f"{_NAMED}/{identity}" for identity in present if identity not in kept]
         for path in sorted(plugged, key=self._depth):
             self.places[path] = self._options.add(self._read_back(path))
+
+    def _children(self, path: str) -> dict[str, str]:
+        """The objects below one, with their types, in no order."""
+        try:
+            entries = self._monitor.execute("qom-list", {"path": path})
+        except MonitorError:
+            # There is no such folder before its first object.
+            return {}
+        found = {entry["name"]: re.fullmatch(r"child<(.*)>", entry["type"]) for entry in entries}
+        return {name: kind[1] for name, kind in found.items() if kind is not None}
 
     def _unnamed(self) -> None:
         """Devices without an id: they are in the order of their options, as long as none was plugged in or out."""
@@ -96,14 +91,14 @@ class DeviceReader:
         second = [n for n, a in self._options.items() if (drive_keys(a) or {}).get("if") == "virtio"]
         third = [n for n, a in self._options.items("device") if _is_json(a) and not a.properties.get("id")]
         numbers = [*first, *second, *third]
-        found = children(self._monitor, UNNAMED)
+        found = self._children(_UNNAMED)
         if set(found) != {f"device[{place}]" for place in range(len(numbers))}:
             self.problems.append(
                 f"devices without an id were plugged in or out at run time: there are {len(found)}, the command line"
                 f" has {len(numbers)} (give devices an id)"
             )
             return
-        self.places |= {f"{UNNAMED}/device[{place}]": number for place, number in enumerate(numbers)}
+        self.places |= {f"{_UNNAMED}/device[{place}]": number for place, number in enumerate(numbers)}
 
     def _pin(self) -> None:
         """Write down the places of the devices that are left, before the new QEMU gives them the free ones."""
@@ -222,12 +217,12 @@ class DeviceReader:
         return self._monitor.execute("qom-get", {"path": path, "property": name})
 
     def _was_plugged_in(self, identity: str) -> bool:
-        return bool(self._get(f"{NAMED}/{identity}", "hotplugged"))
+        return bool(self._get(f"{_NAMED}/{identity}", "hotplugged"))
 
     def _depth(self, path: str) -> tuple[int, str]:
         """How many devices with an id this one hangs on: those are made first."""
         steps, above = 0, path
-        while found := re.match(rf"{NAMED}/[^/]+", str(self._get(above, "parent_bus") or "")):
+        while found := re.match(rf"{_NAMED}/[^/]+", str(self._get(above, "parent_bus") or "")):
             above = found[0]
             steps += 1
         return steps, path

@@ -4,9 +4,13 @@ and stands in no definition with which it could be brought back.
 
 from __future__ import annotations
 
+from typing import Final
+
 from vmsnap.errors import HypervisorError
-from vmsnap_drivers.hypervisors.qemu.devices import NAMED, UNNAMED, children
-from vmsnap_drivers.qemu.monitor import Monitor
+from vmsnap_drivers.qemu.monitor import Monitor, MonitorError
+
+_FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+"""Of devices with and without an id (``qdev_set_id``, ``softmmu/qdev-monitor.c``)."""
 
 
 def plugged(monitor: Monitor) -> frozenset[str]:
@@ -14,7 +18,14 @@ def plugged(monitor: Monitor) -> frozenset[str]:
 
     :raises VmGone: QEMU ended
     """
-    return frozenset([*children(monitor, NAMED), *children(monitor, UNNAMED)])
+    found = set()
+    for folder in _FOLDERS:
+        try:
+            entries = monitor.execute("qom-list", {"path": folder})
+        except MonitorError:
+            continue  # there is no such folder before its first object
+        found |= {entry["name"] for entry in entries if entry["type"].startswith("child<")}
+    return frozenset(found)
 
 
 def check_unchanged(vm: str, before: frozenset[str], after: frozenset[str]) -> None:

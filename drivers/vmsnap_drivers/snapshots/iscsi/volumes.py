@@ -35,7 +35,7 @@ class Volumes(Stores):
         (found,) = self._lvs(path)
         if not found["pool_lv"]:
             return None
-        (pool,) = self._lvs(_pool_of(found))
+        (pool,) = self._lvs(f"{found['vg_name']}/{found['pool_lv'].strip('[]')}")
         for what in ("data", "metadata"):
             used = float(pool[f"{what}_percent"] or 0)
             if used >= _FULL_PERCENT:
@@ -60,7 +60,7 @@ class Volumes(Stores):
     def fill(self, origin: str) -> Fill | None:
         """See `Stores.fill`: the thin pool's data or metadata."""
         (found,) = self._lvs(origin)
-        pool = _pool_of(found)
+        pool = f"{found['vg_name']}/{found['pool_lv'].strip('[]')}"
         (row,) = self._lvs(pool)
         used = max(float(row[f"{what}_percent"] or 0) for what in ("data", "metadata"))
         return Fill(f"the thin pool {pool}", used / 100)
@@ -105,10 +105,6 @@ class Volumes(Stores):
             self._has_udev = self._ask(["test", "-e", _UDEV]).status == 0
         configuration = _ALWAYS if self._has_udev else f"{_ALWAYS} {_WITHOUT_UDEV}"
         return self._run(["lvm", command, "--config", configuration, *words], seconds, changes=changes)
-
-
-def _pool_of(row: dict[str, Any]) -> str:
-    return f"{row['vg_name']}/{row['pool_lv'].strip('[]')}"
 
 
 def _value(row: dict[str, Any], key: str) -> str:
