@@ -97,7 +97,20 @@ class QmpSocket:
         self._socket.close()
 
     def _await_greeting(self) -> dict[str, Any]:
+        """QEMU sends what happens between accepting a client and its greeting to that client, first: only a client
+        that it has greeted, and that has not asked for ``qmp_capabilities`` yet, is spared events
+        (``monitor_qapi_event_emit`` in monitor/monitor.c of 7.2 and 10.0).
+        """
         deadline = time.monotonic() + GREETING_TIMEOUT_SECONDS
+        while True:
+            message = self._parse(self._first_line(deadline))
+            if "event" in message and time.monotonic() < deadline:
+                continue
+            if not isinstance(message.get("QMP"), dict):
+                raise self._no_qmp()
+            return message
+
+    def _first_line(self, deadline: float) -> bytearray:
         while b"\n" not in self._pending:
             if not self._wait(select.POLLIN, deadline):
                 if self._pending:
@@ -107,15 +120,8 @@ class QmpSocket:
                     cure="end the other client, or give QEMU a second -qmp socket for vmsnap",
                 )
             self._read_once(_LONGEST_GREETING)
-        line, _, rest = self._pending.partition(b"\n")
-        self._pending = bytearray(rest)
-        try:
-            greeting = json.loads(line)
-        except ValueError as e:
-            raise self._no_qmp() from e
-        if not isinstance(greeting, dict) or not isinstance(greeting.get("QMP"), dict):
-            raise self._no_qmp()
-        return greeting
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
 
     def _read_once(self, longest: int) -> None:
         try:
