@@ -28,9 +28,12 @@ from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
 from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
+from vmsnap_drivers.snapshots.iscsi.address import parse
 from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
+from vmsnap_drivers.snapshots.iscsi.initiator import Account
 from vmsnap_drivers.snapshots.iscsi.lio import Lio
 from vmsnap_drivers.snapshots.iscsi.places import HERE, Place, ServerSettings
+from vmsnap_drivers.snapshots.iscsi.writer import LunTarget
 
 __all__ = ["xfs"]
 pytestmark = pytest.mark.storage
@@ -134,11 +137,21 @@ def test_a_volume_outside_of_a_thin_pool_has_snapshots_that_never_run_full(serve
         with mechanism.reader(snapshot) as reader:
             assert read_all(reader) == content
         planned = mechanism.plan_clone(snapshot, "bk001", tmp_path, lasting=True)
-        assert mechanism.clone(planned, snapshot).address == server.address(f"{AUTHORITY}:bk001")
+        made = parse(mechanism.clone(planned, snapshot).address)
+        assert made is not None and str(made) == server.address(f"{AUTHORITY}:bk001")
         assert {owned.kind for owned in mechanism.list_owned()} == {"snapshot", "clone"}
         mechanism.delete(plan)
+        with Path(planned.data["path"]).open("rb") as device:
+            assert device.seek(0, os.SEEK_END) == origin.size_bytes, "not the room of the snapshot that it is made of"
+            device.seek(0)
+            # What asks a new volume what it is (udev's blkid) leaves its begin in this host's cache.
+            assert device.read(4096) == content[:4096]
+        written = os.urandom(4096)
+        with LunTarget(made, Account()) as duplicate:
+            duplicate.write(0, [written])
+            duplicate.flush()
         with mechanism.clone_reader(planned, lun) as reader:
-            assert read_all(reader) == content
+            assert read_all(reader) == written + content[4096:]
         mechanism.delete_clone(planned)
         assert volumes() == before and server.targets() == {target: [origin.address]}
         make_thick(group, "large", 48)

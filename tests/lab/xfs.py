@@ -7,13 +7,16 @@ from pathlib import Path
 
 
 @contextmanager
-def mounted_xfs(folder: Path, size_bytes: int = 320 << 20) -> Iterator[Path]:
-    """Make one in `folder` and mount it; the image is sparse. Needs root and ``mkfs.xfs``."""
+def mounted_xfs(folder: Path, size_bytes: int = 320 << 20, *, reflink: bool = True) -> Iterator[Path]:
+    """Make one in `folder` and mount it; the image is sparse. Needs root and ``mkfs.xfs``.
+
+    :param reflink: without it, it is as those are that were made before 2018
+    """
     image, mount = folder / "xfs.img", folder / "mount"
     mount.mkdir()
     with image.open("wb") as file:
         file.truncate(size_bytes)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
+    subprocess.run(["mkfs.xfs", "-q", "-m", f"reflink={int(reflink)}", str(image)], check=True)
     subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
     try:
         yield mount

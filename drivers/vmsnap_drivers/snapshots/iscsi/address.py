@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,6 +84,23 @@ def is_of_this_host(host: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_at(lun: LunAddress, portals: Iterable[str]) -> bool:
+    """Whether a LUN's portal is one of those where a server listens (``10.0.0.5:3260``, ``[::]:3260``). Of a portal
+    that has a name, only the port can be told. Asks nobody.
+    """
+    for portal in portals:
+        host, _, port = portal.rpartition(":")
+        if port != str(lun.port):
+            continue
+        try:
+            there, asked = ipaddress.ip_address(host.strip("[]")), ipaddress.ip_address(lun.host.strip("[]"))
+        except ValueError:
+            return True
+        if there.is_unspecified or there == asked:
+            return True
+    return False
 
 
 def own_address_towards(lun: LunAddress) -> str:

@@ -35,6 +35,8 @@ class Lio(Targets):
 
     name: ClassVar[str] = "lio"
     label: ClassVar[str] = "LIO"
+    # target_core_iblock.c submits bios.
+    bypasses_cache: ClassVar[bool] = True
 
     def __init__(self, runner: Runner, user: str = "") -> None:
         self._runner = runner
@@ -55,6 +57,10 @@ class Lio(Targets):
     def portals(self) -> list[str]:
         """See `Targets.portals`. Each target has its own; these are all of them."""
         return sorted({portal for target in self.targets() for portal in target.portals})
+
+    def portals_of(self, target: Target) -> list[str]:
+        """See `Targets.portals_of`."""
+        return target.portals
 
     def admitted(self, lun: LunAddress, like: Target, duplicate: str) -> Sequence[str]:
         """See `Targets.admitted`. LIO does not tell hosts apart, only names: a snapshot admits QEMU's programs, by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from vmsnap.model import (
     SnapshotPlan,
     Window,
 )
+from vmsnap.pagecache import forget
 from vmsnap.roles import (
     PATH,
     DiskReader,
@@ -240,6 +242,8 @@ class IscsiMechanism(SnapshotMechanism):
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
         """See `SnapshotMechanism.clone_reader`."""
         names, source = self._clone(plan)
+        if self._place(source.lun).here and self._server(source).bypasses_cache and source.kind != Files.kind:
+            _forget(names.path)
         return self._read(source, source.lun.beside(names.target), names.path, disk.size_bytes, "the clone")
 
     def delete(self, plan: SnapshotPlan) -> None:
@@ -400,11 +404,26 @@ class IscsiMechanism(SnapshotMechanism):
 
 def _find(place: Place, served: Served, lun: LunAddress) -> tuple[Targets, Origin]:
     """What serves a LUN, and what lies behind it."""
-    server, target = served.serving(lun.target) or (None, Target(lun.target))
+    server, target = served.serving(lun) or (None, Target(lun.target))
     found = target.disk(lun.lun)
     if server is None or found is None:
         raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
     return server, place.look(found.path)
+
+
+def _forget(device: str) -> None:
+    """Drop what this host has cached of a block device: its server has written past the cache.
+
+    :raises SnapshotError: the device is gone
+    """
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise SnapshotError(f"the clone {device} is lost: {e.strerror}") from e
+    try:
+        forget(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _shown(place: Place, owned: Owned) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import LocalRunner, Runner
 from vmsnap_drivers.runner_ssh import SshRunner, SshSettings
-from vmsnap_drivers.snapshots.iscsi.address import DEFAULT_PORT, LunAddress, is_of_this_host
+from vmsnap_drivers.snapshots.iscsi.address import DEFAULT_PORT, LunAddress, is_at, is_of_this_host
 from vmsnap_drivers.snapshots.iscsi.files import Files
 from vmsnap_drivers.snapshots.iscsi.lio import Lio
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Stores
@@ -39,15 +39,24 @@ class Served:
     name: str
     targets: tuple[tuple[Targets, Target], ...]
 
-    def serving(self, target: str) -> tuple[Targets, Target] | None:
-        """What serves a target, and the target.
+    def serving(self, lun: LunAddress) -> tuple[Targets, Target] | None:
+        """What serves a LUN's target, and the target. On this host it must listen at the LUN's portal: another server
+        may have a target of that name. An appliance is known by its portals, whatever it sees them as.
 
-        :raises SnapshotError: two serve targets of that name
+        :raises SnapshotError: none of that name listens there, two do, or it cannot be asked
         """
-        found = [each for each in self.targets if each[1].name == target]
+        named = [each for each in self.targets if each[1].name == lun.target]
+        found = [each for each in named if self.name != HERE or is_at(lun, each[0].portals_of(each[1]))]
+        if named and not found:
+            where = ", ".join(sorted({portal for server, target in named for portal in server.portals_of(target)}))
+            raise SnapshotError(
+                f"{lun.target} of {self.name} is not at {lun.portal}, but at {where or 'no portal'}: what is there is"
+                " another's",
+                cure="see the options appliances and control_port, or choose --mechanism DISK=qcow2",
+            )
         if len(found) > 1:
             both = " and ".join(server.label for server, _ in found)
-            raise SnapshotError(f"{both} both serve a target {target} on {self.name}", cure="see the option server")
+            raise SnapshotError(f"{both} both serve a target {lun.target} on {self.name}", cure="see the option server")
         return found[0] if found else None
 
     def by(self, server: Targets) -> list[Target]:
@@ -83,13 +92,13 @@ class Place:
         """It is this host."""
         return self.name == HERE
 
-    def serving(self, target: str) -> tuple[Targets, Target] | None:
-        """What serves a target, and the target.
+    def serving(self, lun: LunAddress) -> tuple[Targets, Target] | None:
+        """What serves a LUN's target, and the target.
 
-        :raises SnapshotError: nothing serves here, it cannot be asked, or two serve targets of that name
+        :raises SnapshotError: nothing serves here, it cannot be asked, or see `Served.serving`
         :raises DriverUnavailable: the programs are not installed by which it could be
         """
-        return self.served().serving(target)
+        return self.served().serving(lun)
 
     def served(self) -> Served:
         """All targets, asked for once. Raises as `all_targets` does."""

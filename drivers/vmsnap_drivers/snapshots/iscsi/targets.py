@@ -75,6 +75,8 @@ class Targets(ABC):
     """As the option ``server`` and plans have it."""
     label: ClassVar[str]
     """As messages have it."""
+    bypasses_cache: ClassVar[bool] = False
+    """Whether it writes to block devices past the page cache of its machine."""
 
     @abstractmethod
     def is_on_this_host(self) -> bool:
@@ -87,6 +89,10 @@ class Targets(ABC):
     @abstractmethod
     def portals(self) -> list[str]:
         """Where it listens, such as ``127.0.0.1:3260``."""
+
+    @abstractmethod
+    def portals_of(self, target: Target) -> list[str]:
+        """Where one target is reached."""
 
     @abstractmethod
     def admitted(self, lun: LunAddress, like: Target, duplicate: str) -> Sequence[str]:

@@ -60,6 +60,10 @@ class Tgt(Targets):
         found = re.findall(r"Portal: (\S+?)(?:,\d+)?$", self._tgtadm("portal", "show"), re.MULTILINE)
         return [str(portal) for portal in found]
 
+    def portals_of(self, target: Target) -> list[str]:
+        """See `Targets.portals_of`: all targets of a tgtd are reached where it listens."""
+        return self.portals()
+
     def admitted(self, lun: LunAddress, like: Target, duplicate: str) -> Sequence[str]:
         """See `Targets.admitted`: by the address that the portal sees."""
         return [own_address_towards(lun)]

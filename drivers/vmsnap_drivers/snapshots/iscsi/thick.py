@@ -58,8 +58,10 @@ class ThickVolumes(Volumes):
 
     def clone(self, source: str, path: str, tag: str) -> None:
         """See `Stores.clone`."""
-        (found,) = self._lvs(source)
-        self._make(source, path, "clone", tag, int(found["lv_size"]))
+        # The size of a snapshot is that of its room; the disk's is its origin's.
+        (snapshot,) = self._lvs(source)
+        (origin,) = self._lvs(f"{snapshot['vg_name']}/{snapshot['origin']}")
+        self._make(source, path, "clone", tag, int(origin["lv_size"]))
         self._run(["dd", f"if={source}", f"of={path}", "bs=4M", "conv=fsync,nocreat"], _COPY_SECONDS, changes=True)
 
     def owned(self, origins: Iterable[str]) -> list[Owned]:

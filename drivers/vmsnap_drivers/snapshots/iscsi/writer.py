@@ -60,7 +60,7 @@ def open_lun(place: Place, lun: LunAddress, account: Account) -> LunTarget:
 
 
 def _disk(place: Place, lun: LunAddress) -> Lun:
-    served = place.serving(lun.target)
+    served = place.serving(lun)
     disk = served[1].disk(lun.lun) if served else None
     if disk is None:
         raise NotFound(f"{place.name} serves no LUN {lun.lun} of {lun.target}", cure="make it first: it is only filled")
