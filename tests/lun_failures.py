@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,19 +165,18 @@ def test_an_export_has_the_accounts_of_its_origin_and_no_secret_stands_in_a_comm
     secret.write_text(word)
     rig.options |= {"chap_user": "keeper0", "chap_password_file": str(secret)}
     with rig.mechanism().reader(life.snapshots[0]) as reader:
-        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(path)]
+        lines = list(command_lines())
         assert any(b"qemu-nbd" in line and str(secret).encode() in line for line in lines)
         assert not any(word.encode() in line for line in lines)
         assert read_all(reader) == life.contents[0]
     life.end()
 
 
-def _is_readable(path: Path) -> bool:
-    try:
-        path.read_bytes()
-    except OSError:
-        return False
-    return True
+def command_lines() -> Iterator[bytes]:
+    """Those of all processes that do not end meanwhile."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield path.read_bytes()
 
 
 def test_what_cannot_be_snapshotted_where_it_lies_is_refused_before_anything_is_made(

@@ -55,7 +55,7 @@ class Bench:
         during: Callable[[], None] | None = None,
         resume: bool = True,
     ) -> Captured:
-        request = CaptureRequest(name, 5.0)
+        request = CaptureRequest(name, 60.0)
         driver = self.driver
         plan = driver.plan_capture(request)
         driver.prepare(request, plan)

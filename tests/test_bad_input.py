@@ -141,7 +141,7 @@ def test_two_backups_at_once_give_one_backup_and_one_clear_refusal(world: World)
         "try: Controller(HostFolders.find(Path(sys.argv[1]))).backup('vm001', open_repository(sys.argv[2]))\n"
         "except VmsnapError as error: print(error); sys.exit(error.exit_code)"
     )
-    ask(world.socket, "inject", call="pause", effect="slow", seconds=1.0, times=1)
+    ask(world.socket, "inject", call="pause", effect="slow", seconds=3.0, times=1)
     command = [sys.executable, "-c", code, str(world.folders.state_dir), world.url]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [worker.communicate()[0] for worker in workers]

@@ -124,12 +124,12 @@ def test_a_host_that_is_suspended_in_the_pause_wakes_up_with_a_running_vm(
 ) -> None:
     """Worker and guardian stand still together, and find the deadline past."""
     monkeypatch.setenv("VMSNAP_STATE_DIR", str(folders.state_dir))
-    worker = _work(folders, 0.5, "time.sleep(600)")
+    worker = _work(folders, 3, "time.sleep(600)")
     asleep = [worker.pid, *_guardians(folders.state_dir)]
     assert len(asleep) == 2
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(1)
+    time.sleep(3.5)
     assert vm.state() is VmState.STOPPED
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)
@@ -142,7 +142,6 @@ def test_a_worker_that_hangs_is_killed_at_the_deadline_and_the_vm_runs(
     folders: HostFolders, vm: SimulatedHypervisor
 ) -> None:
     worker = _work(folders, 0.5, "os.kill(os.getpid(), 19)")
-    assert vm.state() is VmState.STOPPED
     _soon(lambda: vm.state() is VmState.EXECUTING)
     assert worker.wait() == -signal.SIGKILL
     _soon(lambda: "its pause passed the limit" in (folders.state_dir / "guardian.log").read_text())

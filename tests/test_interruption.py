@@ -68,8 +68,7 @@ def test_the_next_backup_recovers_by_itself_what_a_killed_one_left(world: World)
 
 
 def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_vm_runs_within_the_limit(world: World) -> None:
-    worker = worker_that_waits_at(world.folders.state_dir, world.url, "duplicate")
-    assert world.status()["state"] == "stopped"
+    worker = worker_that_waits_at(world.folders.state_dir, world.url, "duplicate", max_pause_seconds=MAX_PAUSE_SECONDS)
     begun = time.monotonic()
     assert worker.wait(timeout=120) == -signal.SIGKILL
     while world.status()["state"] != "executing":

@@ -77,10 +77,12 @@ def test_libvirtd_that_is_killed_and_started_again_at_any_instruction_costs_the_
     rest, kept = stage.at_rest(), []
     for call in LIVE_CALLS:
         stored = len(stage.repository.list())
-        worker = worker_that_waits_at(stage.controller.folders.state_dir, str(stage.place / "repository"), call)
+        worker = worker_that_waits_at(
+            stage.controller.folders.state_dir, str(stage.place / "repository"), call, max_pause_seconds=BUSY_SECONDS
+        )
         stage.libvirtd.restart()
         told, _ = worker.communicate("x", timeout=120)
-        goes_on(stage, MAX_PAUSE_SECONDS + BUSY_SECONDS)
+        goes_on(stage, 2 * BUSY_SECONDS)
         failed = worker.returncode != 0
         # In the pause what QEMU told is lost, and with it the proof of one instant.
         assert failed or call not in ("snapshot", "duplicate", "resume"), (call, told)
@@ -133,7 +135,10 @@ def test_a_libvirtd_that_hangs_in_the_pause_keeps_the_guest_no_longer_than_a_wor
     rest = stage.at_rest()
     pauses = []
     for call in PAUSED:
-        worker = worker_that_waits_at(stage.controller.folders.state_dir, str(stage.place / "repository"), call)
+        worker = worker_that_waits_at(
+            stage.controller.folders.state_dir, str(stage.place / "repository"), call,
+            max_pause_seconds=MAX_PAUSE_SECONDS,
+        )  # fmt: skip
         acted = made_to_execute(stage)
         os.kill(stage.libvirtd.pid, signal.SIGSTOP)
         try:

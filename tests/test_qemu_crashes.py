@@ -93,7 +93,9 @@ def test_a_worker_that_hangs_in_the_pause_is_killed_and_the_guest_goes_on(
     graph, files, settings = block_graph(machine), files_beside(machine), migration_settings(machine)
     for call in ("snapshot", "duplicate"):
         mark = len(machine.oracle.events())
-        worker = worker_that_waits_at(controller.folders.state_dir, str(place / "repository"), call)
+        worker = worker_that_waits_at(
+            controller.folders.state_dir, str(place / "repository"), call, max_pause_seconds=MAX_PAUSE_SECONDS
+        )
         assert worker.wait(timeout=60) == -9
         goes_on(machine, 60)
         events = machine.oracle.events()[mark:]

@@ -52,7 +52,7 @@ def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("how", ["before", "after", "ever"])

@@ -48,7 +48,7 @@ def test_a_session_is_there_while_it_lasts(repository: Repository) -> None:
         assert b"restore" not in raw(repository)[session.key]
         session.require()
     assert repository.sessions() == []
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     session.end()
     with pytest.raises(RepositoryError, match="for dead"):
         session.require()

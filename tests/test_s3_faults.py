@@ -41,9 +41,9 @@ class Far:
         self.bucket = server.new_bucket()
         self.repository(PATIENT, create=True)
 
-    def repository(self, policy: RetryPolicy, *, create: bool = False) -> Repository:
+    def repository(self, policy: RetryPolicy, *, create: bool = False, timeout_seconds: int = 20) -> Repository:
         """Open it, as a new process would."""
-        options = {"endpoint": f"http://127.0.0.1:{self.proxy.port}", "timeout": "1"}
+        options = {"endpoint": f"http://127.0.0.1:{self.proxy.port}", "timeout": str(timeout_seconds)}
         storage = RetryingStorage(S3Storage(f"s3://{self.bucket}/vmsnap", options), policy)
         return Repository.create(storage) if create else Repository.open(storage)
 
@@ -89,7 +89,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("name", TROUBLES)
 def test_a_backup_goes_through_what_passes(far: Far, world: World, name: str) -> None:
-    repository = far.repository(PATIENT)
+    repository = far.repository(PATIENT, timeout_seconds=1 if "stall" in name else 20)
     trouble = far.proxy.add(TROUBLES[name])
     with world.controller() as controller:
         controller.backup("vm001", repository)
@@ -109,7 +109,7 @@ LASTING = {
 
 @pytest.mark.parametrize("name", LASTING)
 def test_a_backup_that_cannot_go_through_fails_clearly(far: Far, world: World, name: str) -> None:
-    repository = far.repository(HASTY)
+    repository = far.repository(HASTY, timeout_seconds=1 if name == "stall" else 20)
     far.proxy.add(LASTING[name])
     with world.controller() as controller, pytest.raises(StorageError) as caught:
         controller.backup("vm001", repository)
@@ -150,7 +150,7 @@ def test_what_was_stored_before_it_broke_is_not_stored_again(far: Far, world: Wo
     trouble.times = 0
     far.proxy.bytes_up = 0
     with world.controller() as controller:
-        controller.backup("vm001", far.repository(HASTY))
+        controller.backup("vm001", far.repository(PATIENT))
     # The guest has changed a little meanwhile.
     assert far.proxy.bytes_up < first / 2
     assert there <= far.packs()

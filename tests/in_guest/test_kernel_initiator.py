@@ -31,7 +31,7 @@ from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
 from vmsnap_drivers.snapshots.iscsi.kernel import lun_at
 
 __all__ = ["server", "xfs"]
-pytestmark = [pytest.mark.storage, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.storage, pytest.mark.timeout(600)]
 USER, WORD = "keeper", "a-word-of-chap-12"
 MIB = 1 << 20
 SESSIONS, RECORDS = Path("/sys/class/iscsi_session"), Path("/etc/iscsi/nodes")
@@ -143,7 +143,7 @@ def stage(brought: Brought, tmp_path: Path) -> Iterator[Stage]:
             yield Stage(machine, controller, str(tmp_path / "repository"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_vm_in_qemu_is_backed_up_consistent_and_its_duplicate_takes_over(stage: Stage, brought: Brought) -> None:
     controller, machine = stage.controller, stage.machine
     (disk,) = controller.table.get("vm001").disks

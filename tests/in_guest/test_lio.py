@@ -210,7 +210,7 @@ def _made() -> list[str]:
     return sorted(str(path) for each in ("core/*", "core/*/*", "iscsi/*") for path in Path(lio_program.ROOT).glob(each))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("reading", ["store", "initiator"])
 def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
     server: LioServer, tmp_path: Path, reading: str
@@ -250,7 +250,7 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
         server.remove(target)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("operation", ["export", "delete"])
 def test_a_killed_export_or_removal_leaves_nothing_that_a_later_removal_does_not_find(
     rig: LunRig, server: LioServer, operation: str, record_property: Callable[[str, object], None]

@@ -123,7 +123,7 @@ def test_the_agents_units_start_by_the_socket_are_watched_and_stop(tmp_path: Pat
     eventually(lambda: shown(service, "ActiveState") == "active", "it is ready", SLOW_MACHINE_SECONDS)
     first = int(shown(service, "MainPID"))
     os.kill(first, signal.SIGSTOP)
-    eventually(lambda: shown(service, "NRestarts") == "1", "the watchdog starts it again", SLOW_MACHINE_SECONDS)
+    eventually(lambda: int(shown(service, "NRestarts")) >= 1, "the watchdog starts it again", SLOW_MACHINE_SECONDS)
     eventually(answers, "it answers again", SLOW_MACHINE_SECONDS)
     assert int(shown(service, "MainPID")) != first
     run("systemctl", "stop", "vmsnap-agent.socket", service)

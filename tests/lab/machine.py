@@ -313,7 +313,8 @@ class LabMachine:
     def _wait(self, what: str, condition: Callable[[], bool], timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not condition():
-            if self.ended():
+            # What is waited for may be its end, or among its last words.
+            if self.ended() and not condition():
                 raise LabError(f"{self.name} ended while waiting for {what}: {self._last_words()}")
             if time.monotonic() > deadline:
                 raise LabError(f"{self.name}: no {what} within {timeout_seconds} s: {self._last_words()}")

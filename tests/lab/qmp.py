@@ -27,7 +27,9 @@ class Oracle:
         self._events: list[dict[str, Any]] = []
         try:
             self._socket.connect(str(path))
-            self._message(time.monotonic() + timeout_seconds)
+            deadline = time.monotonic() + timeout_seconds
+            while "QMP" not in self._message(deadline):
+                pass  # an event that came ahead of the greeting
             self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()

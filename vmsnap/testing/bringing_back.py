@@ -40,7 +40,7 @@ def capture(rig: HypervisorRig, name: str = "bk") -> Captured:
     """Capture the rig's VM, as the core does."""
     driver = rig.driver(rig.vm)
     description = driver.describe()
-    request = CaptureRequest(name, 5.0)
+    request = CaptureRequest(name, 60.0)
     driver.prepare(request, driver.plan_capture(request))
     driver.pause()
     try:
@@ -314,7 +314,7 @@ class BringingBackScenarios(Scenarios):
         loaded = load(rig, "vm002", first.request(isolated=True))
         loaded.resume()
         runs_well(rig, "vm002", first.progress)
-        request = CaptureRequest("bk2", 5.0)
+        request = CaptureRequest("bk2", 60.0)
         loaded.prepare(request, loaded.plan_capture(request))
         loaded.pause()
         progress = rig.progress("vm002")
