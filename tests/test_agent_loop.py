@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.agents import AgentHouse, eventually
+from tests.stopping_job import stop_order
 from tests.test_cli import BIN
 from vmsnap.agent.client import AgentClient
 from vmsnap.agent.house import Blueprint
@@ -41,7 +43,8 @@ class Night:
         self.now = datetime(2026, 6, 1, 0, 0, tzinfo=UTC)
         self.said: list[str] = []
         blueprint = Blueprint(house.state, settings or AgentSettings(), repository=house.repository)
-        environment = {**house.environment, "PATH": os.environ["PATH"]}
+        roots = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**house.environment, "PATH": os.environ["PATH"], **roots}
         self.loop = Loop(blueprint, environment, self.said.append, clock=lambda: self.now)
         self.loop.begin()
         self.settle()
@@ -72,17 +75,25 @@ class Night:
                 db.execute("UPDATE schedule_state SET decided_ns = ?", (self.now_ns,))
 
     def until_running(self, verb: str) -> Job:
-        """The job of that verb, its process stopped as soon as it has taken it up."""
+        """The job of that verb, its process stopped as soon as it has taken it up; of several, one is."""
 
         def look() -> Job | None:
-            found = [job for job in self.house.jobs(verb) if job.state == RUNNING]
+            found = [job for job in self.house.jobs(verb) if job.state == RUNNING and job.pid and is_stopped(job.pid)]
             return found[0] if found else None
 
-        self.loop.turn()
-        found = eventually(look, f"a running {verb}")
-        assert found.pid
-        os.kill(found.pid, signal.SIGSTOP)
-        return found
+        # As tests/stopping_job.py it is a product's process all the same: too quick to be stopped from outside.
+        stop_order(self.house.state, verb).touch()
+        with patch("vmsnap.agent.processes.JOB_MODULE", "tests.stopping_job"):
+            self.loop.turn()
+        return eventually(look, f"a running {verb}")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP holds the process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture
