@@ -2,7 +2,7 @@
 
 The machine's host key must be known; nothing is asked, and nothing but OpenSSH's own files is believed. A command line
 is quoted word by word (`shlex.join`) for the shell that sshd runs it with. Whoever is not root there needs sudo without
-a password.
+a password: it is told the command itself, so that its rules can name that, arguments and all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock, Timer
 from typing import IO, TYPE_CHECKING, Final, cast
 
-from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError, VmsnapError
 from vmsnap_drivers.runner import LATE_SECONDS, Output, Runner, one_line, still_going
 
 if TYPE_CHECKING:
@@ -35,6 +35,17 @@ _KEEPALIVE_SECONDS: Final = 10
 _LOG: Final = "vmsnap.ssh"
 _NOT_FOUND: Final = 127
 """The status of ``env`` for a program that there is not."""
+_FOR_EVERYBODY: Final = frozenset(["which"])
+"""What is not given to sudo."""
+_SUDO_FAILED: Final = 1
+_SUDO_HAS_NONE: Final = re.compile(r"^sudo: .*: command not found$", re.MULTILINE)
+# As sudo 1.8 and 1.9 say it (check.c, logging.c, sudo.c); warnings, after which it goes on, begin with its name too.
+_SUDO_REFUSES: Final = re.compile(
+    r"^sudo: .*\b(?:password|authentication|askpass|tty|terminal|account|new privileges|setuid|sudoers sources)\b"
+    r"|^sorry, user \S+ (?:is not allowed|may not)|is not in the sudoers file|is not allowed to run sudo",
+    re.MULTILINE | re.IGNORECASE,
+)
+_LONGEST_SHOWN: Final = 200
 
 
 @dataclass(frozen=True)
@@ -121,9 +132,8 @@ class SshRunner(Runner):
         if status < 0:
             raise SnapshotError(f"the connection to {self.url} was lost during {argv[0]}, which may go on")
         output = Output(status, said[True].decode(errors="replace"), said[False].decode(errors="replace"))
-        if status == _NOT_FOUND:
-            missing = "sudo" if self._user != "root" and "sudo" in output.stderr else argv[0]
-            raise DriverUnavailable(f"the program {missing} is not installed on {self.url}")
+        if (refusal := self._refusal(argv, output)) is not None:
+            raise refusal
         return output
 
     @contextmanager
@@ -142,8 +152,10 @@ class SshRunner(Runner):
                     raise SnapshotError(f"{argv[0]} on {self.url} does not end, or the connection was lost")
                 else:
                     channel.status_event.wait(0.005)
-            if channel.recv_exit_status():
-                raise SnapshotError(f"{argv[0]} on {self.url} failed: {one_line(said.decode(errors='replace'))}")
+            if status := channel.recv_exit_status():
+                output = Output(status, "", said.decode(errors="replace"))
+                failed = SnapshotError(f"{argv[0]} on {self.url} failed: {one_line(output.stderr)}")
+                raise self._refusal(argv, output) or failed
         finally:
             channel.close()
 
@@ -173,10 +185,31 @@ class SshRunner(Runner):
                 self._client.close()
                 self._client = None
 
+    def _refusal(self, argv: Sequence[str], output: Output) -> VmsnapError | None:
+        """What is wrong where a command did not run at all; None where it did."""
+        asked_sudo = self._user != "root" and argv[0] not in _FOR_EVERYBODY
+        if output.status == _NOT_FOUND:
+            missing = "sudo" if asked_sudo and "sudo" in output.stderr else argv[0]
+            return DriverUnavailable(f"the program {missing} is not installed on {self.url}")
+        if not asked_sudo or output.status != _SUDO_FAILED:
+            return None
+        refused = _SUDO_REFUSES.search(output.stderr) is not None
+        # What its rules do not name it refuses, whether it is there or not.
+        if _SUDO_HAS_NONE.search(output.stderr) or (refused and self.find(argv[0]) is None):
+            return DriverUnavailable(f"the program {argv[0]} is not installed on {self.url}")
+        if not refused:
+            return None
+        shown = " ".join(shlex.join(argv).split())
+        return SnapshotError(
+            f"sudo on {self.url} does not let {self._user} run this without a password:"
+            f" {shown if len(shown) <= _LONGEST_SHOWN else argv[0]}",
+            cure="allow it there (NOPASSWD): the lines for sudoers are in the docs: iscsi",
+        )
+
     def _begin(self, argv: Sequence[str]) -> Channel:
-        words = ["env", "LC_ALL=C", f"PATH={_PATH}", *argv]
-        if self._user != "root":
-            words = ["sudo", "-n", "--", *words]
+        as_root = ["sudo", "-n", "--"] if self._user != "root" and argv[0] not in _FOR_EVERYBODY else []
+        # Around sudo, which hands LC_ALL on (its env_keep), and before which env works in any shell.
+        words = ["env", "LC_ALL=C", f"PATH={_PATH}", *as_root, *argv]
         from paramiko import SSHException
 
         try:

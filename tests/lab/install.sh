@@ -3,7 +3,7 @@
 # cpio, iproute2, e2fsprogs, xfsprogs, btrfs-progs, sshfs, OVMF, swtpm with the tools by which libvirt sets a TPM up,
 # Chromium, systemd and libvirt (neither of which is started; and what libvirt's Python binding is built with) from the
 # machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the guest's kernel, an SSH and a
-# WebDAV server that no system starts, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
+# WebDAV server that no system starts, sudo for the former, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
 # iSCSI target tgt, zfs-fuse, rtslib for LIO, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one.
 # Run as root. Does nothing when all is there; says nothing unless it fails.
 #
@@ -144,6 +144,18 @@ unpack_lio() {
     touch "$lio/complete"
 }
 
+# Unpacked, not installed, so that this machine's users get no more rights: what an SSH server of the lab has above its
+# root file system. sudo is set-user-ID: nobody but root gets at it here.
+unpack_sudo() {
+    sudo=$cache/sudo
+    [ -e "$sudo/complete" ] && return
+    refresh_lists
+    rm -rf "$sudo"
+    mkdir -m 700 "$sudo"
+    fetch_into "$sudo/root" download sudo
+    touch "$sudo/complete"
+}
+
 # Unpacked, not installed: of Prometheus the tool alone that checks rules and metrics.
 unpack_promtool() {
     promtool=$cache/promtool
@@ -254,6 +266,7 @@ install_packages
 add_user
 unpack_kernel
 unpack sshd openssh-server
+unpack_sudo
 # The WebDAV server of an example in docs/examples.
 unpack lighttpd lighttpd lighttpd-mod-webdav
 unpack_promtool

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from .machine import LabError
 from .ports import free_port
-from .qemus import cache_folder
+from .qemus import cache_folder, unpacked
 
 USER = "keeper"
 USER_ID = 64999
@@ -27,6 +28,11 @@ PASSWORD = "a word for the lab"
 _START_SECONDS = 30.0
 _IN_A_NAMESPACE = """
 set -e
+if [ -n "$4" ]; then
+    for name in usr etc; do
+        mount -t overlay -o "lowerdir=$1/layer/$name:$4/$name:/$name" overlay "/$name"
+    done
+fi
 mount --bind "$1/passwd" /etc/passwd
 mount --bind "$1/shadow" /etc/shadow
 mount -t tmpfs -o mode=755 tmpfs /run
@@ -46,11 +52,15 @@ class SshServer:
 
     :param lines: of its configuration, which come first and therefore count
     :param sftp: what serves SFTP
+    :param sudoers: who may do what by sudo there; empty: there is no sudo, unless this machine has one
+    :param programs: further ones that lie in ``/usr/sbin`` there, where there is sudo
     """
 
     folder: Path
     lines: Sequence[str] = ()
     sftp: str = "internal-sftp"
+    sudoers: str = ""
+    programs: Sequence[Path] = ()
     port: int = 0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -93,6 +103,7 @@ class SshServer:
         os.chown(self.home, USER_ID, USER_ID)
         self._write_accounts()
         self._write_configuration()
+        self._write_layer()
         self.start()
         return self
 
@@ -104,6 +115,7 @@ class SshServer:
         root = cache_folder() / "sshd"
         environment = {**os.environ, "LD_LIBRARY_PATH": f"{root}/usr/lib/x86_64-linux-gnu:{root}/lib/x86_64-linux-gnu"}
         script = ["sh", "-c", _IN_A_NAMESPACE, "sh", str(self.folder), str(root / "usr/sbin/sshd"), USER]
+        script.append(str(unpacked("sudo", "sudo") / "root") if self.sudoers else "")
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 ["unshare", "--mount", *script],
@@ -155,6 +167,16 @@ class SshServer:
         ).stdout.strip()
         # An account whose field begins with "!" is locked, and let in by no key either.
         (self.folder / "shadow").write_text(f"root:*:19000::::::\n{USER}:{hashed}:19000::::::\n")
+
+    def _write_layer(self) -> None:
+        """What lies above sudo's package there."""
+        for name in ("etc", "usr/sbin"):
+            (self.folder / "layer" / name).mkdir(parents=True, exist_ok=True)
+        rules = self.folder / "layer/etc/sudoers"
+        rules.write_text(self.sudoers)
+        rules.chmod(0o440)
+        for program in self.programs:
+            shutil.copy(program, self.folder / "layer/usr/sbin")
 
     def _write_configuration(self) -> None:
         public = self.key.with_suffix(".pub").read_text()
