@@ -6,8 +6,9 @@ for each other alone. The rules are those of ``docs/iscsi.md``, with this place'
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import read_all
 from vmsnap.testing.snapshot import contents_of, live
 from vmsnap_drivers import runner_ssh
+from vmsnap_drivers.runner import LocalRunner, Output
 from vmsnap_drivers.runner_ssh import SshRunner, SshSettings
+from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
 
 __all__ = ["xfs"]
 pytestmark = [pytest.mark.lab, pytest.mark.sshd]
@@ -36,11 +39,11 @@ root ALL=(ALL:ALL) ALL
 """
 
 
-def documented(images: Path) -> str:
-    """The rules for tgt and files, for the folder `images` and this host."""
-    found = re.search(r"^```sudoers\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
-    assert found is not None
-    rules = found[1].replace("/srv/luns", str(images)).replace("10[.]0[.]0[.]7", "127[.]0[.]0[.]1")
+def documented(alias: str, images: str = "/srv/luns") -> str:
+    """The rules with that alias, for the folder `images` and this host."""
+    found = re.findall(r"^```text\n(Cmnd_Alias .*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    (rules,) = (block for block in found if block.startswith(f"Cmnd_Alias {alias} "))
+    rules = rules.replace("/srv/luns", images).replace("10[.]0[.]0[.]7", "127[.]0[.]0[.]1")
     return re.sub(r"^vmsnap ", f"{USER} ", rules, flags=re.MULTILINE)
 
 
@@ -62,12 +65,12 @@ class Site:
         return SshRunner(f"ssh://{user}@127.0.0.1:{self.sshd.port}", settings)
 
 
-SiteMaker = Callable[[str], AbstractContextManager[Site]]
+SiteMaker = Callable[..., AbstractContextManager[Site]]
 
 
 @pytest.fixture
 def site(xfs: Path, server: TargetServer, tmp_path: Path) -> Iterator[SiteMaker]:
-    """Sites, by the rules of sudo."""
+    """Sites, by the rules of sudo and further programs there."""
     # An appliance's tgtd has the control port 0; this one must not be in the way of another. And sshd has a /run of its
     # own, where its socket is not.
     tgtadm = tmp_path / "tgtadm"
@@ -78,8 +81,8 @@ def site(xfs: Path, server: TargetServer, tmp_path: Path) -> Iterator[SiteMaker]
     tgtadm.chmod(0o755)
 
     @contextmanager
-    def made(rules: str) -> Iterator[Site]:
-        with SshServer(tmp_path / "sshd", sudoers=DEFAULTS + rules, programs=[tgtadm]) as sshd:
+    def made(rules: str, *more: Path) -> Iterator[Site]:
+        with SshServer(tmp_path / "sshd", sudoers=DEFAULTS + rules, programs=[tgtadm, *more]) as sshd:
             options = {
                 "appliances": f"127.0.0.1:{server.port}=ssh://{USER}@127.0.0.1:{sshd.port}",
                 "known_hosts": str(sshd.known_hosts),
@@ -109,7 +112,7 @@ def test_the_documented_rules_are_enough_for_a_snapshot_and_a_clone_and_for_noth
     xfs: Path, site: SiteMaker
 ) -> None:
     images = xfs / "rig/images"
-    with site(documented(images)) as made:
+    with site(documented("VMSNAP_FILES", str(images))) as made:
         rig, runner = made.rig, made.runner()
         life = live(rig)
         assert contents_of(rig.mechanism(), life) == list(life.contents)
@@ -136,6 +139,48 @@ def test_the_documented_rules_are_enough_for_a_snapshot_and_a_clone_and_for_noth
             assert f"does not let {USER} run this without a password: {refused[0]} " in said
             assert "(allow it there (NOPASSWD): the lines for sudoers are in the docs: iscsi)" in said
         assert origin.exists()
+        runner.close()
+
+
+class Recording(LocalRunner):
+    """Writes commands down and runs none; each answers as LVM does of a thin volume and its pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[list[str]] = []
+
+    def run(self, argv: Sequence[str], seconds: float, *, changes: bool = False) -> Output:
+        self.given.append(list(argv))
+        row = {"lv_path": "/dev/vg0/iscsi.vmsnap-x.0", "lv_size": "1", "pool_lv": "pool", "vg_name": "vg0"}
+        row |= {"lv_tags": "vmsnap-iscsi,vmsnap.plan=vmsnap-x", "data_percent": "1", "metadata_percent": "1"}
+        return Output(0, json.dumps({"report": [{"lv": [row]}]}), "")
+
+
+def test_the_documented_rules_for_thin_volumes_let_pass_what_is_run_and_nothing_like_it(
+    site: SiteMaker, tmp_path: Path
+) -> None:
+    recorded = Recording()
+    volumes, origin, path = Volumes(recorded), "/dev/vg0/vm001", "/dev/vg0/iscsi.vmsnap-x.0"
+    volumes.look(origin)
+    volumes.exists(path)
+    volumes.snapshot(origin, path, "vmsnap-x", 1)
+    volumes.settle(path)
+    volumes.fill(origin)
+    volumes.clone(path, "/dev/vg0/iscsi.vmsnap-x.0.bk-001.clone", "vmsnap-x")
+    volumes.remove(path, "vmsnap-x")
+    lvm = tmp_path / "lvm"
+    lvm.write_text("#!/bin/sh\necho it runs\n")
+    lvm.chmod(0o755)
+    rules = f"{documented('VMSNAP_THIN')}{USER} ALL = (root) NOPASSWD: VMSNAP_THIN\n"
+    with site(rules, lvm) as made:
+        runner = made.runner()
+        commands = {tuple(argv) for argv in recorded.given if argv[0] == "lvm"}
+        assert {argv[1] for argv in commands} == {"lvs", "lvcreate", "lvchange", "lvremove"}
+        for argv in commands:
+            assert runner.run(argv, 30).stdout == "it runs\n"
+            for wrong in ([*argv, "/dev/vg0/vm001"], [*argv[:3], "log{file=/etc/shadow}", *argv[4:]]):
+                if argv[1] != "lvs" or wrong[3] != argv[3]:
+                    assert "without a password" in problem_of(partial(runner.run, wrong, 30))
         runner.close()
 
 
