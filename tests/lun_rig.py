@@ -33,8 +33,16 @@ class Server(Protocol):
     def address(self, target: str) -> str:
         """The address of a target's first disk."""
 
-    def add(self, target: str, path: Path | None, *, user: str = "", password: str = "") -> object:
-        """Make a target."""
+    def add(
+        self,
+        target: str,
+        path: Path | None,
+        *,
+        user: str = "",
+        password: str = "",
+        shown: tuple[str, str] = ("", ""),
+    ) -> object:
+        """Make a target; `shown` is the account by which it shows who it is."""
 
     def remove(self, target: str) -> None:
         """Remove a target, whoever uses it."""

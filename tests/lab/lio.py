@@ -73,9 +73,13 @@ class LioServer:
         *,
         user: str = "",
         password: str = "",
+        shown: tuple[str, str] = ("", ""),
         initiators: tuple[str, ...] = (QEMU,),
     ) -> None:
-        """Make a target whose disk is that file or device (None: a target without one), for these initiators."""
+        """Make a target whose disk is that file or device (None: a target without one), for these initiators.
+
+        :param shown: the account by which the target shows who it is, and its secret
+        """
         rtslib = self._rtslib()
         group = rtslib.TPG(rtslib.Target(self._iscsi(), target), 1)
         if path is not None:
@@ -92,6 +96,8 @@ class LioServer:
                 rtslib.MappedLUN(access, 1, lun)
                 if user:
                     access.chap_userid, access.chap_password = user, password
+                if shown[0]:
+                    access.chap_mutual_userid, access.chap_mutual_password = shown
             group.enable = True
         group.set_attribute("authentication", int(bool(user)))
 

@@ -57,14 +57,19 @@ class KernelInitiator:
             self._daemon.wait()
         _PROGRAM.unlink()
 
-    def log_in(self, target: str, portal: str, user: str = "", password: str = "") -> Path:
+    def log_in(
+        self, target: str, portal: str, user: str = "", password: str = "", shown: tuple[str, str] = ("", "")
+    ) -> Path:
         """The device of the one disk of a target, which is reached by that account of CHAP.
+
+        :param shown: the account by which the target has to show who it is, and its secret
 
         :raise LabError: it does not come
         """
         node = ("-m", "node", "-T", target, "-p", portal)
         self._iscsiadm(*node, "-o", "new")
         account = {"authmethod": "CHAP", "username": user, "password": password} if user else {}
+        account |= {"username_in": shown[0], "password_in": shown[1]} if shown[0] else {}
         for name, value in account.items():
             self._iscsiadm(*node, "-o", "update", "-n", f"node.session.auth.{name}", "-v", value)
         self._iscsiadm(*node, "--login")

@@ -109,19 +109,31 @@ class TargetServer:
             raise LabError(f"tgtadm {' '.join(words)}: {done.stderr}")
         return done.stdout
 
-    def add(self, target: str, path: Path | None, *, user: str = "", password: str = "") -> int:
-        """Make a target whose disk is that file (None: a target without one), for this host; returns its number."""
+    def add(
+        self,
+        target: str,
+        path: Path | None,
+        *,
+        user: str = "",
+        password: str = "",
+        shown: tuple[str, str] = ("", ""),
+    ) -> int:
+        """Make a target whose disk is that file (None: a target without one), for this host; returns its number.
+
+        :param shown: the account by which the target shows who it is, and its secret
+        """
         self._numbers += 1
         number = 100 + self._numbers
         tid = ("--tid", str(number))
         self.tell("--mode", "target", "--op", "new", *tid, "--targetname", target)
         if path is not None:
             self.tell("--mode", "logicalunit", "--op", "new", *tid, "--lun", "1", "--backing-store", str(path))
-        if user:
-            if user not in self._users:
-                self.tell("--mode", "account", "--op", "new", "--user", user, "--password", password)
-                self._users.add(user)
-            self.tell("--mode", "account", "--op", "bind", *tid, "--user", user)
+        for name, secret, way in ((user, password, ()), (*shown, ("--outgoing",))):
+            if name and name not in self._users:
+                self.tell("--mode", "account", "--op", "new", "--user", name, "--password", secret)
+                self._users.add(name)
+            if name:
+                self.tell("--mode", "account", "--op", "bind", *tid, "--user", name, *way)
         self.tell("--mode", "target", "--op", "bind", *tid, "--initiator-address", ADDRESS)
         return number
 
