@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_LOOK_EACH_SECONDS = 0.002
+_LOOK_EACH_SECONDS = 0.02
 _watching: list[tuple[bytes, list[str]]] = []
 _is_hooked = False
 
@@ -17,7 +17,7 @@ _is_hooked = False
 @contextmanager
 def unseen(word: str) -> Iterator[None]:
     """See that no process has that word in its command line meanwhile: those that this one starts are seen whatever
-    time they take, all others when they are there for some milliseconds.
+    time they take, all others when they are there for a moment.
     """
     global _is_hooked
     if not _is_hooked:

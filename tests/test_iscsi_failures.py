@@ -19,7 +19,10 @@ from tests.test_file_mechanism import xfs
 from tests.test_iscsi_contract import server, tgtadm
 from vmsnap.cli.backends import vmsnap_iscsi
 from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.roles import DriverContext
 from vmsnap.testing.snapshot import live
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
+from vmsnap_drivers.snapshots.iscsi.address import is_for_every_network
 
 __all__ = ["server", "tgtadm", "xfs"]
 pytestmark = pytest.mark.lab
@@ -51,6 +54,30 @@ def test_a_lun_that_is_read_only_is_not_written_onto(rig: LunRig, server: Target
     server.tell("--mode", "logicalunit", "--op", "update", "--tid", tid, "--lun", "1", "--params", "readonly=1")
     with pytest.raises(UsageError, match="other/1 is read-only"):
         rig.mechanism().writer(replace(rig.disks()[0], address=server.address(target), size_bytes=SIZE))
+
+
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "[::]"])
+def test_a_tgtd_that_listens_for_every_network_is_noted(tmp_path: Path, everywhere: str) -> None:
+    with TargetServer(tmp_path / "tgtd", everywhere) as own:
+        own.add(TARGETS[0], None)
+        mechanism = IscsiMechanism(DriverContext(tmp_path / "state", tmp_path), own.options)
+        (note,) = (finding for finding in mechanism.doctor() if finding.severity == "note")
+        assert (
+            f"tgtd listens at {everywhere}:{own.port}, for every network, and so does what vmsnap exports"
+            in note.message
+        )
+        assert "--iscsi portal=" in note.cure
+
+
+@pytest.mark.parametrize(
+    ("portal", "is_for_all"),
+    [
+        *((portal, True) for portal in ("0.0.0.0:3260", "[::]:3260", "[::0]:3260")),
+        *((portal, False) for portal in ("10.0.0.5:3260", "[::1]:3260", "san.example:3260", "3260", "")),
+    ],
+)
+def test_a_portal_for_every_network_is_known(portal: str, is_for_all: bool) -> None:
+    assert is_for_every_network(portal) is is_for_all
 
 
 class Console:

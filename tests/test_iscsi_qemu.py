@@ -15,10 +15,12 @@ import pytest
 from tests.lab import disk_records, ext4, find_qemu, serial
 from tests.lab.tgtd import TargetServer, programs
 from tests.qemu_stage import MIB, Stage, read_ledger, staged
+from tests.secrets_in_sight import files_with, unseen
 from tests.test_failover_qemu import goes_on
 from tests.test_file_mechanism import xfs
 from tests.test_live_backup_qemu import block_graph, processes_of, text_after_two_checks
 from vmsnap.controller.results import RestoreResult
+from vmsnap.database import FILE_NAME
 from vmsnap.errors import AlreadyExists, Busy, HypervisorError, NotFound, UsageError
 from vmsnap.model import VmState
 
@@ -72,6 +74,19 @@ def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench
     finally:
         os.environ["PATH"] = path
     shutil.rmtree(images)
+
+
+@pytest.fixture(autouse=True)
+def no_secret_comes_into_sight(bench: Bench, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """In no command line, while LUNs are exported, read, written onto, and reached by duplicates; and in nothing that
+    is left of it: state, journal, logs.
+    """
+    caplog.set_level("DEBUG")
+    with unseen(WORD):
+        yield
+    folders = bench.stage.controller.folders
+    assert (folders.state_dir / FILE_NAME).exists()
+    assert files_with(WORD, folders.state_dir) == [] and WORD not in caplog.text
 
 
 def test_a_live_backup_is_read_from_targets_of_its_own_and_comes_to_life_beside_the_original(bench: Bench) -> None:

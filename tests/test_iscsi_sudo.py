@@ -34,6 +34,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.sshd]
 DOCS = Path(__file__).parent.parent / "docs/iscsi.md"
 # Debian's own, without the groups.
 DEFAULTS = """Defaults env_reset
+Defaults mail_badpass
+Defaults use_pty
 Defaults secure_path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 root ALL=(ALL:ALL) ALL
 """

@@ -15,6 +15,7 @@ from tests.in_guest.test_lio import AUTHORITY, server
 from tests.lab.counter import CounterMachine, boot_sector, count_in, see_it_count, was_shut_down
 from tests.lab.lio import QEMU, LioServer
 from tests.lab.open_iscsi import NAME, KernelInitiator
+from tests.secrets_in_sight import files_with, unseen
 from tests.test_duplicate_failures import run_and_be_killed
 from tests.test_file_mechanism import xfs
 from tests.world import World, unguarded
@@ -27,12 +28,14 @@ from vmsnap.repository import Repository
 from vmsnap.roles import DriverContext
 from vmsnap.testing.faults import Effect, Fault
 from vmsnap.testing.rigs import eventually, read_all
-from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
 from vmsnap_drivers.snapshots.iscsi.kernel import lun_at
 
 __all__ = ["server", "xfs"]
 pytestmark = [pytest.mark.storage, pytest.mark.timeout(600)]
 USER, WORD = "keeper", "a-word-of-chap-12"
+SHOWN = ("storage", "its-own-word-34")
+"""By which the targets show who they are."""
 MIB = 1 << 20
 SESSIONS, RECORDS = Path("/sys/class/iscsi_session"), Path("/etc/iscsi/nodes")
 
@@ -51,8 +54,8 @@ class Brought:
         self.target, self.image = f"{AUTHORITY}:001", folder / "disk.img"
         with self.image.open("wb") as file:
             file.truncate(4 * MIB)
-        server.add(self.target, self.image, user=USER, password=WORD, initiators=(QEMU, NAME))
-        self.device = initiator.log_in(self.target, server.portal, USER, WORD)
+        server.add(self.target, self.image, user=USER, password=WORD, shown=SHOWN, initiators=(QEMU, NAME))
+        self.device = initiator.log_in(self.target, server.portal, USER, WORD, SHOWN)
         self.secret = folder / "secret"
         self.secret.write_text(WORD)
         account = {"chap_user": USER, "chap_password_file": str(self.secret)}
@@ -100,9 +103,14 @@ def test_the_clone_of_a_disk_that_was_brought_is_brought_by_the_same_account(bro
     sync(disk.address)
     mechanism.settle([snapshot])
     planned = mechanism.plan_clone(snapshot, "bk001", tmp_path, lasting=True)
-    for _ in range(2):  # a clone that was made is made
-        clone = mechanism.clone(planned, snapshot)
-        assert str(lun_at(clone.address)) == brought.server.address(f"{AUTHORITY}:bk001")
+    with unseen(WORD), unseen(SHOWN[1]):
+        for _ in range(2):  # a clone that was made is made
+            clone = mechanism.clone(planned, snapshot)
+            assert str(lun_at(clone.address)) == brought.server.address(f"{AUTHORITY}:bk001")
+    records = [path for path in (RECORDS / f"{AUTHORITY}:bk001").rglob("*") if path.is_file()]
+    assert records and all(path.stat().st_mode & 0o077 == 0 for path in records)
+    assert all(word in path.read_text() for path in records for word in (WORD, SHOWN[1]))
+    assert files_with(WORD, tmp_path / "state") == []
     with mechanism.reader(snapshot) as reader, mechanism.clone_reader(planned, clone) as other:
         assert read_all(reader) == read_all(other) == wanted
     assert Path(clone.address).read_bytes() == wanted and mechanism.handles(clone)
@@ -231,4 +239,17 @@ def test_a_target_that_does_not_let_the_initiator_in_is_one_line_and_leaves_noth
         keep(controller, world.repository())
     assert "could not log in to iscsi://" in refused.value.message and "authorization failure" in refused.value.message
     assert "\n" not in str(refused.value)
+    world.see_that_all_is_well(1)
+
+
+def test_a_target_that_does_not_show_who_it_is_is_one_line_and_leaves_nothing(
+    world: BroughtWorld, brought: Brought
+) -> None:
+    """CHAP of both ways. The origin's secret was changed after it was brought, and whoever serves has another now."""
+    (secret,) = Path(lio_program.ISCSI, brought.target).glob(f"tpgt_1/acls/{NAME}/auth/password_mutual")
+    secret.write_text("another-word-56")
+    with world.controller() as controller, pytest.raises(SnapshotError) as refused:
+        keep(controller, world.repository())
+    assert "could not log in to iscsi://" in refused.value.message and "authorization failure" in refused.value.message
+    assert "\n" not in str(refused.value) and SHOWN[1] not in str(refused.value)
     world.see_that_all_is_well(1)

@@ -4,6 +4,7 @@ their users make them; files lie on a real XFS.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -102,8 +103,13 @@ def test_initiators_are_names_to_lio(rig: LunRig) -> None:
 def test_a_target_that_listens_for_everybody_is_noted(rig: LunRig, server: LioServer) -> None:
     everywhere = LioServer(lio_library(), "0.0.0.0:3300")
     everywhere.add(f"{AUTHORITY}:open", rig.images / "disk0.img")
+    # No more can be done: nobody may listen at one address of that port besides.
+    with pytest.raises(OSError) as refused:
+        Path(lio_program.ISCSI, TARGETS[0], "tpgt_1/np/127.0.0.1:3300").mkdir()
+    assert refused.value.errno == errno.EINVAL and server.portals(TARGETS[0]) == [server.portal]
     notes = [finding for finding in rig.mechanism().doctor() if finding.severity == "note"]
-    assert len(notes) == 1 and "LIO listens at 0.0.0.0:3300, for every network" in notes[0].message
+    said = f"LIO listens at 0.0.0.0:3300, for every network, and so does what vmsnap exports beside {AUTHORITY}:open,"
+    assert len(notes) == 1 and notes[0].message.startswith(said)
     server.remove(f"{AUTHORITY}:open")
 
 

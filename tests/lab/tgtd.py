@@ -26,10 +26,15 @@ def programs() -> Path:
 
 
 class TargetServer:
-    """One such server, for a ``with``. Several can run beside each other."""
+    """One such server, for a ``with``. Several can run beside each other.
 
-    def __init__(self, folder: Path) -> None:
+    :param everywhere: an address for all networks, such as ``[::]``, at which it listens in a network namespace of its
+        own: nobody reaches it, but by ``tgtadm``
+    """
+
+    def __init__(self, folder: Path, everywhere: str = "") -> None:
         self.folder = folder
+        self.everywhere = everywhere
         self.port = free_port()
         self.control_port = self.port  # such as it takes, which are no TCP ports: 32767 at most
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,7 +50,7 @@ class TargetServer:
     @property
     def portal(self) -> str:
         """Where it listens."""
-        return f"{ADDRESS}:{self.port}"
+        return f"{self.everywhere or ADDRESS}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -67,9 +72,11 @@ class TargetServer:
         :raise LabError: when it does not.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        apart = ["unshare", "--net"] if self.everywhere else []
         with (self.folder / "tgtd.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(programs() / "tgtd"), "-f", "--iscsi", f"portal={self.portal}", "-C", str(self.control_port)],
+                [*apart, str(programs() / "tgtd"), "-f", "--iscsi", f"portal={self.portal}",
+                 "-C", str(self.control_port)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS

@@ -103,6 +103,14 @@ def is_at(lun: LunAddress, portals: Iterable[str]) -> bool:
     return False
 
 
+def is_for_every_network(portal: str) -> bool:
+    """Whether who listens at a portal is reached by all networks of its machine, such as at ``[::0]:3260``."""
+    try:
+        return ipaddress.ip_address(portal.rpartition(":")[0].strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
 def own_address_towards(lun: LunAddress) -> str:
     """The address of this host that the portal sees. Nothing is sent, but a name is looked up.
 

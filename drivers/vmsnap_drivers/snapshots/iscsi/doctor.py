@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vmsnap.errors import DriverUnavailable, VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.runner import LocalRunner
+from vmsnap_drivers.snapshots.iscsi.address import is_for_every_network
 from vmsnap_drivers.snapshots.iscsi.initiator import INSTALL
 from vmsnap_drivers.snapshots.iscsi.kernel import all_sessions
 from vmsnap_drivers.snapshots.iscsi.names import is_name_of_ours
@@ -15,8 +16,6 @@ from vmsnap_drivers.snapshots.iscsi.places import Place, Places
 from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import TAG
 from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
-
-_EVERYWHERE = ("0.0.0.0:", "[::]:")
 
 
 def examine(places: Places) -> Sequence[Finding]:
@@ -52,20 +51,26 @@ def examine(places: Places) -> Sequence[Finding]:
 def _look_at(place: Place, server: Targets) -> list[Finding]:
     portals, targets = server.portals(), server.targets()
     where = f" at {', '.join(portals)}" if portals else ""
-    open_ones = [portal for portal in portals if portal.startswith(_EVERYWHERE)]
+    open_ones = filter(is_for_every_network, portals)
     return [
         Finding(place.name, "ok", f"{server.label} serves {len(targets)} targets{where}"),
         *(
             Finding(
                 place.name,
                 "note",
-                f"{server.label} listens at {portal}, for every network",
-                "have it listen at an address of the storage network alone",
+                f"{server.label} listens at {portal}, for every network, and so does what vmsnap exports beside"
+                f" {_beside(targets, portal)}, though for none but whom that admits",
+                server.cure_of_listening,
             )
             for portal in open_ones
         ),
         *_foreign(place, targets),
     ]
+
+
+def _beside(targets: Sequence[Target], portal: str) -> str:
+    """The targets that have a portal; a server may not tell, as all of its have all."""
+    return ", ".join(target.name for target in targets if portal in target.portals) or "its targets"
 
 
 def _foreign(place: Place, targets: Sequence[Target]) -> list[Finding]:

@@ -37,6 +37,7 @@ class Lio(Targets):
     label: ClassVar[str] = "LIO"
     # target_core_iblock.c submits bios.
     bypasses_cache: ClassVar[bool] = True
+    cure_of_listening: ClassVar[str] = "give the target a portal at an address of the storage network instead of that"
 
     def __init__(self, runner: Runner, user: str = "") -> None:
         self._runner = runner

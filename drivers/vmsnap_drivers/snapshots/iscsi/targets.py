@@ -77,6 +77,8 @@ class Targets(ABC):
     """As messages have it."""
     bypasses_cache: ClassVar[bool] = False
     """Whether it writes to block devices past the page cache of its machine."""
+    cure_of_listening: ClassVar[str]
+    """How it is made to listen for some networks alone."""
 
     @abstractmethod
     def is_on_this_host(self) -> bool:

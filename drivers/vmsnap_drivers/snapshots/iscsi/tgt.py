@@ -42,6 +42,7 @@ class Tgt(Targets):
 
     name: ClassVar[str] = "tgt"
     label: ClassVar[str] = "tgtd"
+    cure_of_listening: ClassVar[str] = "start it with --iscsi portal=ADDRESS:PORT, an address of the storage network"
 
     def __init__(self, runner: Runner, control_port: int) -> None:
         self._runner = runner
