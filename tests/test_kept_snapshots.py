@@ -148,5 +148,8 @@ def test_what_the_mechanism_does_not_serve_is_refused(folders: HostFolders, tmp_
     path.write_bytes(bytes(SIZE))
     with pytest.raises(UsageError, match="'file' does not serve"):
         kept_in(folders).take("file", [str(path)])
-    with pytest.raises(UsageError, match="cannot be read"):
-        kept_in(folders).take("file", [str(tmp_path / "nothing")])
+    for nothing in (tmp_path / "nothing", path / "below-a-file"):
+        with pytest.raises(NotFound, match=f"there is no {nothing}"):
+            kept_in(folders).take("file", [str(nothing)])
+    with pytest.raises(UsageError, match="cannot be read: embedded null byte"):
+        kept_in(folders).take("file", [f"{tmp_path}/a\0b"])

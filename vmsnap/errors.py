@@ -22,6 +22,7 @@
     │   ├── VmGone                    the VM ended or vanished
     │   └── PauseExceeded             the guest would have stood still too long; it runs again
     ├── SnapshotError              1
+    │   └── SnapshotInUse          5  a Busy too: what was to be removed is in use
     ├── StorageError               1
     │   ├── StorageFull
     │   ├── TransientStorageError     may succeed when asked again; wrappers retry it
@@ -155,6 +156,10 @@ class PauseExceeded(HypervisorError):
 
 class SnapshotError(VmsnapError):
     """A snapshot mechanism failed."""
+
+
+class SnapshotInUse(SnapshotError, Busy):
+    """Somebody uses what a snapshot mechanism was to remove; a later call tries again."""
 
 
 class StorageError(VmsnapError):

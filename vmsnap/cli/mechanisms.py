@@ -9,10 +9,14 @@ import click
 from vmsnap.cli import output
 from vmsnap.cli.options import driver_options
 from vmsnap.cli.session import Session, SessionCommand, pass_session, write_options
+from vmsnap.errors import DriverUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmsnap.controller.drivers import Drivers
     from vmsnap.controller.kept_snapshots import KeptSnapshot, KeptSnapshots
+    from vmsnap.model import OwnedResource
 
 _MECHANISMS = {"vmsnap-lvm": "lvm", "vmsnap-zfs": "zfs", "vmsnap-iscsi": "iscsi"}
 
@@ -76,7 +80,17 @@ def list_snapshots(session: Session, options: dict[str, str]) -> None:
     mechanism = _mechanism(session)
     kept = _kept(session, options).all(mechanism)
     with closing(_drivers(session, options).mechanism(mechanism)) as driver:
+        try:
+            driver.check_usable()
+        except DriverUnavailable:
+            if kept:
+                _report_all(session, kept, ())  # their names are what deletes them
+            raise
         owned = driver.list_owned()
+    _report_all(session, kept, owned)
+
+
+def _report_all(session: Session, kept: Sequence[KeptSnapshot], owned: Sequence[OwnedResource]) -> None:
     rows = [(each.plan.tag, disk.address, _clones(each)) for each in kept for disk in each.plan.disks]
     resources = [{"kind": each.kind, "name": each.name, "tag": each.tag} for each in owned]
 
@@ -104,7 +118,11 @@ def clone(session: Session, snapshot: str, name: str, options: dict[str, str]) -
     with Interruption().handled():
         disks = _kept(session, options).clone(_mechanism(session), snapshot, name)
     session.emit(
-        {"snapshot": snapshot, "clone": name, "disks": [{"address": disk.address} for disk in disks]},
+        {
+            "snapshot": snapshot,
+            "clone": name,
+            "disks": [{"device": disk.device, "address": disk.address} for disk in disks],
+        },
         lambda: output.fields([("clone", disk.address) for disk in disks]),
     )
 
@@ -146,9 +164,16 @@ def _document(kept: KeptSnapshot) -> dict[str, Any]:
         "snapshot": kept.plan.tag,
         "complete": bool(kept.taken),
         "one_instant": kept.one_instant,
-        "disks": [{"address": disk.address, "size_bytes": disk.size_bytes} for disk in kept.plan.disks],
+        "disks": [
+            {"device": disk.device, "address": disk.address, "size_bytes": disk.size_bytes} for disk in kept.plan.disks
+        ],
         "clones": [
-            {"name": clone.plan.name, "address": clone.disk.address if clone.disk else None} for clone in kept.clones
+            {
+                "name": clone.plan.name,
+                "device": clone.plan.device,
+                "address": clone.disk.address if clone.disk else None,
+            }
+            for clone in kept.clones
         ],
     }
 

@@ -58,10 +58,13 @@ class KeptSnapshots:
         """Take a snapshot of disks, all at one instant where the mechanism can, see `KeptSnapshot.one_instant`. Whoever
         writes to them is not stopped: what is found there is what a power cut would leave. Blocks.
 
+        :raises DriverUnavailable: the mechanism cannot be used here, or not by us
+        :raises NotFound: there is nothing at an address
         :raises UsageError: the mechanism does not serve an address
         :raises SnapshotError: it failed; nothing is left
         """
         with closing(self._drivers.mechanism(mechanism)) as driver:
+            driver.check_usable()
             disks = [driver.disk_at(f"disk{index}", address) for index, address in enumerate(addresses)]
             for disk in disks:
                 if not driver.handles(disk):
@@ -123,7 +126,7 @@ class KeptSnapshots:
         """Delete a snapshot that has no clones, or the clones of one name. Blocks.
 
         :raises NotFound: there is no such snapshot, or no such clone of it
-        :raises Busy: another process clones or deletes it
+        :raises Busy: another process clones or deletes it, or somebody uses it
         :raises SnapshotError: it cannot be removed now, or clones are left; a later call tries again
         """
         self._get(mechanism, snapshot)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import DriverUnavailable, NotFound, SnapshotError, UsageError
 from vmsnap.model import ClonePlan, Disk, DiskSnapshot, Extent, Finding, OwnedResource, SnapshotPlan, Window
 from vmsnap.roles.diskwriter import DiskWriter
 from vmsnap.roles.needs import Need
@@ -100,10 +100,21 @@ class SnapshotMechanism(ABC):
     def handles(self, disk: Disk) -> bool:
         """Say whether this mechanism can snapshot the disk where it lies. Quick, no side effects, never raises."""
 
+    def check_usable(self) -> None:
+        """See that it can be used on this host, by us: that what it needs is there, and may be told. Where it cannot,
+        `list_owned` finds nothing, and that says nothing of what there is. Quick; changes nothing.
+
+        :raises DriverUnavailable: it cannot; the cure says what is missing
+        """
+        for need in self.needs:
+            if lack := need.lack():
+                raise DriverUnavailable(lack, cure=need.cure)
+
     def disk_at(self, device: str, address: str) -> Disk:
         """The disk at an address that a person named, with its size. Blocks; changes nothing.
 
-        :raises UsageError: there is none that can be read
+        :raises NotFound: there is nothing
+        :raises UsageError: it is none that can be read
         """
         try:
             descriptor = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
@@ -111,6 +122,8 @@ class SnapshotMechanism(ABC):
                 size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
             finally:
                 os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise NotFound(f"there is no {address}") from e
         except (OSError, ValueError) as e:
             why = e.strerror if isinstance(e, OSError) else e
             raise UsageError(f"{address} cannot be read: {why}") from e

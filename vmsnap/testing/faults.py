@@ -245,6 +245,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self.driver.handles(disk)
 
+    def check_usable(self) -> None:
+        """See the role."""
+        self.driver.check_usable()
+
     def disk_at(self, device: str, address: str) -> Disk:
         """See the role."""
         return self.driver.disk_at(device, address)

@@ -47,6 +47,7 @@ class SnapshotContract(CloningScenarios):
     def test_01_handles_its_disks_and_no_others(self, rig: SnapshotRig) -> None:
         """`handles`: "Quick, no side effects, never raises." """
         mechanism, before = rig.mechanism(), rig.traces()
+        mechanism.check_usable()
         for disk in rig.disks():
             assert mechanism.handles(disk)
             for wrong in ("", "/nowhere/at/all", "\0", "iscsi://nobody/iqn.x/1", "relative", "/" + "x" * 5000):
