@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.consoles import NOBODY, Console, as_nobody
 from tests.disk_rig import write
 from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, volume_group, volumes
 from tests.test_duplicate_failures import run_and_be_killed
@@ -18,6 +20,7 @@ from vmsnap.cli.backends import vmsnap_lvm
 from vmsnap.controller import Controller
 from vmsnap.repository import Repository
 from vmsnap.testing.faults import Effect, Fault
+from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.snapshots.lvm import LvmMechanism
 
 pytestmark = [pytest.mark.storage]
@@ -103,43 +106,60 @@ def test_what_a_killed_backup_leaves_is_removed_by_recovery(world: VolumeWorld, 
     world.see_that_all_is_well()
 
 
-class Console:
-    """``vmsnap-lvm`` in this process, with a state folder of its own."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self._state, self._capsys = folder, capsys
-
-    def __call__(self, *words: str, status: int = 0) -> Any:
-        with pytest.raises(SystemExit) as ended:
-            vmsnap_lvm.main([words[0], "--json", "--state-dir", str(self._state), *words[1:]])
-        said = self._capsys.readouterr()
-        assert (ended.value.code or 0) == status, said.err
-        return json.loads(said.out) if status == 0 else said.err
-
-
 def test_the_commands_of_vmsnap_lvm(
-    group: str, world: VolumeWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    group: str, world: VolumeWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     LvmMechanism(world.folders.context(), {}).forget_marks("vm001")
     lvm("lvcreate", "--yes", "--size", "1m", "--name", "plain", group)
     address = f"/dev/{group}/plain"
     Path(address).write_bytes(content := os.urandom(MIB))
-    console = Console(tmp_path / "state", capsys)
+    console = Console(vmsnap_lvm, tmp_path / "state", {"pause_seconds": "60"})
     assert {found["severity"] for found in console("doctor")} == {"ok"}
     assert "does not serve /dev/null" in console("snapshot", "/dev/null", status=2)
+    assert f"there is no /dev/{group}/nothing" in console("snapshot", f"/dev/{group}/nothing", status=3)
     taken = console("snapshot", address)
-    assert taken["disks"] == [{"address": address, "size_bytes": MIB}] and taken["complete"]
+    assert taken["disks"] == [{"device": "disk0", "address": address, "size_bytes": MIB}] and taken["complete"]
     write(address, 0, bytes(MIB // 2))
     made = console("clone", taken["snapshot"], "--as", "trial")
     (clone,) = (disk["address"] for disk in made["disks"])
+    assert [disk["device"] for disk in made["disks"]] == ["disk0"]
     assert Path(clone).read_bytes() == content
     listed = console("list")
     assert [each["snapshot"] for each in listed["snapshots"]] == [taken["snapshot"]]
     assert {each["kind"] for each in listed["resources"]} == {"snapshot", "clone"}
+    assert listed["snapshots"][0]["clones"] == [{"name": "trial", "device": "disk0", "address": clone}]
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalRunner, "find", lambda *_: None)
+        said = console.say("list")
+        assert said.status == 6 and "lvm is not installed" in said.err
+        assert [each["snapshot"] for each in json.loads(said.out)["snapshots"]] == [taken["snapshot"]]
     assert "has clones: trial" in console("delete", taken["snapshot"], status=1)
+    with Path(clone).open("rb"):
+        assert f"{clone.removeprefix('/dev/')} in use" in console(
+            "delete", taken["snapshot"], "--clone", "trial", status=5
+        )
     console("delete", taken["snapshot"], "--clone", "trial")
+    with Path(f"/dev/{group}/{taken['snapshot']}.0").open("rb"):
+        assert f"{taken['snapshot']}.0 in use" in console("delete", taken["snapshot"], status=5)
     console("delete", taken["snapshot"])
     assert console("list") == {"snapshots": [], "resources": []}
     assert "there is no snapshot" in console("delete", taken["snapshot"], status=3)
     assert Path(address).read_bytes() == bytes(MIB // 2) + content[MIB // 2 :]
     lvm("lvremove", "--force", f"{group}/plain")
+
+
+def test_somebody_without_rights_is_told_so_and_not_that_there_are_no_snapshots(group: str, tmp_path: Path) -> None:
+    address = f"/dev/{group}/disk0"
+    ours = Console(vmsnap_lvm, tmp_path / "state", {"pause_seconds": "60"})
+    taken = ours("snapshot", address)["snapshot"]
+    assert ours("list")["resources"]
+    state = Path(tempfile.mkdtemp())
+    os.chown(state, NOBODY, NOBODY)
+    theirs = Console(vmsnap_lvm, state)
+    assert as_nobody(os.geteuid) == NOBODY
+    for words in (("snapshot", address), ("snapshot", f"/dev/{group}/nothing"), ("list",)):
+        said = as_nobody(partial(theirs, *words, status=6))
+        assert said == "vmsnap-lvm: LVM is root's (run vmsnap as root)\n"
+    assert [found["cure"] for found in as_nobody(partial(theirs, "doctor"))] == ["run vmsnap as root"]
+    ours("delete", taken)
+    assert ours("list") == {"snapshots": [], "resources": []}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import DriverUnavailable, SnapshotError
+from vmsnap.errors import DriverUnavailable, SnapshotError, SnapshotInUse
 from vmsnap_drivers.runner import Output, Runner, one_line
 from vmsnap_drivers.snapshots.lvm.volumes import FIELDS, Volume, parse
 
 INSTALL: Final = "install lvm2"
+_AS_ROOT: Final = "run vmsnap as root"
 _ASKING_SECONDS: Final = 60.0
 _CHANGING_SECONDS: Final = 120.0
 _CONTROL: Final = Path("/dev/mapper/control")
@@ -20,6 +22,9 @@ _ALWAYS: Final = "activation{monitoring=0}"
 _WITHOUT_UDEV: Final = "activation{udev_sync=0 udev_rules=0}"
 """Where no udev runs, nobody but LVM makes device nodes, and nobody answers it."""
 _UDEV: Final = Path("/run/udev/control")
+_IN_USE: Final = re.compile(r" in use| is used by ")
+"""``lv_check_not_in_use`` in LVM's ``lib/activate/activate.c``."""
+_CURE_OF_USE: Final = "end what has it open, then: vmsnap recover"
 
 
 class Lvm:
@@ -40,6 +45,18 @@ class Lvm:
     def usable(self) -> bool:
         """Whether LVM is installed and may be used here."""
         return self.runner.find("lvm") is not None and self.runner.may_use(_CONTROL)
+
+    def check_usable(self) -> None:
+        """See that it is.
+
+        :raises DriverUnavailable: it is not
+        """
+        if self.runner.find("lvm") is None:
+            raise DriverUnavailable("the program lvm is not installed", cure=INSTALL)
+        if not self.usable():
+            if os.geteuid():
+                raise DriverUnavailable("LVM is root's", cure=_AS_ROOT)
+            raise DriverUnavailable("this kernel has no device mapper", cure="modprobe dm-mod")
 
     def status(self) -> str:
         """``dmsetup status`` of all devices: quick, and takes no lock.
@@ -71,7 +88,8 @@ class Lvm:
     def remove(self, volumes: Sequence[Volume]) -> None:
         """Remove volumes.
 
-        :raises SnapshotError: some could not be; each is named
+        :raises SnapshotInUse: they are in use; each is named
+        :raises SnapshotError: some could not be, for another reason; each is named
         """
         if not volumes:
             return
@@ -87,9 +105,10 @@ class Lvm:
             try:
                 self.remove([volume])
             except SnapshotError as e:
-                problems.append(e.message)
+                problems.append(e)
         if problems:
-            raise SnapshotError("; ".join(problems), cure="end what has it open, then: vmsnap recover")
+            kind = SnapshotInUse if all(isinstance(e, SnapshotInUse) for e in problems) else SnapshotError
+            raise kind("; ".join(e.message for e in problems), cure=_CURE_OF_USE)
 
     def message_pool(self, group: str, pool: str, message: str) -> None:
         """Tell the thin pool's device something (``dm-thin``'s messages, the kernel's thin-provisioning.rst).
@@ -132,5 +151,7 @@ def device_name(group: str, name: str) -> str:
 
 def _failure(argv: Sequence[str], done: Output) -> SnapshotError:
     said = one_line(done.stderr) or f"status {done.status}"
-    cure = "LVM is root's: run vmsnap as root" if os.geteuid() else ""
+    if argv[1:2] == ["lvremove"] and _IN_USE.search(said):
+        return SnapshotInUse(f"{' '.join(argv[:2])} failed: {said}", cure=_CURE_OF_USE)
+    cure = f"LVM is root's: {_AS_ROOT}" if os.geteuid() else ""
     return SnapshotError(f"{' '.join(argv[:2])} failed: {said}", cure=cure)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from vmsnap.errors import VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.snapshots.lvm import thinmap
-from vmsnap_drivers.snapshots.lvm.commands import INSTALL, Lvm
+from vmsnap_drivers.snapshots.lvm.commands import Lvm
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, foreign
 
 
@@ -16,13 +15,8 @@ def examine(lvm: Lvm, limit_percent: int) -> Sequence[Finding]:
     """LVM itself, the tools for thin pools, how full pools and our snapshots are, and what looks like ours and is not.
     Changes nothing.
     """
-    if lvm.runner.find("lvm") is None:
-        return [Finding("lvm2", "missing", "it is not installed", INSTALL)]
-    if not lvm.usable():
-        if os.geteuid():
-            return [Finding("lvm2", "missing", "LVM is root's", "run vmsnap as root")]
-        return [Finding("device mapper", "missing", "this kernel has none", "modprobe dm-mod")]
     try:
+        lvm.check_usable()
         found = [Finding("lvm2", "ok", f"version {lvm.version()}")]
         volumes = lvm.volumes()
     except VmsnapError as e:

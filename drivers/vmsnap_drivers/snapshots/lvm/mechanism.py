@@ -106,6 +106,10 @@ class LvmMechanism(SnapshotMechanism):
         found = look_up(disk.address)
         return disk.format == "raw" and found is not None and 0 < disk.size_bytes <= found.size_bytes
 
+    def check_usable(self) -> None:
+        """See `SnapshotMechanism.check_usable`."""
+        self._lvm.check_usable()
+
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See `SnapshotMechanism.plan`.
 
