@@ -7,25 +7,31 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.consoles import NOBODY, Console, as_nobody
 from tests.disk_rig import sync, write
 from tests.lab.mounts import read_only
 from tests.lab.zfs_fuse import ZfsFuse
 from tests.test_zfs_contract import zfs
+from tests.zfs_console import see_the_commands
 from tests.zfs_rig import MIB, TAG, ZfsRig, make_image, names, snapshot_of
-from vmsnap.errors import SnapshotError, VmsnapError
+from vmsnap.cli.backends import vmsnap_zfs
+from vmsnap.errors import SnapshotError, SnapshotInUse, VmsnapError
 from vmsnap.model import Disk, SnapshotPlan, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import eventually
 from vmsnap.testing.snapshot import contents_of, live
-from vmsnap_drivers.snapshots.zfs import ZfsMechanism
+from vmsnap_drivers.snapshots.iscsi import zvols
+from vmsnap_drivers.snapshots.zfs import ZfsMechanism, doctor
 
 __all__ = ["zfs"]
 
@@ -157,6 +163,38 @@ def test_what_is_named_as_ours_and_is_not_is_left_alone_and_told_of(
     assert {notes[name] for name in theirs} == {"note"}
 
 
+def test_what_the_mechanism_of_luns_has_made_is_not_told_of_as_somebody_elses(
+    mechanism: ZfsMechanism, zfs: ZfsFuse, disks: tuple[Disk, Disk]
+) -> None:
+    assert doctor.OF_LUNS == zvols.KIND
+    of_luns, inherited = f"{zfs.pool}/vm@vmsnap-luns", f"{zfs.pool}/below@vmsnap-theirs"
+    zfs.run("zfs", "snapshot", "-o", f"{zvols.KIND}=snapshot", of_luns)
+    zfs.run("zfs", "create", "-o", f"{zvols.KIND}=snapshot", f"{zfs.pool}/below")
+    zfs.run("zfs", "snapshot", inherited)
+    told = {finding.subject for finding in mechanism.doctor()}
+    zfs.run("zfs", "destroy", "-r", f"{zfs.pool}/below")
+    assert of_luns not in told and inherited in told
+
+
+def test_the_commands_of_vmsnap_zfs(zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path) -> None:
+    see_the_commands(zfs.run, zfs.pool, zfs.mounted / "vm", tmp_path / "state")
+
+
+def test_somebody_without_rights_is_told_so_and_not_that_there_are_no_snapshots(
+    zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
+) -> None:
+    ours = Console(vmsnap_zfs, tmp_path / "state", {"pause_seconds": "60"})
+    taken = ours("snapshot", disks[0].address)["snapshot"]
+    assert ours("list")["resources"]
+    state = Path(tempfile.mkdtemp())
+    os.chown(state, NOBODY, NOBODY)
+    theirs = Console(vmsnap_zfs, state)
+    for words in (("snapshot", disks[0].address), ("list",)):
+        said = as_nobody(partial(theirs, *words, status=6))
+        assert said == "vmsnap-zfs: we may not use /var/run/zfs/zfs_socket (run vmsnap as root)\n"
+    ours("delete", taken)
+
+
 def test_what_others_make_below_or_of_ours_is_not_ours(
     mechanism: ZfsMechanism, zfs: ZfsFuse, disks: tuple[Disk, Disk]
 ) -> None:
@@ -164,7 +202,7 @@ def test_what_others_make_below_or_of_ours_is_not_ours(
     reader = f"{zfs.pool}/{TAG}.0"
     zfs.run("zfs", "snapshot", f"{reader}@theirs")
     assert {owned.name for owned in mechanism.list_owned()} == {reader, f"{zfs.pool}/vm@{TAG}"}
-    with pytest.raises(SnapshotError, match=f"cannot destroy '{reader}'"):
+    with pytest.raises(SnapshotInUse, match=f"cannot destroy '{reader}'"):
         mechanism.delete(taken.plan)
     assert f"{reader}@theirs" in names(zfs.run, zfs.pool)
     zfs.run("zfs", "destroy", f"{reader}@theirs")
@@ -179,7 +217,7 @@ def test_a_snapshot_is_held_while_it_is_read_and_what_others_hold_goes_when_they
     snapshot = f"{zfs.pool}/vm@{TAG}"
     assert zfs.run("zfs", "get", "-H", "-o", "value", "userrefs", snapshot) == "1\n"
     zfs.run("zfs", "hold", "theirs", snapshot)
-    with pytest.raises(SnapshotError, match=f"{snapshot} is held or cloned by somebody else"):
+    with pytest.raises(SnapshotInUse, match=f"{snapshot} is held or cloned by somebody else"):
         mechanism.delete(taken.plan)
     zfs.run("zfs", "release", "theirs", snapshot)
     assert snapshot not in names(zfs.run, zfs.pool)
@@ -191,7 +229,7 @@ def test_what_is_in_use_is_named_the_guest_is_well_and_a_later_call_removes_it(
 ) -> None:
     (taken,) = snapshot_of(mechanism, disks[0])
     mounted = Path(taken.plan.data["disks"][0]["mounted"])
-    with (mounted / "images/a.img").open("rb"), pytest.raises(SnapshotError, match=f"{TAG}.0"):
+    with (mounted / "images/a.img").open("rb"), pytest.raises(SnapshotInUse, match=f"{TAG}.0"):
         mechanism.delete(taken.plan)
     write(disks[0].address, 0, b"the guest writes on")
     mechanism.remove_owned(mechanism.list_owned()[0])

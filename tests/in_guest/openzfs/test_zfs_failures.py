@@ -14,6 +14,7 @@ import pytest
 
 from tests.disk_rig import sync, write
 from tests.in_guest.openzfs.pools import make_volume, pool, run
+from tests.zfs_console import see_the_commands
 from tests.zfs_rig import MIB, TAG, make_image, names, snapshot_of
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Window
@@ -149,6 +150,10 @@ def test_a_bookmark_that_is_not_ours_or_is_gone_is_told_of_and_left_alone(
     assert {mark, taken.mark} <= names(run, tank)
     for name in (mark, taken.mark, f"{tank}/vm@theirs"):
         run("zfs", "destroy", name)
+
+
+def test_the_commands_of_vmsnap_zfs(tank: str, folder: Path, tmp_path: Path) -> None:
+    see_the_commands(run, tank, folder, tmp_path / "state")
 
 
 def test_somebody_without_rights_is_told_which_command_gives_them(tank: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from vmsnap.errors import DriverUnavailable, SnapshotError
+from vmsnap.errors import DriverUnavailable, SnapshotError, SnapshotInUse
 from vmsnap_drivers.runner import Output, Runner, one_line
 from vmsnap_drivers.snapshots.zfs.lookup import FUSE_SOCKET
 
@@ -24,6 +24,7 @@ _SENDING_SECONDS: Final = 60.0
 _BUSY_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.1
 _CONTROL: Final = Path("/dev/zfs")
+_IN_USE: Final = re.compile(r"\bbusy\b|has (children|dependent clones)")
 _VERSION: Final = re.compile(r"^zfs-(?:kmod-)?v?(\d+)\.(\d+)\S*", re.MULTILINE)
 # What each complaint calls for; libzfs_util.c of OpenZFS 2.1, and zfs-fuse 0.7.
 _CURES: Final = (
@@ -68,7 +69,20 @@ class Zfs:
         """Whether ZFS is installed and can be asked here."""
         if self.runner.find("zfs") is None:
             return False
-        return self.runner.may_use(_CONTROL) or self.runner.may_use(FUSE_SOCKET)
+        return any(self.runner.may_use(each) for each in (_CONTROL, FUSE_SOCKET))
+
+    def check_usable(self) -> None:
+        """See that it is.
+
+        :raises DriverUnavailable: it is not
+        """
+        if self.runner.find("zfs") is None:
+            raise DriverUnavailable("the program zfs is not installed", cure=INSTALL)
+        if not self.usable():
+            for each in (_CONTROL, FUSE_SOCKET):
+                if each.exists():
+                    raise DriverUnavailable(f"we may not use {each}", cure="run vmsnap as root")
+            raise DriverUnavailable("neither the kernel's module nor zfs-fuse answers", cure="modprobe zfs")
 
     def flavour(self) -> Flavour:
         """Which ZFS it is. zfs-fuse does not know the question.
@@ -122,6 +136,11 @@ class Zfs:
             found.setdefault(name, {})[key] = value
         return [Ours(name, has[KIND], has[PLAN]) for name, has in sorted(found.items()) if KIND in has and PLAN in has]
 
+    def bearing(self, key: str) -> set[str]:
+        """The names of all that bear a property themselves, in all pools."""
+        argv = ["zfs", "get", "-H", "-s", "local", "-o", "name", key]
+        return set(self._checked(argv, _ASKING_SECONDS).splitlines())
+
     def names(self) -> list[str]:
         """The names of all file systems, volumes and snapshots."""
         argv = ["zfs", "list", "-H", "-t", "filesystem,volume,snapshot", "-o", "name"]
@@ -163,7 +182,8 @@ class Zfs:
         """Remove a snapshot that we have made for the plan; idempotent. Where it is `cloned` by us it goes with the
         last clone.
 
-        :raises SnapshotError: it cannot be removed, or somebody else holds it
+        :raises SnapshotInUse: somebody else holds it
+        :raises SnapshotError: it cannot be removed
         """
         argv = ["zfs", "release", plan, name]
         done = self._run(argv, _CHANGING_SECONDS, changes=True)
@@ -171,7 +191,7 @@ class Zfs:
             raise _failure(argv, done)
         self._destroy("-d", name)
         if not cloned and self.exists(name):
-            raise SnapshotError(
+            raise SnapshotInUse(
                 f"{name} is held or cloned by somebody else, and goes when that ends", cure=f"see: zfs holds {name}"
             )
 
@@ -240,4 +260,5 @@ def _failure(argv: Sequence[str], done: Output) -> SnapshotError:
     cure = next((cure for pattern, cure in _CURES if re.search(pattern, said, re.IGNORECASE)), "")
     if not cure and os.geteuid():
         cure = _CURES[0][1]
-    return SnapshotError(f"{' '.join(argv[:2])} failed: {said}", cure=cure)
+    kind = SnapshotInUse if argv[1] == "destroy" and _IN_USE.search(said) else SnapshotError
+    return kind(f"{' '.join(argv[:2])} failed: {said}", cure=cure)

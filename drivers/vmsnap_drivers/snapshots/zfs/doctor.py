@@ -9,26 +9,25 @@ from typing import Final
 from vmsnap.errors import VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.snapshots.zfs import room
-from vmsnap_drivers.snapshots.zfs.commands import INSTALL, Zfs
+from vmsnap_drivers.snapshots.zfs.commands import Zfs
 from vmsnap_drivers.snapshots.zfs.names import is_named_as_ours
 
 _OLDEST: Final = (2, 1)
+OF_LUNS: Final = "vmsnap-iscsi:kind"
+"""Marks what the mechanism ``iscsi`` has made of volumes behind LUNs: it is vmsnap's too, and that one's to tell of."""
 
 
 def examine(zfs: Zfs, limit_percent: int) -> Sequence[Finding]:
     """ZFS itself, its pools and how full they are, and what looks like ours and is not. Changes nothing."""
-    if zfs.runner.find("zfs") is None:
-        return [Finding("zfs", "missing", "it is not installed", INSTALL)]
-    if not zfs.usable():
-        return [Finding("zfs", "missing", "neither the kernel's module nor zfs-fuse answers", "modprobe zfs")]
     try:
+        zfs.check_usable()
         found = [_version(zfs)]
         if os.geteuid():
             found.append(Finding("zfs", "note", "only root can mount, so image files are out of reach", "run as root"))
         pools = zfs.pools()
         fills = {fill.what: fill for fill in room.fills(zfs, sorted(pools))} if pools else {}
         found += [_pool(name, health, fills[f"pool {name}"], limit_percent) for name, health in pools.items()]
-        ours = {each.name for each in zfs.ours()} if pools else set()
+        ours = {each.name for each in zfs.ours()} | zfs.bearing(OF_LUNS) if pools else set()
         names = zfs.names() if pools else []
     except VmsnapError as e:
         return [Finding("zfs", "missing", e.message, e.cure)]

@@ -90,6 +90,10 @@ class ZfsMechanism(SnapshotMechanism):
         found = look_up(disk.address) if disk.format == "raw" else None
         return found is not None and 0 < disk.size_bytes <= found.size_bytes
 
+    def check_usable(self) -> None:
+        """See `SnapshotMechanism.check_usable`."""
+        self._zfs.check_usable()
+
     def plan(self, vm: str, disks: Sequence[Disk], tag: str, window: Window) -> SnapshotPlan:
         """See `SnapshotMechanism.plan`.
 
