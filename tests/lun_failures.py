@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+from tests.consoles import as_nobody
 from tests.lab.libiscsi import log_in
 from tests.lun_rig import SIZE, TARGETS, LunRig
 from tests.secrets_in_sight import files_with, unseen
-from vmsnap.errors import Busy, NotFound, SnapshotError, UsageError
+from vmsnap.errors import Busy, DriverUnavailable, NotFound, SnapshotError, SnapshotInUse, UsageError
 from vmsnap.model import Window
 from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import read_all
 from vmsnap.testing.snapshot import contents_of, live
 from vmsnap_drivers.snapshots.iscsi.lio import QEMU
+
+AUTHORITY = "iqn.2009-12.com.example"
 
 
 def plan_of(rig: LunRig, tag: str = "vmsnap-x") -> Any:
@@ -54,19 +57,42 @@ def test_a_name_that_somebody_takes_after_the_plan_fails_and_stays_somebodys(rig
 
 
 def test_the_name_of_a_duplicates_lun_may_be_taken(rig: LunRig) -> None:
-    rig.server.add("iqn.2009-12.com.example:bk001", None)
+    taken = f"{AUTHORITY}:bk-001"
+    rig.server.add(taken, None)
     life = live(rig)
-    with pytest.raises(SnapshotError, match=r"iqn.2009-12.com.example:bk001 already"):
-        clone_all(rig, life, "bk001")
+    with pytest.raises(SnapshotError, match=rf"{taken} already"):
+        clone_all(rig, life, "bk-001")
+    clones = clone_all(rig, life, "bk-002")
+    (note,) = (finding for finding in rig.mechanism().doctor() if finding.severity != "ok")
+    assert note.severity == "note" and f"target {taken} is named as ours are" in note.message
+    delete_all(life.mechanism, clones)
     life.end()
-    assert "iqn.2009-12.com.example:bk001" in rig.server.targets()
+    assert taken in rig.server.targets()
+
+
+def test_a_lun_of_a_server_that_does_not_obey_us_is_refused_and_not_left_to_others_in_silence(rig: LunRig) -> None:
+    disk = rig.disks()[0]
+
+    def refused() -> list[str]:
+        mechanism = rig.mechanism()
+        assert mechanism.handles(disk) and not mechanism.list_owned()
+        found = [[finding.severity, finding.message, finding.cure] for finding in mechanism.doctor()]
+        with pytest.raises(DriverUnavailable) as caught:
+            mechanism.plan(rig.vm, rig.disks(), "vmsnap-x", Window.FREE)
+        assert found == [["missing", caught.value.message, caught.value.cure]]
+        return found[0]
+
+    assert plan_of(rig)
+    _, message, cure = as_nobody(refused)
+    assert "we may not tell" in message and "of this host" in message
+    assert "run vmsnap as root" in cure and "--mechanism DISK=qcow2" in cure
 
 
 def test_a_lun_in_use_is_not_removed_and_its_user_is_named(rig: LunRig) -> None:
     life = live(rig)
     clones = clone_all(rig, life, "bk001")
-    with _written_by_somebody(clones[0].disk.address):
-        with pytest.raises(SnapshotError, match=r"is in use by iqn.2008-11.org.linux-kvm"):
+    with written_by_somebody(clones[0].disk.address):
+        with pytest.raises(SnapshotInUse, match=r"is in use by iqn.2008-11.org.linux-kvm"):
             delete_all(life.mechanism, clones)
         assert rig.content(clones[0].disk)[:4096] == b"\7" * 4096
     delete_all(life.mechanism, clones)
@@ -75,7 +101,7 @@ def test_a_lun_in_use_is_not_removed_and_its_user_is_named(rig: LunRig) -> None:
 
 
 @contextmanager
-def _written_by_somebody(address: str) -> Iterator[None]:
+def written_by_somebody(address: str) -> Iterator[None]:
     """QEMU's initiator has written the first 4096 bytes of a LUN, and goes on using it."""
     qemu_io = subprocess.Popen(["qemu-io", "-f", "raw", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -90,7 +116,7 @@ def _written_by_somebody(address: str) -> Iterator[None]:
 
 def test_a_lun_is_written_onto_as_long_as_nobody_uses_it(rig: LunRig) -> None:
     disk, size_bytes = rig.disks()[0], rig.disks()[0].size_bytes
-    with _written_by_somebody(disk.address), pytest.raises(Busy, match=r"is in use by iqn.2008-11.org.linux-kvm"):
+    with written_by_somebody(disk.address), pytest.raises(Busy, match=r"is in use by iqn.2008-11.org.linux-kvm"):
         rig.mechanism().writer(disk)
     before = rig.content(disk)
     missing = replace(disk, address=rig.server.address("iqn.2009-12.com.example:nobody"))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.consoles import NOBODY, Console, as_nobody
+from tests.lab.mounts import own_mounts
 from tests.lab.tgtd import TargetServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on tgt
-from tests.lun_failures import plan_of
+from tests.lun_failures import AUTHORITY, plan_of, written_by_somebody
 from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
 from tests.test_file_mechanism import xfs
 from tests.test_iscsi_contract import server, tgtadm
 from vmsnap.cli.backends import vmsnap_iscsi
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap.roles import DriverContext
 from vmsnap.testing.snapshot import live
 from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
@@ -80,36 +83,61 @@ def test_a_portal_for_every_network_is_known(portal: str, is_for_all: bool) -> N
     assert is_for_every_network(portal) is is_for_all
 
 
-class Console:
-    """``vmsnap-iscsi`` in this process, with a state folder and a configuration of its own."""
-
-    def __init__(self, folder: Path, options: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-        self._state, self._capsys = folder, capsys
-        self._options = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-
-    def __call__(self, *words: str, status: int = 0) -> Any:
-        with pytest.raises(SystemExit) as ended:
-            vmsnap_iscsi.main([words[0], "--json", "--state-dir", str(self._state), *words[1:], *self._options])
-        said = self._capsys.readouterr()
-        assert (ended.value.code or 0) == status, said.err
-        return json.loads(said.out) if status == 0 else said.err
-
-
-def test_the_commands_of_vmsnap_iscsi(rig: LunRig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(tmp_path / "state", rig.server.options, capsys)
+def test_the_commands_of_vmsnap_iscsi(rig: LunRig, tmp_path: Path) -> None:
+    console = Console(vmsnap_iscsi, tmp_path / "state", rig.server.options)
     address = rig.disks()[0].address
     assert {found["severity"] for found in console("doctor")} == {"ok"}
     assert "no LUN of a place that is known" in console("snapshot", "/dev/null", status=2)
+    nobodys = rig.server.address(f"{AUTHORITY}:nobody")
+    assert f"serves no LUN 1 of {AUTHORITY}:nobody" in console("snapshot", nobodys, status=3)
     content = rig.content(rig.disks()[0])
     taken = console("snapshot", address)
-    assert taken["disks"] == [{"address": address, "size_bytes": SIZE}] and taken["complete"]
+    assert taken["disks"] == [{"device": "disk0", "address": address, "size_bytes": SIZE}] and taken["complete"]
     rig.write(rig.disks()[0], 0, os.urandom(4096))
-    (clone,) = (disk["address"] for disk in console("clone", taken["snapshot"], "--as", "trial")["disks"])
-    assert clone == rig.server.address("iqn.2009-12.com.example:trial")
+    (made,) = console("clone", taken["snapshot"], "--as", "trial")["disks"]
+    assert made == {"device": "disk0", "address": rig.server.address(f"{AUTHORITY}:trial")}
+    clone = made["address"]
     assert rig.content(replace(rig.disks()[0], address=clone)) == content
     listed = console("list")
     assert {each["kind"] for each in listed["resources"]} == {"snapshot", "clone"}
+    assert listed["snapshots"][0]["clones"] == [{"name": "trial", **made}]
+    with written_by_somebody(clone):
+        assert "is in use by iqn." in console("delete", taken["snapshot"], "--clone", "trial", status=5)
     console("delete", taken["snapshot"], "--clone", "trial")
     console("delete", taken["snapshot"])
     assert console("list") == {"snapshots": [], "resources": []}
+    assert "there is no snapshot" in console("delete", taken["snapshot"], status=3)
     assert sorted(rig.server.targets()) == sorted(TARGETS)
+
+
+def test_somebody_whom_tgtd_does_not_obey_is_told_so_and_not_that_there_are_no_snapshots(
+    rig: LunRig, tmp_path: Path
+) -> None:
+    address = rig.disks()[0].address
+    ours = Console(vmsnap_iscsi, tmp_path / "state", rig.server.options)
+    taken = ours("snapshot", address)["snapshot"]
+    assert ours("list")["resources"]
+    state = Path(tempfile.mkdtemp())
+    os.chown(state, NOBODY, NOBODY)
+    theirs = Console(vmsnap_iscsi, state, rig.server.options)
+    for words in (("snapshot", address), ("list",)):
+        said = as_nobody(partial(theirs, *words, status=6))
+        assert "we may not tell tgtd of this host" in said and "run vmsnap as root" in said
+    ours("delete", taken)
+
+
+def test_without_qemus_module_for_iscsi_it_is_named_as_missing(rig: LunRig) -> None:
+    life = live(rig)
+    (module,) = Path("/usr/lib").glob("*/qemu/block-iscsi.so")
+    assert "qemu-nbd" not in {found.subject for found in rig.mechanism().doctor()}
+    with own_mounts():
+        subprocess.run(["mount", "--bind", "/dev/null", str(module)], check=True)
+        (finding,) = (found for found in rig.mechanism().doctor() if found.subject == "qemu-nbd")
+        assert finding.severity == "missing" and "qemu-block-extra" in finding.cure
+        for use in (
+            lambda: life.mechanism.reader(life.snapshots[0]),
+            lambda: life.mechanism.writer(rig.disks()[0]),
+        ):
+            with pytest.raises(DriverUnavailable, match="QEMU's module for iSCSI, block-iscsi, is not installed"):
+                use()
+    life.end()

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from tests.disk_rig import sync, write
-from tests.in_guest.volumes import MIB, make_pool, make_thick, make_thin, run, volume_group, volumes
+from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, run, volume_group, volumes
 from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
 from tests.lun_failures import *  # noqa: F403 -- its tests, on LIO
-from tests.lun_failures import plan_of
+from tests.lun_failures import AUTHORITY, plan_of
 from tests.lun_rig import SIZE, TARGETS, LunRig, rig_on
 from tests.test_file_mechanism import xfs
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import SnapshotError, SnapshotInUse, UsageError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
@@ -38,7 +38,6 @@ from vmsnap_drivers.snapshots.iscsi.writer import LunTarget
 
 __all__ = ["xfs"]
 pytestmark = pytest.mark.storage
-AUTHORITY = "iqn.2009-12.com.example"
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +157,16 @@ def test_a_volume_outside_of_a_thin_pool_has_snapshots_that_never_run_full(serve
             duplicate.flush()
         with mechanism.clone_reader(planned, lun) as reader:
             assert read_all(reader) == written + content[4096:]
+        with Path(planned.data["path"]).open("rb"), pytest.raises(SnapshotInUse, match="in use"):
+            mechanism.delete_clone(planned)
         mechanism.delete_clone(planned)
         assert volumes() == before and server.targets() == {target: [origin.address]}
+        theirs = make_thick(group, "iscsi.vmsnap-x.0", 1).address
+        with pytest.raises(SnapshotError, match=f"there is {theirs} on this host already"):
+            mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
+        notes = [finding for finding in mechanism.doctor() if finding.severity != "ok"]
+        assert [(note.severity, theirs in note.message) for note in notes] == [("note", True)]
+        lvm("lvremove", "--force", theirs)
         make_thick(group, "large", 48)
         with pytest.raises(SnapshotError, match=r"no room in volume group vg0 for a snapshot of /dev/vg0/vm001"):
             mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)

@@ -12,7 +12,7 @@ from tests.disk_rig import write
 from tests.in_guest.openzfs.pools import MIB, NODES, links, pool, run
 from tests.lab.appliance import lio_library
 from tests.lab.lio import LioServer
-from tests.lun_failures import plan_of
+from tests.lun_failures import AUTHORITY, plan_of
 from tests.lun_rig import LunRig
 from tests.zfs_rig import names
 from vmsnap.errors import SnapshotError
@@ -25,7 +25,6 @@ from vmsnap_drivers.snapshots.iscsi import watch
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
 pytestmark = pytest.mark.storage
-AUTHORITY = "iqn.2009-12.com.example"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,10 @@ def test_what_is_made_is_ours_and_the_mechanism_zfs_leaves_it_alone(rig: ZvolRig
     clones = clone_all(rig, life, "bk001")
     assert {owned.kind for owned in life.mechanism.list_owned()} == {"snapshot", "clone"}
     assert all(owned.tag == life.plan.tag for owned in life.mechanism.list_owned())
-    assert not ZfsMechanism(rig.context, {}).list_owned()
+    of_files = ZfsMechanism(rig.context, {})
+    assert not of_files.list_owned()
+    assert not [finding for finding in of_files.doctor() if "vmsnap" in finding.subject], "it is nobody else's"
+    assert {finding.severity for finding in rig.mechanism().doctor()} == {"ok"}
     assert run("zfs", "get", "-H", "-o", "value", "readonly", f"{tank}/iscsi.{life.plan.tag}.0").strip() == "on"
     life.mechanism.delete(life.plan)
     assert {owned.kind for owned in life.mechanism.list_owned()} == {"clone"}, "the snapshot goes with it"
@@ -115,6 +117,8 @@ def test_a_volume_of_others_that_is_called_as_ours_is_left_alone(rig: ZvolRig, t
     with pytest.raises(SnapshotError, match=r"there is /dev/zvol/tank/iscsi.vmsnap-x.0 .* already"):
         plan_of(rig)
     assert not rig.mechanism().list_owned()
+    (note,) = (finding for finding in rig.mechanism().doctor() if finding.severity != "ok")
+    assert note.severity == "note" and f"/dev/zvol/{tank}/iscsi.vmsnap-x.0 is named as ours are" in note.message
     run("zfs", "destroy", f"{tank}/iscsi.vmsnap-x.0")
 
 

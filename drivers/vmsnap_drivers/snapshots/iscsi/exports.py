@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vmsnap.durable import make_writable_folder
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, SnapshotInUse
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 from vmsnap_drivers.snapshots.iscsi.places import Place
 from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Taken, Target, Targets
@@ -83,7 +83,8 @@ class Exports:
 
         :param force: cut off whoever is connected
         :param patience_seconds: how long somebody who has just logged out may still be shown as connected
-        :raises SnapshotError: it is in use, or it was refused
+        :raises SnapshotInUse: somebody uses it
+        :raises SnapshotError: it was refused
         """
         place, server, target = export.place, export.server, export.target
         note = self._note(place, target)
@@ -98,7 +99,7 @@ class Exports:
             return
         if found is not None and (_is_on(found, export.path) or (not found.disks and note.exists())):
             if found.sessions and not force:
-                raise SnapshotError(
+                raise SnapshotInUse(
                     f"the LUN {target} on {place.name} is in use by {', '.join(sorted(set(found.sessions)))}",
                     cure="end the VM that uses it, then: vmsnap recover",
                 )

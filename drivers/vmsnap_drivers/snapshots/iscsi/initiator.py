@@ -29,6 +29,35 @@ _LOOK_EACH_SECONDS: Final = 0.01
 _STEP_BYTES: Final = 1 << 30
 PACKAGES: Final = "qemu-utils qemu-block-extra"
 INSTALL: Final = f"on Debian: apt install {PACKAGES}"
+_NO_MODULE: Final = "Unknown driver 'iscsi'"
+"""What QEMU's programs say (``bdrv_fill_options`` in ``block.c``, 7.2 and 10.0) where its module block-iscsi, which has a
+package of its own, is not installed. Their lists of formats name it all the same.
+"""
+
+
+def check_tools() -> None:
+    """See that LUNs can be reached by QEMU's initiator. Asks no target; takes a moment.
+
+    :raises DriverUnavailable: qemu-nbd, or QEMU's module for iSCSI, is not installed
+    """
+    program = shutil.which("qemu-nbd")
+    if program is None:
+        raise DriverUnavailable("reading over iSCSI needs qemu-nbd, which is not installed", cure=INSTALL)
+    # It ends at once: which LUN is to be opened is not said.
+    done = subprocess.run(
+        [program, "--read-only", "--image-opts", "driver=iscsi"], stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=_ANSWER_SECONDS, check=False,
+    )  # fmt: skip
+    check_module(done.stderr.decode(errors="replace"))
+
+
+def check_module(said: str) -> None:
+    """See that it was not for want of QEMU's module that one of its tools has failed, which `said` why.
+
+    :raises DriverUnavailable: it was
+    """
+    if _NO_MODULE in said:
+        raise DriverUnavailable("QEMU's module for iSCSI, block-iscsi, is not installed", cure=INSTALL)
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class InitiatorReader(DiskReader):
         :param label: what messages call it
         :param given_up: tells why it was taken from us, where it was; empty otherwise
         :raises SnapshotError: the target cannot be reached, does not let us in, or the LUN has another size
-        :raises DriverUnavailable: qemu-nbd is not installed
+        :raises DriverUnavailable: qemu-nbd, or QEMU's module for iSCSI, is not installed
         """
         self.size_bytes = size_bytes
         self._label = label
@@ -140,6 +169,7 @@ class InitiatorReader(DiskReader):
                 if process.poll() is not None:
                     messages.seek(0)
                     said = " ".join(messages.read().decode(errors="replace").split())
+                    check_module(said)
                     raise SnapshotError(f"{self._label} cannot be reached: {said.removeprefix('qemu-nbd: ')}")
                 if listening.exists():
                     try:

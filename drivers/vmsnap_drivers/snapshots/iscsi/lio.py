@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import Runner, one_line
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn
-from vmsnap_drivers.snapshots.iscsi.targets import Lun, NotRunning, Taken, Target, Targets
+from vmsnap_drivers.snapshots.iscsi.targets import Lun, NotAllowed, NotRunning, Taken, Target, Targets
 
 _CONFIGFS: Final = "/sys/kernel/config/target/iscsi"
 QEMU: Final = "iqn.2008-11.org.linux-kvm"
@@ -45,7 +45,12 @@ class Lio(Targets):
 
     def is_on_this_host(self) -> bool:
         """See `Targets.is_on_this_host`."""
-        return os.access(_CONFIGFS, os.W_OK)
+        return os.access(_CONFIGFS, os.F_OK)
+
+    def refusal(self) -> NotAllowed | None:
+        """See `Targets.refusal`."""
+        closed = self.is_on_this_host() and not os.access(_CONFIGFS, os.W_OK)
+        return NotAllowed(self.label, _CONFIGFS) if closed else None
 
     def targets(self) -> list[Target]:
         """See `Targets.targets`."""

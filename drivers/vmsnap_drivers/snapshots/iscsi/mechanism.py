@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final
 
-from vmsnap.errors import SnapshotError, UsageError
+from vmsnap.errors import NotFound, SnapshotError, UsageError
 from vmsnap.model import (
     ClonePlan,
     Disk,
@@ -52,7 +52,7 @@ from vmsnap_drivers.snapshots.iscsi.names import (
     target_of,
     to_data,
 )
-from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, Served, ServerSettings
+from vmsnap_drivers.snapshots.iscsi.places import AUTO, Place, Places, Served, ServerSettings, no_lun
 from vmsnap_drivers.snapshots.iscsi.sessions import KernelSessions
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
@@ -129,9 +129,18 @@ class IscsiMechanism(SnapshotMechanism):
         lun = lun_at(disk.address)
         return disk.format == "raw" and lun is not None and self._places.serves(lun)
 
+    def check_usable(self) -> None:
+        """See `SnapshotMechanism.check_usable`; one place that may be told is enough."""
+        self._places.check_usable()
+
     def disk_at(self, device: str, address: str) -> Disk:
         """See `SnapshotMechanism.disk_at`; the target is asked."""
-        return Disk(device, address, self._origin(self._known(lun_at(address), address)).size_bytes)
+        lun = self._known(lun_at(address), address)
+        place = self._place(lun)
+        served = place.served()
+        if not served.has(lun):
+            raise NotFound(no_lun(place, lun))
+        return Disk(device, address, _find(place, served, lun)[1].size_bytes)
 
     def writer(self, disk: Disk) -> DiskWriter:
         """See `SnapshotMechanism.writer`; who is connected to the target uses the LUN."""
@@ -150,7 +159,7 @@ class IscsiMechanism(SnapshotMechanism):
 
         :raises SnapshotError: a disk is no LUN that is served, what lies behind it cannot be snapshotted, or a name is
             taken
-        :raises DriverUnavailable: tgtadm is not installed
+        :raises DriverUnavailable: tgtadm is not installed, or what serves on this host may not be told by us
         """
         served = cache(lambda portal: self._places.of(portal).served())
         found = tuple(self._names(disk, tag, index, served) for index, disk in enumerate(disks))
@@ -230,7 +239,8 @@ class IscsiMechanism(SnapshotMechanism):
     def delete_clone(self, plan: ClonePlan) -> None:
         """See `SnapshotMechanism.delete_clone`.
 
-        :raises SnapshotError: a VM uses it, or it cannot be removed or reached
+        :raises SnapshotInUse: a VM uses it
+        :raises SnapshotError: it cannot be removed or reached
         """
         names, source = self._clone(plan)
         if names.log_in:
@@ -344,10 +354,6 @@ class IscsiMechanism(SnapshotMechanism):
             raise UsageError(f"{address} is no LUN of a place that is known", cure="see the option appliances")
         return lun
 
-    def _origin(self, lun: LunAddress) -> Origin:
-        place = self._place(lun)
-        return _find(place, place.served(), lun)[1]
-
     def _place(self, lun: LunAddress) -> Place:
         return self._places.of(lun.portal)
 
@@ -398,7 +404,7 @@ class IscsiMechanism(SnapshotMechanism):
         return Account(self._options["chap_user"], self._options.get("chap_password_file", ""))
 
     def _owned(self, place: Place) -> list[tuple[Stores, Owned]]:
-        origins = [lun.path for _, target in place.all_targets() for lun in target.disks if lun.path.startswith("/")]
+        origins = place.origins()
         return [(stores, owned) for stores in place.kinds.values() for owned in stores.owned(origins)]
 
 
@@ -407,7 +413,7 @@ def _find(place: Place, served: Served, lun: LunAddress) -> tuple[Targets, Origi
     server, target = served.serving(lun) or (None, Target(lun.target))
     found = target.disk(lun.lun)
     if server is None or found is None:
-        raise SnapshotError(f"{place.name} serves no LUN {lun.lun} of {lun.target}")
+        raise SnapshotError(no_lun(place, lun))
     return server, place.look(found.path)
 
 

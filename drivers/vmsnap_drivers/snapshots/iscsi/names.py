@@ -117,5 +117,5 @@ def clone_names_of(plan: ClonePlan, kinds: Mapping[str, Stores]) -> CloneNames:
 
 
 def is_name_of_ours(target: str) -> bool:
-    """Whether a target is called as the exports of snapshots are."""
-    return is_iqn(target) and target.partition(":")[2].startswith("vmsnap-")
+    """Whether a target is called as the exports of snapshots are, or as those of the disks of duplicates."""
+    return is_iqn(target) and target.partition(":")[2].startswith(("vmsnap-", "bk-"))

@@ -13,7 +13,7 @@ from vmsnap_drivers.snapshots.iscsi.address import DEFAULT_PORT, LunAddress, is_
 from vmsnap_drivers.snapshots.iscsi.files import Files
 from vmsnap_drivers.snapshots.iscsi.lio import Lio
 from vmsnap_drivers.snapshots.iscsi.stores import Origin, Stores
-from vmsnap_drivers.snapshots.iscsi.targets import NotRunning, Target, Targets
+from vmsnap_drivers.snapshots.iscsi.targets import NotAllowed, NotRunning, Target, Targets
 from vmsnap_drivers.snapshots.iscsi.tgt import Tgt
 from vmsnap_drivers.snapshots.iscsi.thick import ThickVolumes
 from vmsnap_drivers.snapshots.iscsi.volumes import Volumes
@@ -58,6 +58,14 @@ class Served:
             both = " and ".join(server.label for server, _ in found)
             raise SnapshotError(f"{both} both serve a target {lun.target} on {self.name}", cure="see the option server")
         return found[0] if found else None
+
+    def has(self, lun: LunAddress) -> bool:
+        """Whether that LUN is served.
+
+        :raises SnapshotError: as `serving` and `Target.disk` do
+        """
+        found = self.serving(lun.target)
+        return found is not None and found[1].disk(lun.lun) is not None
 
     def by(self, server: Targets) -> list[Target]:
         """Those that one server serves."""
@@ -108,7 +116,7 @@ class Place:
         """All targets, each with what serves it.
 
         :raises SnapshotError: nothing serves here, or it cannot be asked
-        :raises DriverUnavailable: the programs are not installed by which it could be
+        :raises DriverUnavailable: the programs are not installed by which it could be, or we may not ask
         """
         silent: list[NotRunning | DriverUnavailable] = []
         asked = [server for server in self.servers.values() if not self.here or server.is_on_this_host()]
@@ -116,14 +124,26 @@ class Place:
             raise NotRunning(f"nothing serves targets on {self.name}", cure="start it, and see that vmsnap may tell it")
         for server in asked:
             try:
+                if self.here and (refusal := server.refusal()):
+                    raise refusal
                 targets = server.targets()
             except (NotRunning, DriverUnavailable) as e:
                 silent.append(e)
                 continue
             yield from ((server, target) for target in targets)
         if len(silent) == len(asked):
+            if closed := next((e for e in silent if isinstance(e, NotAllowed)), None):
+                raise closed
             reasons = dict.fromkeys(e.message for e in silent)
             raise type(silent[0])(f"nothing serves targets on {self.name}: {'; '.join(reasons)}", cure=silent[0].cure)
+
+    def allowed(self) -> list[Targets]:
+        """What may serve here, without what is on this host and may not be told by us. Quick."""
+        return [server for server in self.servers.values() if not self.here or server.refusal() is None]
+
+    def origins(self) -> list[str]:
+        """The paths of all backing stores; raises as `all_targets` does."""
+        return [lun.path for _, target in self.all_targets() for lun in target.disks if lun.path.startswith("/")]
 
     def look(self, path: str) -> Origin:
         """What lies at the path of a backing store.
@@ -134,6 +154,11 @@ class Place:
             if (origin := stores.look(path)) is not None:
                 return origin
         raise SnapshotError(f"{path} on {self.name} is of no kind that can be snapshotted")
+
+
+def no_lun(place: Place, lun: LunAddress) -> str:
+    """What is said where a LUN is not served."""
+    return f"{place.name} serves no LUN {lun.lun} of {lun.target}"
 
 
 class Places:
@@ -150,14 +175,34 @@ class Places:
         self._made: dict[str, Place] = {}
 
     def serves(self, lun: LunAddress) -> bool:
-        """Whether its portal is one of an appliance that is configured, or of this host, which serves. Quick."""
+        """Whether its portal is one of an appliance that is configured, or of this host, which serves, be it ours to
+        tell or not. Quick.
+        """
         if lun.portal in self._urls:
             return True
-        return self.has_server() and is_of_this_host(lun.host)
+        return bool(self._here()) and is_of_this_host(lun.host)
 
-    def has_server(self) -> bool:
-        """Whether a tgtd of this host, or its LIO, can be told by us."""
-        return any(server.is_on_this_host() for server in self.of("").servers.values())
+    def refusals(self) -> list[NotAllowed]:
+        """Why what serves on this host may not be told by us; nothing where it may. Quick."""
+        return [refusal for server in self._here() if (refusal := server.refusal())]
+
+    def check_usable(self) -> None:
+        """See that there is a place that may be told. Quick, asks nobody.
+
+        :raises DriverUnavailable: there is none
+        """
+        if any(self.all()):
+            return
+        if refusals := self.refusals():
+            raise refusals[0]
+        raise DriverUnavailable(
+            "nothing serves targets on this host, and no appliance is configured",
+            cure="start tgtd or set up LIO, or see the option appliances",
+        )
+
+    def _here(self) -> list[Targets]:
+        """What serves on this host."""
+        return [server for server in self.of("").servers.values() if server.is_on_this_host()]
 
     def of(self, portal: str) -> Place:
         """The place behind a portal; this host for none.
@@ -179,8 +224,8 @@ class Places:
         return self._made[url]
 
     def all(self) -> Iterator[Place]:
-        """This host where it serves, and all appliances."""
-        if self.has_server():
+        """This host where it serves and may be told, and all appliances."""
+        if len(self.refusals()) < len(self._here()):
             yield self.of("")
         for portal in {url: portal for portal, url in self._urls.items()}.values():
             yield self.of(portal)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from vmsnap.errors import DriverUnavailable, SnapshotError
+from vmsnap.errors import DriverUnavailable, SnapshotError, SnapshotInUse
 from vmsnap_drivers.runner import Runner, one_line
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 from vmsnap_drivers.snapshots.iscsi.deviceusers import users_of
@@ -76,13 +76,14 @@ class KernelSessions:
     def log_out(self, lun: LunAddress) -> None:
         """Let a LUN go, and forget its target; idempotent. A session that has lost its target is let go of too.
 
-        :raises SnapshotError: somebody uses the disk, or it was refused
+        :raises SnapshotInUse: somebody uses the disk
+        :raises SnapshotError: it was refused
         :raises DriverUnavailable: iscsiadm is not installed
         """
         sessions = list(sessions_with(lun))
         users = [user for session in sessions if (disk := session.disk(lun.lun)) for user in users_of(disk)]
         if users:
-            raise SnapshotError(
+            raise SnapshotInUse(
                 f"the LUN {lun} is in use by {', '.join(users)}", cure="end what uses it, then: vmsnap recover"
             )
         if sessions:

@@ -16,7 +16,14 @@ from vmsnap.errors import SnapshotError
 from vmsnap_drivers.runner import Output, Runner, one_line
 
 TAG: Final = re.compile(r"vmsnap-[A-Za-z0-9._-]+")
+VOLUME_PREFIX: Final = "iscsi.vmsnap-"
+"""Begins the names of the volumes that we make."""
 _SECONDS: Final = 120.0
+
+
+def is_on_ours(path: str) -> bool:
+    """Whether a backing store is named as ours are."""
+    return TAG.search(PurePosixPath(path).name) is not None
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,12 @@ class Stores(ABC):
     @abstractmethod
     def owned(self, origins: Iterable[str]) -> list[Owned]:
         """What is ours, beside these origins at least."""
+
+    def foreign(self, origins: Iterable[str]) -> list[str]:
+        """The paths of what is named as ours are, beside these origins at least, and that we have not made: it may be
+        in our way, and is left alone. Nothing where the name alone is what makes something ours.
+        """
+        return []
 
     def _run(self, argv: Sequence[str], seconds: float = _SECONDS, *, changes: bool = False) -> str:
         done = self._ask(argv, seconds, changes=changes)

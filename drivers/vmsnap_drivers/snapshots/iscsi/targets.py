@@ -7,12 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import DriverUnavailable, SnapshotError
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
 
 
 class NotRunning(SnapshotError):
     """Nothing of the kind serves there: nothing is exported."""
+
+
+class NotAllowed(DriverUnavailable):
+    """Something serves targets on this host, and we may not tell it: what it serves cannot be known."""
+
+    def __init__(self, label: str, needed: str) -> None:
+        super().__init__(
+            f"we may not tell {label} of this host, which needs writing to {needed}",
+            cure="run vmsnap as root; or have QEMU snapshot the disk: --mechanism DISK=qcow2",
+        )
 
 
 class Taken(SnapshotError):
@@ -82,7 +92,11 @@ class Targets(ABC):
 
     @abstractmethod
     def is_on_this_host(self) -> bool:
-        """Whether there is one on this host, and we may tell it. Quick."""
+        """Whether there is one on this host, be it ours to tell or not. Quick."""
+
+    @abstractmethod
+    def refusal(self) -> NotAllowed | None:
+        """Why the one on this host may not be told by us; None where it may, or where there is none. Quick."""
 
     @abstractmethod
     def targets(self) -> list[Target]:

@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap_drivers.runner import Runner, one_line
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress, is_iqn, own_address_towards
-from vmsnap_drivers.snapshots.iscsi.targets import Lun, NotRunning, Taken, Target, Targets
+from vmsnap_drivers.snapshots.iscsi.targets import Lun, NotAllowed, NotRunning, Taken, Target, Targets
 
 INSTALL: Final = "install tgt"
 _CONTROLLER: Final = 0
@@ -47,10 +47,16 @@ class Tgt(Targets):
     def __init__(self, runner: Runner, control_port: int) -> None:
         self._runner = runner
         self._control_port = control_port
+        self._socket = _SOCKETS / f"socket.{control_port}"
 
     def is_on_this_host(self) -> bool:
         """See `Targets.is_on_this_host`."""
-        return os.access(_SOCKETS / f"socket.{self._control_port}", os.W_OK)
+        return os.access(self._socket, os.F_OK)
+
+    def refusal(self) -> NotAllowed | None:
+        """See `Targets.refusal`."""
+        closed = self.is_on_this_host() and not os.access(self._socket, os.W_OK)
+        return NotAllowed(self.label, str(self._socket)) if closed else None
 
     def targets(self) -> list[Target]:
         """See `Targets.targets`."""

@@ -68,6 +68,10 @@ class ThickVolumes(Volumes):
         """See `Stores.owned`: `Volumes` tells of all volumes."""
         return []
 
+    def foreign(self, origins: Iterable[str]) -> list[str]:
+        """See `Stores.foreign`: `Volumes` tells of all volumes."""
+        return []
+
     def _make(self, beside: str, path: str, kind: str, tag: str, size_bytes: int) -> None:
         group = beside.split("/")[2]
         name = path.rpartition("/")[2]

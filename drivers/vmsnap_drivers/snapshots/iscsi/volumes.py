@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
-from vmsnap.errors import SnapshotError
-from vmsnap_drivers.snapshots.iscsi.stores import Fill, Origin, Owned, Stores
+from vmsnap.errors import SnapshotError, SnapshotInUse
+from vmsnap_drivers.snapshots.iscsi.stores import VOLUME_PREFIX, Fill, Origin, Owned, Stores
 
 _FIELDS: Final = (
     "lv_path,lv_size,lv_tags,lv_layout,origin,pool_lv,vg_name,vg_free,vg_extent_size,data_percent,metadata_percent"
@@ -21,6 +21,8 @@ _ALWAYS: Final = "activation{monitoring=0}"
 _WITHOUT_UDEV: Final = "activation{udev_sync=0 udev_rules=0}"
 _UDEV: Final = "/run/udev/control"
 _FULL_PERCENT: Final = 90.0
+_IN_USE: Final = re.compile(r"in use|is used by")
+"""``lv_check_not_in_use`` in LVM's ``lib/activate/activate.c``."""
 _NOT_IN_A_TAG: Final = re.compile(r"[^A-Za-z0-9_+.\-/=!:#&]")
 
 
@@ -72,7 +74,12 @@ class Volumes(Stores):
     def remove(self, path: str, tag: str) -> None:
         """See `Stores.remove`. Its tags are what makes it ours."""
         if any(row["lv_path"] == path and self._plan_of(row) == tag for row in self._lvs()):
-            self._lvm("lvremove", "--force", path)
+            try:
+                self._lvm("lvremove", "--force", path)
+            except SnapshotError as e:
+                if not _IN_USE.search(e.message):
+                    raise
+                raise SnapshotInUse(e.message, cure="end what has it open, then: vmsnap recover") from e
 
     def owned(self, origins: Iterable[str]) -> list[Owned]:
         """See `Stores.owned`: in all groups."""
@@ -80,6 +87,13 @@ class Volumes(Stores):
             return []
         rows = [row for row in self._lvs() if _OURS in row["lv_tags"].split(",")]
         return [Owned(_value(row, _KIND), row["lv_path"], self._plan_of(row)) for row in rows]
+
+    def foreign(self, origins: Iterable[str]) -> list[str]:
+        """See `Stores.foreign`: in all groups."""
+        if self._runner.find("lvm") is None:
+            return []
+        paths = [row["lv_path"] for row in self._lvs() if _OURS not in row["lv_tags"].split(",")]
+        return [path for path in paths if path.rpartition("/")[2].startswith(VOLUME_PREFIX)]
 
     def _plan_of(self, row: dict[str, Any]) -> str:
         return _value(row, _PLAN) if _OURS in row["lv_tags"].split(",") else ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vmsnap.errors import Busy, NotFound, SnapshotError, UsageError, VmsnapError
+from vmsnap.errors import Busy, DriverUnavailable, NotFound, SnapshotError, UsageError, VmsnapError
 from vmsnap.nbdtarget import NbdTarget, tool
 from vmsnap_drivers.snapshots.iscsi.address import LunAddress
-from vmsnap_drivers.snapshots.iscsi.initiator import PACKAGES, Account
-from vmsnap_drivers.snapshots.iscsi.places import Place
-from vmsnap_drivers.snapshots.iscsi.stores import TAG
+from vmsnap_drivers.snapshots.iscsi.initiator import PACKAGES, Account, check_module
+from vmsnap_drivers.snapshots.iscsi.places import Place, no_lun
+from vmsnap_drivers.snapshots.iscsi.stores import is_on_ours
 from vmsnap_drivers.snapshots.iscsi.targets import Lun
 
 
@@ -26,6 +26,10 @@ class LunTarget(NbdTarget):
 
     def refusal(self, said: str) -> VmsnapError:
         """See `NbdTarget.refusal`."""
+        try:
+            check_module(said)
+        except DriverUnavailable as e:
+            return e
         return SnapshotError(f"{self.label} cannot be reached: {said.removeprefix('qemu-nbd: ')}")
 
     def cure_of_size(self, size_bytes: int) -> str:
@@ -63,10 +67,10 @@ def _disk(place: Place, lun: LunAddress) -> Lun:
     served = place.serving(lun)
     disk = served[1].disk(lun.lun) if served else None
     if disk is None:
-        raise NotFound(f"{place.name} serves no LUN {lun.lun} of {lun.target}", cure="make it first: it is only filled")
+        raise NotFound(no_lun(place, lun), cure="make it first: it is only filled")
     if disk.read_only:
         raise UsageError(f"{lun} is read-only")
-    if TAG.search(disk.path):
+    if is_on_ours(disk.path):
         raise UsageError(f"{lun} is a snapshot or a duplicate's disk of vmsnap's own", cure="name another LUN")
     return disk
 

@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, SnapshotInUse
 from vmsnap_drivers.runner import one_line
-from vmsnap_drivers.snapshots.iscsi.stores import Fill, Origin, Owned, Stores
+from vmsnap_drivers.snapshots.iscsi.stores import VOLUME_PREFIX, Fill, Origin, Owned, Stores
 
 _NODES: Final = "/dev/zvol/"
 _NUMBERED: Final = re.compile(r"/dev/zd\d+")
 _LONGEST: Final = 255
 """``ZFS_MAX_DATASET_NAME_LEN`` without its NUL (``include/sys/fs/zfs.h`` of OpenZFS 2.1)."""
 # What makes something ours. The mechanism zfs has other properties, and leaves these alone.
-_KIND: Final = "vmsnap-iscsi:kind"
+KIND: Final = "vmsnap-iscsi:kind"
 _PLAN: Final = "vmsnap-iscsi:plan"
 _NAME: Final = "vmsnap-iscsi:name"
 _SPACE: Final = ("volsize", "refreservation", "usedbydataset", "available")
@@ -125,6 +125,18 @@ class Zvols(Stores):
         found = {each.path: Owned(each.kind, each.path, each.plan) for each in self._ours() if not each.waits}
         return list(found.values())
 
+    def foreign(self, origins: Iterable[str]) -> list[str]:
+        """See `Stores.foreign`: volumes in all pools, where some origin is one."""
+        if not any(origin.startswith(_NODES) for origin in origins):
+            return []
+        ours = {each.dataset for each in self._ours()}
+        names = self._run(["zfs", "list", "-H", "-t", "volume", "-o", "name"]).splitlines()
+        return [
+            f"{_NODES}{name}"
+            for name in names
+            if name.rpartition("/")[2].startswith(VOLUME_PREFIX) and name not in ours
+        ]
+
     def _taken(self, path: str) -> _Ours:
         found = [each for each in self._ours() if each.path == path and not each.is_volume]
         if not found:
@@ -132,7 +144,7 @@ class Zvols(Stores):
         return found[0]
 
     def _ours(self) -> list[_Ours]:
-        asked = ",".join((_KIND, _PLAN, _NAME, "defer_destroy"))
+        asked = ",".join((KIND, _PLAN, _NAME, "defer_destroy"))
         argv = ["zfs", "get", "-H", "-t", "volume,snapshot", "-o", "name,property,value,source", asked]
         found: dict[str, dict[str, str]] = {}
         for row in (line.split("\t") for line in self._run(argv).splitlines()):
@@ -140,9 +152,9 @@ class Zvols(Stores):
             if len(row) == 4 and (row[3] == "local" or row[1] == "defer_destroy"):
                 found.setdefault(row[0], {})[row[1]] = row[2]
         return [
-            _Ours(dataset, has[_KIND], has[_PLAN], _beside(dataset, has[_NAME]), has.get("defer_destroy") == "on")
+            _Ours(dataset, has[KIND], has[_PLAN], _beside(dataset, has[_NAME]), has.get("defer_destroy") == "on")
             for dataset, has in found.items()
-            if {_KIND, _PLAN, _NAME} <= has.keys()
+            if {KIND, _PLAN, _NAME} <= has.keys()
         ]
 
     def _space(self, *datasets: str) -> dict[tuple[str, str], int]:
@@ -163,8 +175,10 @@ class Zvols(Stores):
         deadline = time.monotonic() + _BUSY_SECONDS
         while (done := self._ask(["zfs", "destroy", *words], changes=True)).status:
             # udev looks at a volume that is new, whoever read it has closed it just now
-            if "busy" not in done.stderr or time.monotonic() > deadline:
-                raise SnapshotError(f"zfs destroy failed: {one_line(done.stderr) or f'status {done.status}'}")
+            busy = "busy" in done.stderr
+            if not busy or time.monotonic() > deadline:
+                kind = SnapshotInUse if busy else SnapshotError
+                raise kind(f"zfs destroy failed: {one_line(done.stderr) or f'status {done.status}'}")
             time.sleep(_POLL_SECONDS)
 
 
@@ -173,7 +187,7 @@ def _dataset(path: str) -> str:
 
 
 def _marked(kind: str, plan: str, path: str) -> list[str]:
-    has = {_KIND: kind, _PLAN: plan, _NAME: path.rpartition("/")[2]}
+    has = {KIND: kind, _PLAN: plan, _NAME: path.rpartition("/")[2]}
     return [word for key, value in has.items() for word in ("-o", f"{key}={value}")]
 
 
