@@ -109,7 +109,7 @@ def _in_an_appliance(place: Path, order: Order) -> Iterator[Guest]:
     with Appliance(place / "appliance") as appliance:
         disk = Disk("raw", SMALL_MIB * MIB, appliance.address(_TARGET, "lio"), _ACCOUNT)
         machine = _machine(place / "vm001", order, disk, chap_arguments(place / "word"))
-        appliance.add_lio(_TARGET, "vm001", SMALL_MIB, f"{QEMU}:{machine.uuid}", _ACCOUNT, _WORD)
+        appliance.add_lio(_TARGET, "vm001", SMALL_MIB, [f"{QEMU}:{machine.uuid}"], _ACCOUNT, _WORD)
         options = {
             "appliances": f"{appliance.portal('lio')}={appliance.url()}",
             "known_hosts": str(appliance.known_hosts),

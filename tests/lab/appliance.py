@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -141,10 +140,11 @@ class Appliance:
             f"{tgtadm} --mode target --op bind --tid {number} --initiator-address {HOST_ADDRESS}\n"
         )
 
-    def add_lio(
-        self, target: str, volume: str, size_mib: int, initiators: Sequence[str], user: str, password: str
-    ) -> None:
-        """Make a thin volume, and a target of its LIO whose disk it is, for these initiators with that account."""
+    def add_lio(self, target: str, volume: str, size_mib: int, initiators: list[str], user: str, password: str) -> None:
+        """Make a thin volume, and a target of its LIO whose disk it is, for these initiators with that account.
+
+        :param initiators: a list, since a name alone would be a sequence too, of its letters
+        """
         self._make(volume, size_mib)
         words = shlex.join(["add", target, f"/dev/vg0/{volume}", *initiators])
         self.run(f"{_lio()} {words} <<'ACCOUNT'\n{user} {password}\nACCOUNT\n")
