@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Each may have two or three guests of 256 MiB, or one of 1 GiB.
 WORKERS ?= 3
 
-.PHONY: demo test test-openzfs check docs man bench clean
+.PHONY: demo test coverage lab test-openzfs check docs man bench clean
 
 # The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
 demo: $(VENV)/.installed
@@ -17,12 +17,22 @@ demo: $(VENV)/.installed
 	else echo "(no QEMU here, or not root on Debian: the demo on a real Linux guest was left out)"; fi
 
 # As root on Debian this installs what it needs and runs everything; elsewhere it runs what it can and lists the rest.
-test: $(VENV)/.development
+test: lab
+	$(MAKE) --no-print-directory check
+	$(BIN)/pytest -q --durations=15 -n $(WORKERS) --dist loadfile
+
+# How much of the code the tests run, in this and all processes that they start, in the storage guest too: of all tests,
+# or of those that are named: `make coverage TESTS="tests/test_iscsi_contract.py tests/in_guest/test_lio.py"`.
+coverage: lab
+	$(BIN)/coverage erase
+	status=0; $(BIN)/coverage run -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS) || status=$$?; \
+	  $(BIN)/coverage combine -q && $(BIN)/coverage report && exit $$status
+
+# What the tests need beside Python.
+lab: $(VENV)/.development
 	@if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ]; then sh tests/lab/install.sh; \
 	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
 	@if pkg-config --exists libvirt; then $(MAKE) --no-print-directory $(VENV)/.libvirt; fi
-	$(MAKE) --no-print-directory check
-	$(BIN)/pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
 # What the suite leaves out: snapshots on OpenZFS, which is built first, once, in ten minutes.
 test-openzfs: $(VENV)/.development
