@@ -1,11 +1,13 @@
 """Which worker tests which file, and in which order: the longest first, so that none is left alone with one at the end.
 
-A file stays whole, since its tests share guests and servers. How long each takes is told at the end of every run
-(``tests/times.py``); `SECONDS` needs to be right only about which are long. The tests see to it that they are there.
+A file stays whole, since its tests share guests and servers; the files whose tests run in the storage guest stay
+together, so that one boot serves them all. How long each takes is told at the end of every run (``tests/times.py``);
+`SECONDS` needs to be right only about which are long. The tests see to it that they are there.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,17 +40,47 @@ SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
 """About how long files take that are not short, on two cores that have nothing else to do."""
 UNKNOWN_SECONDS = 20
 """What a file that is new may take."""
+_IN_GUEST = "tests/in_guest"
+"""The folder whose files one worker gets, one after the other."""
 
 
 def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """The same items; files in the order of how long they take, each file's own order as it was."""
-    return sorted(items, key=lambda item: -SECONDS.get(item.nodeid.partition("::")[0], UNKNOWN_SECONDS))
+    """The same items; what stays together in the order of how long it takes as a whole, files in it likewise, each
+    file's own order as it was.
+    """
+    files: defaultdict[str, set[str]] = defaultdict(set)
+    for item in items:
+        files[together(item.nodeid)].add(_file(item.nodeid))
+    whole = {name: sum(map(_seconds, those)) for name, those in files.items()}
+
+    def place(item: pytest.Item) -> tuple[float, str, float, str]:
+        name, file = together(item.nodeid), _file(item.nodeid)
+        return -whole[name], name, -_seconds(file), file
+
+    return sorted(items, key=place)
+
+
+def together(nodeid: str) -> str:
+    """The name of what a test stays together with: its file's, or that of the folder of the storage guest."""
+    file = _file(nodeid)
+    return _IN_GUEST if file.startswith(f"{_IN_GUEST}/") else file
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _seconds(file: str) -> float:
+    return SECONDS.get(file, UNKNOWN_SECONDS)
 
 
 class LongestFirst(LoadFileScheduling):
-    """Hands files out in the order in which they were collected."""
+    """Hands files out in the order in which they were collected, and those of the storage guest at once."""
 
     def __init__(self, config: pytest.Config, log: Producer | None = None) -> None:
         super().__init__(config, log)
         # It would begin with the files that have the most tests, which are the quick ones.
         config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return together(nodeid)
