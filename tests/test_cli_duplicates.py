@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,9 +58,27 @@ def test_a_duplicate_is_held_listed_and_discarded(house: House) -> None:
     assert name in house.text("duplicate", "list")
     rows = {row["vm"]: row for row in house.json("vm", "list")}
     assert rows.keys() == {"vm001", name} and rows[name]["duplicate_of"] == "vm001"
+    _see_the_table_for_people(house, rows, name)
     assert house.json("duplicate", "discard", name)["duplicate"] == name
     assert house.json("duplicate", "list") == []
     assert "no duplicate of VM 'vm001'" in house.error(3, "failover", "vm001")
+
+
+def _see_the_table_for_people(house: House, rows: dict[str, Any], duplicate: str) -> None:
+    """All of the VM table stands in it, a line a disk, in columns."""
+    heading, *lines = house.text("vm", "list").splitlines()
+    names = ("vm", "hypervisor", "kind", "state", "resume flag", "device", "address")
+    begins = [heading.index(name) for name in names]
+    assert heading.split() == " ".join(names).split() and len(lines) == sum(len(row["disks"]) for row in rows.values())
+    cells = [[line[a:b].strip() for a, b in zip(begins, [*begins[1:], None], strict=True)] for line in lines]
+    kinds = {"vm001": "working", duplicate: "duplicate (from vm001)"}
+    wanted = []
+    for vm in sorted(rows):
+        begin = [vm, "simulated", kinds[vm], rows[vm]["state"], "0"]
+        for disk in rows[vm]["disks"]:
+            wanted.append([*begin, disk["device"], disk["address"]])
+            begin = [""] * len(begin)
+    assert cells == wanted
 
 
 def test_failover_is_refused_while_the_vm_lives_and_takes_its_place_when_it_is_dead(house: House) -> None:

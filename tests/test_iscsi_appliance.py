@@ -18,11 +18,14 @@ from tests.guardians import remove_host
 from tests.lab import Disk, LabMachine, disk_records, find_qemu, serial
 from tests.lab.appliance import USER, Appliance, add_known_hosts
 from tests.lab.lio import QEMU
-from tests.lab.qmp import seconds_between
+from tests.lab.qmp import Oracle, seconds_between
 from tests.lab.sshd import make_key
 from tests.proxy import Proxy
 from tests.qemu_stage import MIB, chap_arguments, end_all, until
+from tests.test_cli import Scripts
 from tests.test_live_backup_qemu import processes_of, text_after_two_checks
+from tests.watching import Before, table
+from tests.world import FaultyDrivers
 from vmsnap.controller import Controller, Drivers
 from vmsnap.errors import Busy, SnapshotError, VmsnapError
 from vmsnap.host import HostFolders
@@ -41,6 +44,7 @@ T = TypeVar("T")
 AUTHORITIES = {"lio": "iqn.2009-12.com.example", "tgt": "iqn.2009-12.com.example.tgt"}
 ACCOUNT, WORD = "keeper", "word-of-chap-12"
 SIZE_MIB = 80
+DUPLICATE = "duplicate of vm001"
 PAUSE_SECONDS = 100.0
 """Commands take seconds in an emulated appliance; in a real one they do not."""
 
@@ -87,10 +91,20 @@ class Site:
         return {**found, "appliances": f"{self.appliance.portal(self.server)}=ssh://{ssh}"}
 
     @contextlib.contextmanager
-    def controller(self, options: Mapping[str, str] | None = None) -> Iterator[Controller]:
-        drivers = Drivers(self.folders.context(), {"iscsi": options or self.options()})
+    def controller(self, plan: FaultPlan | None = None) -> Iterator[Controller]:
+        options = {"iscsi": self.options()}
+        context = self.folders.context()
+        drivers = FaultyDrivers(context, plan, options) if plan else Drivers(context, options)
         with Controller(self.folders, drivers=drivers) as made:
             yield made
+
+    def table(self) -> dict[str, str]:
+        """The VM table now."""
+        return table(Scripts(self.place))
+
+    def row(self, state: str, resume_flag: int = 0, *, of: str = "", at: str = "") -> str:
+        """A row of it: of a duplicate, or of the VM itself, whose disk is `at`."""
+        return f"{of or 'working'}: {state} {resume_flag} disk0={at or self.address()}"
 
     def see_that_the_guest_runs(self) -> None:
         self.machine.wait_for_count(self.machine.latest_count() + 20)
@@ -108,6 +122,12 @@ class Site:
         with self.repository.reader(self.repository.manifest(backup).disks[0].image, "disk0") as reader:
             reader.restore_to_file(path)
         return path
+
+
+def duplicate_in(seen: Mapping[str, str]) -> str:
+    """The name of the one duplicate of a VM table."""
+    (name,) = (name for name, row in seen.items() if row.startswith(DUPLICATE))
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -149,32 +169,56 @@ def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]
 
 
 def test_a_live_backup_is_read_from_a_snapshot_that_the_appliance_exports(site: Site) -> None:
-    with site.controller() as controller:
+    """The VM table has the VM, stopped in the pause, and then its duplicate too, on what the appliance exports."""
+    seen: dict[str, dict[str, str]] = {}
+    traces: set[str] = set()
+
+    def read() -> None:
+        seen["read"] = site.table()
+        traces.update(site.appliance.traces() - site.before)
+
+    plan = Before({"snapshot": lambda: seen.update(pause=site.table()), "read_into": read})
+    with site.controller(plan) as controller:
         result = controller.backup("vm001", site.repository, max_pause_seconds=PAUSE_SECONDS)
         assert [disk.mechanism for disk in controller.table.get("vm001").disks] == ["iscsi"]
         stop, resume = [e for e in site.machine.oracle.events() if e["event"] in ("STOP", "RESUME")][-2:]
         assert seconds_between(stop, resume) == pytest.approx(result.pause_seconds, abs=0.01)
         site.see_that_the_guest_runs()
         site.see_that_nothing_is_left()
+    assert seen["pause"] == {"vm001": site.row("stopped", 1)}
+    (exported,) = (trace for trace in traces if trace.startswith("iqn."))
+    captured = site.row("captured", of=DUPLICATE, at=site.address(exported.partition(":")[2]))
+    assert seen["read"] == {duplicate_in(seen["read"]): captured, "vm001": site.row("executing")}
+    assert site.table() == {"vm001": site.row("executing")}
     assert site.repository.verify(result.backup).findings == ()
     assert disk_records.newest_record(site.disk(result.backup), 0, slots=64) > 0
 
 
 def test_a_consistent_backup_runs_its_duplicate_on_a_lun_of_the_appliance(site: Site) -> None:
+    """The VM table has both with their own disks: the duplicate loaded, executing and ended beside the VM."""
     count, processes = site.machine.latest_count(), processes_of(site.place)
-    with site.controller() as controller:
+    seen: dict[str, dict[str, str]] = {}
+    methods = ("switch_disks", "shut_down", "clone_reader")
+    plan = Before({method: lambda method=method: seen.update({method: site.table()}) for method in methods})
+    with site.controller(plan) as controller:
         result = controller.backup(
             "vm001", site.repository, mode="consistent", timeout_seconds=300, max_pause_seconds=PAUSE_SECONDS
         )
     assert result.mode == "consistent" and result.warnings == ()
+    duplicate = duplicate_in(seen["shut_down"])
+    own = site.address(f"run-{duplicate.removeprefix('bk-')}")
+    for method, state in zip(methods, ("stopped", "executing", "ended"), strict=True):
+        expected = {duplicate: site.row(state, of=DUPLICATE, at=own), "vm001": site.row("executing")}
+        assert seen[method] == expected, method
     flushed = disk_records.flushed_count(site.disk(result.backup))
     assert flushed is not None and flushed >= count
     assert processes_of(site.place) == processes
     site.see_that_the_guest_runs()
     site.see_that_nothing_is_left()
+    assert site.table() == {"vm001": site.row("executing")}
 
 
-def test_a_restore_goes_onto_a_lun_of_the_appliance_that_nobody_uses(site: Site) -> None:
+def test_a_restore_goes_onto_a_lun_of_the_appliance_is_cut_off_and_ends_in_order(site: Site) -> None:
     """LIO admits whom its target names: our programs, which write, and the VM, which has the name of the original."""
     target, volume, admitted = site.target("copy"), f"copy-{site.server}", [QEMU, f"{QEMU}:{site.machine.uuid}"]
     if site.server == "lio":
@@ -193,14 +237,31 @@ def test_a_restore_goes_onto_a_lun_of_the_appliance_that_nobody_uses(site: Site)
         driver = controller.drivers.hypervisor("qemu", "vm002", restored.options)
         try:
             assert {disk.device: disk.address for disk in restored.disks} == onto
-            text = text_after_two_checks(Path(restored.options["qmp"]).with_name("serial.log"), 200)
+            assert site.table()["vm002"] == site.row("executing", of="working of vm001", at=onto["disk0"])
+            _see_that_the_network_is_cut(site, Path(restored.options["qmp"]))
+            log = Path(restored.options["qmp"]).with_name("serial.log")
+            text = text_after_two_checks(log, 200)
             assert serial.faults(text) == [] and serial.counts(text)[0] >= before
+            driver.shut_down(300)
+            assert driver.state() in (VmState.ENDED, VmState.ABSENT)
+            last = serial.flushed(log.read_text(errors="replace"))
+            assert last is not None and last > serial.counts(text)[0], "its application has flushed at its end"
         finally:
             driver.destroy()
             driver.close()
             controller.remove_vm("vm002")
     site.see_that_the_guest_runs()
     site.see_that_nothing_is_left()
+
+
+def _see_that_the_network_is_cut(site: Site, qmp: Path) -> None:
+    """What QEMU says of the copy's network, and of the original's, which has one."""
+    monitor = Oracle(qmp)
+    try:
+        said = monitor.hmp("info network")
+    finally:
+        monitor.close()
+    assert "type=user" not in said and "type=user" in site.machine.oracle.hmp("info network"), said
 
 
 class Vanishing(FaultySnapshotMechanism):
@@ -258,8 +319,8 @@ def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(sit
     with site.controller() as controller:
         held = controller.backup("vm001", site.repository, keep_duplicate=True, max_pause_seconds=PAUSE_SECONDS)
         duplicate = site.address(held.duplicate)
-        rows = {row.vm: row.disks[0].address for row in controller.table.rows()}
-        assert rows == {"vm001": site.address(), held.duplicate: duplicate}
+        kept = site.row("held", of=DUPLICATE, at=duplicate)
+        assert site.table() == {held.duplicate: kept, "vm001": site.row("executing")}
         after = machine.wait_for_count(machine.latest_count() + 20)
         machine.kill()
         begun = len(machine.serial_text())
@@ -268,7 +329,7 @@ def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(sit
         text = machine.serial_text()[begun:]
         assert serial.faults(text) == [] and serial.counts(text)[0] <= after + 20
         assert controller.vm("vm001").state == VmState.EXECUTING.value
-        assert [disk.address for disk in controller.table.get("vm001").disks] == [duplicate]
+        assert site.table() == {"vm001": site.row("executing", at=duplicate)}
     assert {site.target(held.duplicate), site.target()} <= site.appliance.traces()
 
 

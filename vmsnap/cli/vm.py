@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,18 +67,10 @@ def list_vms(session: Session) -> None:
     shown = [each for each in found if session.hypervisor in (None, each["hypervisor"])]
 
     def people() -> None:
+        # A line a disk, so that the table is no wider than its longest address, which stands last.
         output.table(
-            ("vm", "hypervisor", "state", "disks", "kind"),
-            [
-                (
-                    each["vm"],
-                    each["hypervisor"],
-                    each["state"],
-                    ", ".join(disk["device"] for disk in each["disks"]) or "no disks",
-                    f"{each['kind']} (from {each['duplicate_of']})" if each["duplicate_of"] else each["kind"],
-                )
-                for each in shown
-            ],
+            ("vm", "hypervisor", "kind", "state", "resume flag", "device", "address"),
+            [line for each in shown for line in _lines(each)],
         )
 
     session.emit(shown, people)
@@ -127,7 +120,7 @@ def _show(row: VmRow) -> None:
             *((f"-o {name}", value) for name, value in row.options.items()),
             ("state", row.state),
             ("resume flag", int(row.resume_flag)),
-            ("kind", _kind(row)),
+            ("kind", _kind(row.kind, row.duplicate_of)),
         ]
     )
     click.echo()
@@ -136,8 +129,17 @@ def _show(row: VmRow) -> None:
     )
 
 
-def _kind(row: VmRow) -> str:
-    return f"{row.kind} (from {row.duplicate_of})" if row.duplicate_of else row.kind
+def _lines(each: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    """A row of the VM table for people, a line a disk; what the VM has in common stands on the first."""
+    kind = _kind(each["kind"], each["duplicate_of"])
+    begin: tuple[object, ...] = (each["vm"], each["hypervisor"], kind, each["state"], int(each["resume_flag"]))
+    for disk in each["disks"] or [{"device": "no disks", "address": ""}]:
+        yield (*begin, disk["device"], disk["address"])
+        begin = ("",) * len(begin)
+
+
+def _kind(kind: str, duplicate_of: str | None) -> str:
+    return f"{kind} (from {duplicate_of})" if duplicate_of else kind
 
 
 def _disks(row: VmRow) -> str:

@@ -189,13 +189,11 @@ class LiveBackup:
         self._enter_captured()
 
     def _enter_captured(self) -> None:
-        self._enter_duplicate(
-            [
-                DiskRow(snapshot.disk.device, f"{snapshot.plan.mechanism}:{snapshot.plan.tag}", None)
-                for snapshot in self._capture.snapshots
-            ],
-            "captured",
-        )
+        capture = self._capture
+        found = [
+            (each.disk.device, capture.mechanisms[each.plan.mechanism].address_of(each)) for each in capture.snapshots
+        ]
+        self._enter_duplicate([DiskRow(device, address) for device, address in found], "captured")
 
     def _finish_copy(self) -> Duplicate:
         """After the pause: the evidence, what the mechanisms had put off, and the copy of the memory."""

@@ -273,6 +273,10 @@ class FaultySnapshotMechanism(SnapshotMechanism):
         """See the role."""
         return self._call(self.driver.settle, snapshots)
 
+    def address_of(self, snapshot: DiskSnapshot) -> str:
+        """See the role; never fails on plan, as it does no I/O."""
+        return self.driver.address_of(snapshot)
+
     def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
         """See the role."""
         return self._call(self.driver.changed_extents, snapshot, since)

@@ -211,6 +211,10 @@ class IscsiMechanism(SnapshotMechanism):
         given_up = (lambda: watch.given_up(names.snapshot)) if watch else str
         return self._read(names, names.exported, names.snapshot, snapshot.disk.size_bytes, "the snapshot", given_up)
 
+    def address_of(self, snapshot: DiskSnapshot) -> str:
+        """See `SnapshotMechanism.address_of`: the LUN by which it is exported."""
+        return str(names_of(snapshot.plan, self._kinds)[index_of(snapshot)].exported)
+
     def plan_clone(self, snapshot: DiskSnapshot, name: str, folder: Path, *, lasting: bool) -> ClonePlan:
         """See `SnapshotMechanism.plan_clone`: beside the disk's backing store, lasting or not. No files here."""
         index = index_of(snapshot)
