@@ -30,8 +30,8 @@ _STEP_BYTES: Final = 1 << 30
 PACKAGES: Final = "qemu-utils qemu-block-extra"
 INSTALL: Final = f"on Debian: apt install {PACKAGES}"
 _NO_MODULE: Final = "Unknown driver 'iscsi'"
-"""What QEMU's programs say (``bdrv_fill_options`` in ``block.c``, 7.2 and 10.0) where its module block-iscsi, which has a
-package of its own, is not installed. Their lists of formats name it all the same.
+"""What QEMU's programs say (``bdrv_fill_options`` in ``block.c``, 7.2 and 10.0) where its module block-iscsi, which has
+a package of its own, is not installed. Their lists of formats name it all the same.
 """
 
 

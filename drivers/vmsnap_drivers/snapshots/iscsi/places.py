@@ -64,7 +64,7 @@ class Served:
 
         :raises SnapshotError: as `serving` and `Target.disk` do
         """
-        found = self.serving(lun.target)
+        found = self.serving(lun)
         return found is not None and found[1].disk(lun.lun) is not None
 
     def by(self, server: Targets) -> list[Target]:

@@ -28,9 +28,11 @@ _NOBODY: Final = re.compile(
     r"(can't connect to|failed to send request hdr to) tgt daemon,"
     r" (Connection refused|No such file or directory|Transport endpoint is not connected)"
 )
-"""Nobody listens: tgtadm 1.0.85 does not see that it could not connect, and is told so when it writes
-(``ipc_mgmt_connect`` in ``usr/tgtadm.c``). What else keeps it from asking says nothing of what is served.
+"""It could not connect: tgtadm 1.0.85 does not see that, and is told so when it writes (``ipc_mgmt_connect`` in
+``usr/tgtadm.c``). Nobody listens, or it may not use the socket.
 """
+_LISTENING: Final = 0x10000
+"""In the flags of ``/proc/net/unix`` (``__SO_ACCEPTCON``)."""
 _NO_ANSWER: Final = "tgt daemon"
 _EXISTS: Final = "this target already exists"
 
@@ -137,9 +139,20 @@ class Tgt(Targets):
             return done.stdout
         said = one_line(done.stderr).removeprefix("tgtadm: ") or f"status {done.status}"
         if _NOBODY.search(said):
-            raise NotRunning("no tgtd answers", cure="start tgtd, and see that vmsnap may use its socket (root's)")
+            if not self._listens():
+                raise NotRunning("no tgtd answers", cure="start tgtd, and see that vmsnap may use its socket (root's)")
+            # Without rights one is told the same. What it serves is there all the same.
+            said = f"tgtd listens and does not let it in: {said}"
         cure = "see that vmsnap may use tgtd's socket (root's)" if _NO_ANSWER in said else ""
         raise SnapshotError(f"tgtadm could not {operation} {mode} {tid}: {said}".replace("  ", " "), cure=cure)
+
+    def _listens(self) -> bool:
+        """Whether a tgtd listens, or that cannot be seen. Linux tells everybody."""
+        done = self._runner.run(["dd", "if=/proc/net/unix", "status=none"], _SECONDS, changes=False)
+        name = f"/run/tgtd/socket.{self._control_port}"
+        rows = [line.split() for line in done.stdout.splitlines()[1:]]
+        listening = [row[7] for row in rows if len(row) == 8 and int(row[3], 16) & _LISTENING]
+        return bool(done.status) or any(path.removeprefix("/var") == name for path in listening)
 
 
 def parse(text: str) -> list[Target]:
