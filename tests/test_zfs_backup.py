@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
@@ -15,15 +18,19 @@ from tests.lab.machine import Disk
 from tests.lab.zfs_fuse import ZfsFuse
 from tests.test_live_backup_qemu import processes_of, text_after_two_checks
 from tests.test_zfs_contract import zfs
-from tests.zfs_backups import BackupScenarios, ZfsWorld
+from tests.zfs_backups import BackupScenarios, ZfsWorld, back_up
 from tests.zfs_rig import MIB, make_image, names
 from vmsnap.controller import Controller
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
+from vmsnap_drivers.runner import LocalRunner, Output
+from vmsnap_drivers.snapshots import file
 
 __all__ = ["zfs"]
 
 pytestmark = pytest.mark.lab
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,57 @@ def place() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="vmsnap-"))
     yield folder
     shutil.rmtree(folder)
+
+
+def test_zfs_and_a_file_are_snapshotted_at_the_same_time_inside_one_pause(
+    zfs: ZfsFuse, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real mechanisms of one VM: the command of each goes on only when that of the other has begun, and ends only
+    when that of the other is done. One after the other they would wait for ever.
+    """
+    zfs.run("zfs", "create", f"{zfs.pool}/beside")
+    images = [zfs.mounted / "beside" / "disk.img", place / "disk.img"]
+    for index, image in enumerate(images):
+        make_image(image, MIB, f"disk{index}")
+    begun, done = threading.Barrier(2), threading.Barrier(2)
+    spans: dict[str, tuple[int, int]] = {}
+
+    def together(name: str, act: Callable[[], T]) -> T:
+        begun.wait(60)
+        start = time.monotonic_ns()
+        found = act()
+        end = time.monotonic_ns()
+        done.wait(60)
+        spans[name] = start, end
+        return found
+
+    run, copy = LocalRunner.run, file._copy
+
+    def run_beside(self: LocalRunner, argv: Sequence[str], seconds: float, *, changes: bool = False) -> Output:
+        def act() -> Output:
+            return run(self, argv, seconds, changes=changes)
+
+        return together("zfs", act) if tuple(argv[:2]) == ("zfs", "snapshot") else act()
+
+    def copy_beside(*arguments: Any) -> None:
+        together("file", lambda: copy(*arguments))
+
+    world = ZfsWorld(zfs.run, zfs.pool, images)
+    try:
+        monkeypatch.setattr(LocalRunner, "run", run_beside)
+        monkeypatch.setattr(file, "_copy", copy_beside)
+        with world.controller() as controller:
+            backup = back_up(controller, world.repository())
+        manifest = world.repository().manifest(backup)
+        assert [disk.mechanism for disk in manifest.disks] == ["zfs", "file"]
+        assert spans.keys() == {"zfs", "file"}
+        pause, resume = manifest.moments[0], manifest.moments[-1]
+        assert (pause.name, resume.name) == ("pause", "resume")
+        for start, end in spans.values():
+            assert pause.monotonic_ns < start < end < resume.monotonic_ns
+        world.see_that_all_is_well(1)
+    finally:
+        world.close()
 
 
 @pytest.mark.qemu
