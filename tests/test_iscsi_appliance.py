@@ -255,13 +255,21 @@ def test_a_restore_goes_onto_a_lun_of_the_appliance_is_cut_off_and_ends_in_order
 
 
 def _see_that_the_network_is_cut(site: Site, qmp: Path) -> None:
-    """What QEMU says of the copy's network, and of the original's, which has one."""
+    """As QEMU tells it: the copy's NIC is the only port of its hub, whereas the original's has a way out."""
     monitor = Oracle(qmp)
     try:
         said = monitor.hmp("info network")
     finally:
         monitor.close()
-    assert "type=user" not in said and "type=user" in site.machine.oracle.hmp("info network"), said
+    (port,) = _peers(said)
+    assert said.startswith("hub ") and "type=nic" in port, said
+    (port,) = _peers(site.machine.oracle.hmp("info network"))
+    assert "type=user" in port
+
+
+def _peers(told: str) -> list[str]:
+    """What ``info network`` shows as connected to something else."""
+    return [line for line in told.splitlines() if line.startswith(" \\ ")]
 
 
 class Vanishing(FaultySnapshotMechanism):
