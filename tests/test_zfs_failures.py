@@ -125,6 +125,31 @@ def test_a_pool_or_quota_that_is_too_full_takes_no_snapshot(
     assert names(zfs.run, zfs.pool) == before
 
 
+def test_a_quota_of_what_a_file_system_lies_in_counts_before_the_snapshot_and_while_it_is_read(
+    zfs: ZfsFuse, tmp_path: Path
+) -> None:
+    above, within = f"{zfs.pool}/customers", zfs.mounted / "customers/web1"
+    zfs.run("zfs", "create", above)
+    zfs.run("zfs", "set", "quota=24m", above)
+    zfs.run("zfs", "create", f"{above}/web1")
+    disk = make_image(within / "a.img", MIB, "disk0")
+    mechanism = mechanism_with(tmp_path, pool_limit="50")
+    (taken,) = snapshot_of(mechanism, disk)
+    snapshot = f"{above}/web1@{TAG}"
+    with mechanism.reader(taken) as reader:
+        with (within / "other").open("wb") as file:
+            file.write(os.urandom(16 * MIB))
+            os.fsync(file.fileno())
+        eventually(lambda: snapshot not in names(zfs.run, zfs.pool), "the snapshot is given up", 60)
+        with pytest.raises(SnapshotError, match=f"the quota of {above} is full to .* given up to spare the guests"):
+            reader.read_into(0, memoryview(bytearray(4096)))
+    mechanism.delete(taken.plan)
+    with pytest.raises(SnapshotError, match=f"the quota of {above} is too full for a snapshot: .* 50% is the limit"):
+        plan_of(mechanism, disk)
+    mechanism.close()
+    zfs.run("zfs", "destroy", "-r", above)
+
+
 def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
     zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
 ) -> None:

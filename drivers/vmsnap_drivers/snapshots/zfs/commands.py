@@ -241,6 +241,12 @@ def pool_of(name: str) -> str:
     return re.split("[/@#]", name, maxsplit=1)[0]
 
 
+def lineage(name: str) -> list[str]:
+    """The data set and all that it lies in, from its pool on: each may have a quota that counts for it."""
+    words = name.split("/")
+    return ["/".join(words[:count]) for count in range(1, len(words) + 1)]
+
+
 def _is_missing(done: Output) -> bool:
     """Whether what a command was about is not there. Each kind of thing has words of its own."""
     return bool(re.search(r"does not exist|no such pool or dataset|could not find any snapshots", done.stderr))
