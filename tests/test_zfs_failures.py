@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +30,9 @@ from vmsnap.errors import SnapshotError, SnapshotInUse, VmsnapError
 from vmsnap.model import Disk, SnapshotPlan, Window
 from vmsnap.roles import DriverContext
 from vmsnap.testing.cloning import clone_all, delete_all
-from vmsnap.testing.rigs import eventually
+from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import contents_of, live
+from vmsnap_drivers.devicereader import DeviceReader
 from vmsnap_drivers.snapshots.iscsi import zvols
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism, doctor
 
@@ -55,6 +58,23 @@ def cleaned(zfs: ZfsFuse) -> Iterator[None]:
         if "@" in name and zfs.run("zfs", "get", "-H", "-o", "value", "userrefs", name).strip() != "0":
             zfs.run("zfs", "release", TAG, name)
         zfs.run("zfs", "destroy", name)
+
+
+@contextmanager
+def much_written(zfs: ZfsFuse) -> Iterator[bytes]:
+    """Somebody writes so much that a fifth of the pool is full; it is gone afterwards, and the pool empty again."""
+
+    def used() -> int:
+        return int(zfs.run("zfs", "get", "-Hp", "-o", "value", "used", zfs.pool))
+
+    before, written = used(), os.urandom(60 * MIB)
+    with (other := zfs.mounted / "vm" / "other").open("wb") as file:
+        file.write(written)
+        os.fsync(file.fileno())
+    yield written
+    assert other.read_bytes() == written
+    other.unlink()
+    eventually(lambda: used() < before + 8 * MIB, "the room is free", 60)
 
 
 @pytest.fixture
@@ -155,18 +175,72 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
 ) -> None:
     mechanism = mechanism_with(tmp_path, pool_limit="20")
     (taken,) = snapshot_of(mechanism, disks[0])
-    with mechanism.reader(taken) as reader:
-        written = os.urandom(60 * MIB)
-        with (other := zfs.mounted / "vm" / "other").open("wb") as file:
-            file.write(written)
-            os.fsync(file.fileno())
+    with mechanism.reader(taken) as reader, much_written(zfs):
         eventually(lambda: f"{zfs.pool}/vm@{TAG}" not in names(zfs.run, zfs.pool), "the snapshot is given up", 60)
         with pytest.raises(SnapshotError, match=f"pool {zfs.pool} is full .* given up to spare the guests"):
             reader.read_into(0, memoryview(bytearray(4096)))
     with pytest.raises(SnapshotError, match="to spare the guests"):
         mechanism.reader(taken)
-    assert other.read_bytes() == written
-    other.unlink()
+    mechanism.delete(taken.plan)
+    assert not mechanism.list_owned()
+
+
+def test_a_snapshot_that_is_being_read_is_given_up_all_the_same(
+    zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
+) -> None:
+    mechanism = mechanism_with(tmp_path, pool_limit="20")
+    write(disks[0].address, 0, os.urandom(4 * MIB))
+    (taken,) = snapshot_of(mechanism, disks[0])
+    why = f"pool {zfs.pool} is full .* given up to spare the guests"
+
+    def read_on(reader: DeviceReader) -> None:
+        with pytest.raises(SnapshotError, match=why):
+            while True:
+                reader.read_into(0, memoryview(bytearray(4 * MIB)))
+
+    def ask_on(reader: DeviceReader) -> None:
+        with pytest.raises(SnapshotError, match=why):
+            while True:
+                assert list(reader.extents())
+
+    with mechanism.reader(taken) as reader, ThreadPoolExecutor(4) as threads:
+        work = [threads.submit(do, reader) for do in (read_on, read_on, read_on, ask_on)]
+        with much_written(zfs):
+            eventually(lambda: f"{zfs.pool}/vm@{TAG}" not in names(zfs.run, zfs.pool), "the snapshot is given up", 60)
+        for each in work:
+            each.result(60)
+    mechanism.delete(taken.plan)
+
+
+def test_what_a_backups_own_duplicate_ran_on_is_given_up_with_the_snapshot_and_what_is_kept_stays(
+    zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
+) -> None:
+    mechanism = mechanism_with(tmp_path, pool_limit="20")
+    write(disks[0].address, 0, wanted := os.urandom(4 * MIB))
+    (taken,) = snapshot_of(mechanism, disks[0])
+    clones = {}
+    for name, lasting in (("run-1", False), ("bk-1", True)):
+        (folder := tmp_path / name).mkdir()
+        planned = mechanism.plan_clone(taken, name, folder, lasting=lasting)
+        clones[name] = planned, mechanism.clone(planned, taken)
+    running, (keeping, kept) = clones["run-1"], clones["bk-1"]
+    made, snapshot = running[0].data["dataset"], f"{zfs.pool}/vm@{TAG}"
+    with much_written(zfs):
+        with Path(running[1].address).open("r+b"):  # its VM runs
+            eventually(lambda: f"{zfs.pool}/{TAG}.0" not in names(zfs.run, zfs.pool), "the snapshot is given up", 60)
+            with pytest.raises(SnapshotError, match="to spare the guests"):
+                mechanism.clone_reader(*running)
+            assert made in names(zfs.run, zfs.pool)
+        eventually(lambda: made not in names(zfs.run, zfs.pool), "the clone goes when its VM has ended", 60)
+        with pytest.raises(SnapshotError, match=f"pool {zfs.pool} is full .* given up to spare the guests"):
+            mechanism.clone_reader(*running)
+        with mechanism.clone_reader(keeping, kept) as reader:
+            assert read_all(reader) == wanted
+        with pytest.raises(SnapshotError, match=f"the snapshot {snapshot} is lost: .* to spare the guests"):
+            mechanism.clone(running[0], taken)
+        mechanism.delete_clone(keeping)
+        assert snapshot not in names(zfs.run, zfs.pool), "it goes with its last clone"
+    mechanism.delete_clone(running[0])
     mechanism.delete(taken.plan)
     assert not mechanism.list_owned()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -84,6 +86,8 @@ class ZfsMechanism(SnapshotMechanism):
         self._folder = context.state_dir / self.name
         self._marks = Marks(self._zfs, self._folder / "marks")
         self._watches: dict[str, Watch] = {}
+        self._passing: dict[str, list[ClonePlan]] = {}
+        self._removing = threading.Lock()
 
     def handles(self, disk: Disk) -> bool:
         """Say whether the disk is a whole volume, or a raw image file in a mounted file system of ZFS."""
@@ -175,29 +179,27 @@ class ZfsMechanism(SnapshotMechanism):
             clones.make(self._zfs, names.snapshot, names.reader, names.mounted, plan.tag, "reader")
         self._stop_watching(plan.tag)
         datasets = sorted({names.dataset for names in found})
-        watch = Watch(self._zfs, datasets, self._number("pool_limit"), lambda: self._remove(plan))
+        watch = Watch(self._zfs, datasets, self._number("pool_limit"), partial(self._give_up, plan))
         self._watches[plan.tag] = watch
         watch.start()
 
     def reader(self, snapshot: DiskSnapshot) -> DeviceReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
         names = names_of_snapshot(snapshot)
+        label, size_bytes = f"the snapshot {names.snapshot}", snapshot.disk.size_bytes
         watch = self._watches.get(snapshot.plan.tag)
-        try:
-            path = self._path(snapshot)
-        except SnapshotError as e:
-            raise SnapshotError((watch.problem() if watch else "") or e.message) from e
-        why = watch.problem if watch else str
-        return _reader(path, names.is_file, snapshot.disk.size_bytes, f"the snapshot {names.snapshot}", why)
+        return _reader(partial(self._path, snapshot), names.is_file, size_bytes, label, watch)
 
     def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
         """See `SnapshotMechanism.changed_extents`; by the stream of ``zfs send -i``, in blocks of ZFS."""
         names = names_of_snapshot(snapshot)
         note = self._marks.find(since, names, snapshot.disk, self._path(snapshot))
+        watch = self._watches.get(snapshot.plan.tag)
+        given_up = watch.given_up if watch else str
         durable.make_writable_folder(self._folder)
         with Runs(self._folder) as runs:
             with self._zfs.changes_since(note.bookmark, names.snapshot) as pipe:
-                stream.find(pipe, note.object_number, snapshot.disk.size_bytes, runs)
+                stream.find(pipe, note.object_number, snapshot.disk.size_bytes, runs, given_up)
             for begin, end in runs:
                 yield Extent(begin, end - begin)
 
@@ -226,24 +228,27 @@ class ZfsMechanism(SnapshotMechanism):
         """See `SnapshotMechanism.clone`. Made at once: it shares with the snapshot what is not overwritten."""
         names = clone_names_of(plan)
         source = names_of_snapshot(snapshot).snapshot
+        watch = self._watches.get(snapshot.plan.tag)
+        if watch is not None and (why := watch.given_up()):
+            raise SnapshotError(f"the snapshot {source} is lost: {why}")
+        if not plan.lasting:
+            self._passing.setdefault(snapshot.plan.tag, []).append(plan)
         clones.make(self._zfs, source, names.dataset, names.mounted, snapshot.plan.tag, "clone")
         path = clones.path_in(names.dataset, names.path, names.mounted, "the clone")
         return Disk(snapshot.disk.device, path, snapshot.disk.size_bytes)
 
     def delete_clone(self, plan: ClonePlan) -> None:
         """See `SnapshotMechanism.delete_clone`. With the last clone of a deleted snapshot goes the snapshot."""
-        names = clone_names_of(plan)
-        for each in self._made(plan.snapshot.tag, [pool_of(names.dataset)]):
-            if (each.name, each.kind) == (names.dataset, "clone"):
-                self._zfs.remove(each.name)
-        if names.mounted:
-            clones.remove_folder(Path(names.mounted))
+        with self._removing:
+            self._delete_clone(plan)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DeviceReader:
         """See `SnapshotMechanism.clone_reader`."""
         names = clone_names_of(plan)
-        path = clones.path_in(names.dataset, names.path, names.mounted, "the clone")
-        return _reader(path, bool(names.path), disk.size_bytes, f"the clone {names.dataset}", str)
+        # One that lasts is the user's, who is told of nothing here: it is not given up.
+        watch = None if plan.lasting else self._watches.get(plan.snapshot.tag)
+        find = partial(clones.path_in, names.dataset, names.path, names.mounted, "the clone")
+        return _reader(find, bool(names.path), disk.size_bytes, f"the clone {names.dataset}", watch)
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`. What is ours is found by its properties, whatever it is called by now. A
@@ -252,6 +257,7 @@ class ZfsMechanism(SnapshotMechanism):
         :raises SnapshotError: something could not be removed, or a pool is not there
         """
         self._stop_watching(plan.tag)
+        self._zfs.runner.await_late()
         self._remove(plan)
 
     def list_owned(self) -> Sequence[OwnedResource]:
@@ -295,8 +301,34 @@ class ZfsMechanism(SnapshotMechanism):
     def _made(self, tag: str, pools: Sequence[str]) -> list[Ours]:
         return [each for each in self._zfs.ours(pools) if each.plan == tag]
 
+    def _give_up(self, plan: SnapshotPlan) -> None:
+        """Remove what the backup reads, and what its duplicate ran on, as soon as it is closed. A clone that lasts is
+        the user's, and stays, with the snapshot's blocks.
+
+        :raises SnapshotError: something is in use
+        """
+        failed: SnapshotError | None = None
+        with self._removing:
+            for remove in (
+                partial(self._remove, plan),
+                *(partial(self._delete_clone, clone) for clone in self._passing.get(plan.tag, ())),
+            ):
+                try:
+                    remove()
+                except SnapshotError as e:
+                    failed = failed or e
+        if failed is not None:
+            raise failed
+
+    def _delete_clone(self, plan: ClonePlan) -> None:
+        names = clone_names_of(plan)
+        for each in self._made(plan.snapshot.tag, [pool_of(names.dataset)]):
+            if (each.name, each.kind) == (names.dataset, "clone"):
+                self._zfs.remove(each.name)
+        if names.mounted:
+            clones.remove_folder(Path(names.mounted))
+
     def _remove(self, plan: SnapshotPlan) -> None:
-        self._zfs.runner.await_late()
         found = names_of(plan)
         self._remove_all(plan.tag, self._made(plan.tag, pools_of(found)))
         for names in found:
@@ -321,6 +353,7 @@ class ZfsMechanism(SnapshotMechanism):
             raise failed
 
     def _stop_watching(self, tag: str) -> None:
+        self._passing.pop(tag, None)
         watch = self._watches.pop(tag, None)
         if watch is not None:
             watch.stop()
@@ -329,6 +362,11 @@ class ZfsMechanism(SnapshotMechanism):
         return _TYPES[option].read(self._options[option], option)
 
 
-def _reader(path: str, is_file: bool, size_bytes: int, label: str, why: Callable[[], str]) -> DeviceReader:
-    extents = (lambda: extents_of(path, size_bytes)) if is_file else None
-    return DeviceReader(path, size_bytes, label, extents, why)
+def _reader(find: Callable[[], str], is_file: bool, size_bytes: int, label: str, watch: Watch | None) -> DeviceReader:
+    why, given_up = (watch.problem, watch.given_up) if watch else (str, str)
+    try:
+        path = find()
+    except SnapshotError as e:
+        raise SnapshotError(why() or e.message) from e
+    extents = (lambda: extents_of(path, size_bytes, given_up)) if is_file else None
+    return DeviceReader(path, size_bytes, label, extents, why, given_up)

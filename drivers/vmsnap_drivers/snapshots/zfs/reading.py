@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmsnap.errors import SnapshotError
@@ -13,13 +13,16 @@ from vmsnap.roles.filereader import next_data
 _AT_ONCE: Final = 1024
 
 
-def extents_of(path: str, size_bytes: int) -> Iterator[Extent]:
+def extents_of(path: str, size_bytes: int, given_up: Callable[[], str] = str) -> Iterator[Extent]:
     """Data where the file has blocks, zeros where it has holes, to `size_bytes`.
 
+    :param given_up: tells why nobody is to open it any more; empty while that is not so
     :raises SnapshotError: it is gone, or its file system cannot tell
     """
     at = 0
     while at < size_bytes:
+        if why := given_up():
+            raise SnapshotError(f"{path} is lost: {why}")
         found: list[Extent] = []
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -9,6 +9,7 @@ their payloads those of ``module/zfs/dmu_recv.c``.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import IO, Final
 
 from vmsnap.errors import SnapshotError
@@ -33,13 +34,14 @@ _EMBEDDED_RECORD: Final = struct.Struct("<8xQQQ20xI")
 """Object, offset, length, physical size."""
 
 
-def find(pipe: IO[bytes], wanted: int, size_bytes: int, runs: Runs) -> None:
+def find(pipe: IO[bytes], wanted: int, size_bytes: int, runs: Runs, given_up: Callable[[], str] = str) -> None:
     """Read the stream to its end, and add to `runs` where the object `wanted`, of that size, may have changed.
 
-    :raises SnapshotError: it is no such stream, the object is another one than before, or more has changed around it
-        than it is large, so that reading all of it costs less
+    :param given_up: tells why nobody is to read it any more, as the snapshot cannot go before; empty otherwise
+    :raises SnapshotError: it is no such stream, the object is another one than before, more has changed around it
+        than it is large, so that reading all of it costs less, or it is given up
     """
-    source = _Source(pipe, 2 * size_bytes + _BUFFER_BYTES)
+    source = _Source(pipe, 2 * size_bytes + _BUFFER_BYTES, given_up)
     at = source.take(_RECORD_BYTES)
     kind, payload_bytes = _HEAD.unpack_from(source.buffer, at)
     if kind != _BEGIN or struct.unpack_from("<Q", source.buffer, at + 8)[0] != _MAGIC:
@@ -79,11 +81,12 @@ def find(pipe: IO[bytes], wanted: int, size_bytes: int, runs: Runs) -> None:
 class _Source:
     """A pipe, read in large pieces. What `take` gave stands in `buffer` until the next call."""
 
-    def __init__(self, pipe: IO[bytes], most_bytes: int) -> None:
+    def __init__(self, pipe: IO[bytes], most_bytes: int, given_up: Callable[[], str]) -> None:
         self.buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self.buffer)
         self._pipe = pipe
         self._left_bytes = most_bytes
+        self._given_up = given_up
         self._at = self._end = 0
 
     def take(self, count: int) -> int:
@@ -114,6 +117,8 @@ class _Source:
             self._fill(0)
 
     def _fill(self, begin: int) -> None:
+        if why := self._given_up():
+            raise SnapshotError(why)
         count = self._pipe.readinto(self._view[begin:])  # type: ignore[attr-defined]
         self._end = begin + (count or 0)
         self._left_bytes -= count or 0

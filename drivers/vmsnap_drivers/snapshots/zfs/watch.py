@@ -14,8 +14,8 @@ _EVERY_SECONDS: Final = 1.0
 
 
 class Watch:
-    """Watches the data sets of one plan, in a thread of its own, from `start` to `stop`. `give_up` removes the plan's
-    snapshots.
+    """Watches the data sets of one plan, in a thread of its own, from `start` to `stop`. Once they are too full
+    `give_up` is called, and again at each look: it removes what is closed by then of what pins room for the plan.
     """
 
     def __init__(self, zfs: Zfs, datasets: Sequence[str], limit_percent: int, give_up: Callable[[], None]) -> None:
@@ -23,6 +23,7 @@ class Watch:
         self._datasets = datasets
         self._limit = limit_percent / 100
         self._give_up = give_up
+        self._given_up = ""
         self._problem = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="zfs watch", daemon=True)
@@ -36,21 +37,30 @@ class Watch:
         self._stopped.set()
         self._thread.join()
 
+    def given_up(self) -> str:
+        """Why the snapshots were given up: nobody is to open them or their clones any more, so that they can be
+        removed; empty while they are not.
+        """
+        return self._given_up
+
     def problem(self) -> str:
         """Why the snapshots are lost or about to be; empty where nothing is known."""
-        return self._problem
+        return self._given_up or self._problem
 
     def _watch(self) -> None:
         while not self._stopped.wait(_EVERY_SECONDS):
             try:
-                full = next((fill for fill in room.fills(self._zfs, self._datasets) if fill.used >= self._limit), None)
-                if full is None:
-                    continue
-                self._problem = (
-                    f"{full.what} is full to {full.used:.0%}, and the snapshot was given up to spare the guests"
-                )
-                self._give_up()
-                return
+                self._look()
             except VmsnapError as e:
                 # It may succeed a second later; whoever reads a lost snapshot is told of this.
-                self._problem = self._problem or e.message
+                self._problem = e.message
+
+    def _look(self) -> None:
+        if not self._given_up:
+            full = next((fill for fill in room.fills(self._zfs, self._datasets) if fill.used >= self._limit), None)
+            if full is None:
+                return
+            self._given_up = (
+                f"{full.what} is full to {full.used:.0%}, and the snapshot was given up to spare the guests"
+            )
+        self._give_up()
