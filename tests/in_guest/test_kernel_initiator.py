@@ -127,6 +127,24 @@ def test_the_clone_of_a_disk_that_was_brought_is_brought_by_the_same_account(bro
     mechanism.close()
 
 
+def test_what_was_written_and_not_flushed_is_in_the_snapshot(brought: Brought, tmp_path: Path) -> None:
+    mechanism = IscsiMechanism(DriverContext(tmp_path / "state", tmp_path), brought.options)
+    disk = mechanism.disk_at("disk0", str(brought.device))
+    plan = mechanism.plan("vm001", [disk], "vmsnap-x", Window.FREE)
+    mechanism.prepare(plan)
+    descriptor = os.open(disk.address, os.O_WRONLY)  # whoever closes it last flushes it
+    try:
+        assert os.pwrite(descriptor, wanted := os.urandom(disk.size_bytes), 0) == len(wanted)
+        (snapshot,) = mechanism.snapshot(plan)
+        mechanism.settle([snapshot])
+        with mechanism.reader(snapshot) as reader:
+            assert read_all(reader) == wanted
+    finally:
+        os.close(descriptor)
+    mechanism.delete(plan)
+    mechanism.close()
+
+
 class Stage:
     """A guest in QEMU on such a disk, registered as ``vm001``, and a repository."""
 

@@ -19,6 +19,7 @@ from tests.zfs_rig import MIB, TAG, make_image, names, snapshot_of
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
+from vmsnap.testing.rigs import read_all
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
 pytestmark = pytest.mark.storage
@@ -63,6 +64,22 @@ def test_volumes_and_file_systems_of_a_pool_are_taken_by_one_command(
     at = {run("zfs", "get", "-Hp", "-o", "value", "createtxg", f"{tank}/{name}@{TAG}") for name in ("one", "vm", "two")}
     assert len(at) == 1, "one transaction"
     mechanism.delete(taken[0].plan)
+
+
+def test_what_was_written_to_a_volume_and_not_flushed_is_in_the_snapshot(mechanism: ZfsMechanism, tank: str) -> None:
+    volume = make_volume(tank, "unsafe", 4)
+    plan = mechanism.plan("vm001", [volume], TAG, Window.FREE)
+    mechanism.prepare(plan)
+    descriptor = os.open(volume.address, os.O_WRONLY)  # whoever closes it last flushes it
+    try:
+        assert os.pwrite(descriptor, wanted := os.urandom(volume.size_bytes), 0) == len(wanted)
+        taken = mechanism.snapshot(plan)
+        mechanism.settle(taken)
+        with mechanism.reader(taken[0]) as reader:
+            assert read_all(reader) == wanted
+    finally:
+        os.close(descriptor)
+    mechanism.delete(plan)
 
 
 def test_a_volume_whose_reservation_has_no_room_beside_a_snapshot_is_refused(

@@ -58,6 +58,7 @@ from vmsnap_drivers.snapshots.iscsi.stores import Origin, Owned, Stores
 from vmsnap_drivers.snapshots.iscsi.targets import Taken, Target, Targets
 from vmsnap_drivers.snapshots.iscsi.watch import Watch, Watched
 from vmsnap_drivers.snapshots.iscsi.writer import open_lun
+from vmsnap_drivers.writeback import write_back
 
 _MOST_AT_ONCE: Final = 8
 _LOGGED_OUT_SECONDS: Final = 5.0
@@ -167,23 +168,27 @@ class IscsiMechanism(SnapshotMechanism):
 
     def prepare(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.prepare`."""
+        write_back(disk.address for disk in plan.disks if disk.address.startswith("/"))
         for names in names_of(plan, self._kinds):
             self._stores(names).prepare(names.origin, names.snapshot, plan.tag)
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
-        """See `SnapshotMechanism.snapshot`. One command a disk, all at once.
+        """See `SnapshotMechanism.snapshot`. One command a disk, all at once. A target does not know what of a disk that
+        Linux' initiator has brought is in this host's page cache: that is written back before.
 
         :raises SnapshotError: one failed, or took too long
         """
         seconds = _PAUSE_SECONDS.read(self._options["pause_seconds"])
 
-        def take(names: LunNames) -> Moment:
+        def take(disk: Disk, names: LunNames) -> Moment:
+            if disk.address.startswith("/"):
+                write_back([disk.address])
             self._stores(names).snapshot(names.origin, names.snapshot, plan.tag, seconds)
             return Moment.now("snapshot")
 
         found = names_of(plan, self._kinds)
         with ThreadPoolExecutor(min(len(found), _MOST_AT_ONCE) or 1) as pool:
-            instants = list(pool.map(take, found))
+            instants = list(pool.map(take, plan.disks, found))
         return tuple(DiskSnapshot(plan, disk, instant) for disk, instant in zip(plan.disks, instants, strict=True))
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:

@@ -43,6 +43,7 @@ from vmsnap_drivers.snapshots.zfs.names import (
 )
 from vmsnap_drivers.snapshots.zfs.reading import extents_of
 from vmsnap_drivers.snapshots.zfs.watch import Watch
+from vmsnap_drivers.writeback import write_back
 
 _PAUSE_SECONDS: Final = whole_number(1, 3600)
 _PERCENT: Final = whole_number(1, 100)
@@ -134,13 +135,15 @@ class ZfsMechanism(SnapshotMechanism):
         :raises VmsnapError: the clones through which snapshots are read cannot be mounted in the state folder
         """
         durable.make_writable_folder(self._folder)
+        write_back(_volumes(plan))
         # Nobody but root may, and zfs-fuse cannot: then the snapshot waits for it.
         if os.geteuid() == 0 and not self._zfs.flavour().fuse:
             for pool in pools_of(names_of(plan)):
                 self._zfs.sync(pool)
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
-        """See `SnapshotMechanism.snapshot`. One command a pool; of zfs-fuse one a file system.
+        """See `SnapshotMechanism.snapshot`. One command a pool; of zfs-fuse one a file system. ZFS does not know what
+        of a volume is in the page cache: that is written back before.
 
         :raises SnapshotError: ZFS refused, or took too long
         """
@@ -149,6 +152,7 @@ class ZfsMechanism(SnapshotMechanism):
         instants: dict[str, Moment] = {}
 
         def take(pool: str) -> None:
+            write_back(_volumes(plan, pool))
             wanted = sorted({names.snapshot for names in found if pool_of(names.dataset) == pool})
             for together in [[name] for name in wanted] if fuse else [wanted]:
                 self._zfs.snapshot(seconds, plan.tag, together)
@@ -360,6 +364,15 @@ class ZfsMechanism(SnapshotMechanism):
 
     def _number(self, option: str) -> int:
         return _TYPES[option].read(self._options[option], option)
+
+
+def _volumes(plan: SnapshotPlan, pool: str = "") -> list[str]:
+    """Where its disks are that are volumes, in one pool or in all."""
+    return [
+        disk.address
+        for disk, names in zip(plan.disks, names_of(plan), strict=True)
+        if not names.is_file and pool in ("", pool_of(names.dataset))
+    ]
 
 
 def _reader(find: Callable[[], str], is_file: bool, size_bytes: int, label: str, watch: Watch | None) -> DeviceReader:
