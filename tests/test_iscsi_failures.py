@@ -23,9 +23,13 @@ from tests.test_iscsi_contract import server, tgtadm
 from vmsnap.cli.backends import vmsnap_iscsi
 from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap.roles import DriverContext
+from vmsnap.testing.cloning import clone_all, clone_contents, delete_all
+from vmsnap.testing.rigs import eventually
 from vmsnap.testing.snapshot import live
-from vmsnap_drivers.snapshots.iscsi import IscsiMechanism
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, watch
 from vmsnap_drivers.snapshots.iscsi.address import is_for_every_network
+from vmsnap_drivers.snapshots.iscsi.files import Files
+from vmsnap_drivers.snapshots.iscsi.stores import Fill
 
 __all__ = ["server", "tgtadm", "xfs"]
 pytestmark = pytest.mark.lab
@@ -48,6 +52,37 @@ def test_a_target_server_that_died_keeps_nothing_from_being_removed(
             life.mechanism.delete(life.plan)
             assert not list(rig.images.glob("vmsnap-*"))
             own.start()
+
+
+def test_what_a_backups_own_duplicate_ran_on_is_given_up_with_the_snapshot_and_what_is_kept_stays(
+    rig: LunRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = Fill("the pool", 0.1)
+    monkeypatch.setattr(watch, "_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(Files, "fill", lambda _files, _origin: fill)  # no pool is behind an XFS
+    life = live(rig)
+    mechanism = life.mechanism
+    running, kept = clone_all(rig, life, "run-1"), clone_all(rig, life, "bk-1", lasting=True)
+    paths = [rig.path(clone.disk) for clone in running]
+    with written_by_somebody(running[0].disk.address):
+        reading = mechanism.clone_reader(running[1].plan, running[1].disk)
+        fill = Fill("the pool", 0.99)
+        eventually(lambda: not list(rig.images.glob("vmsnap-*~snapshot.iscsi")), "the snapshots are given up", 60)
+        with pytest.raises(SnapshotError, match=r"the clone .* is lost: the pool is full to 99%"):
+            reading.read_into(0, memoryview(bytearray(4096)))
+        reading.close()
+        eventually(lambda: not paths[1].exists(), "what nobody uses any more is gone", 60)
+        assert paths[0].exists(), "its VM runs"
+    eventually(lambda: not paths[0].exists(), "it goes when its VM has ended", 60)
+    for clone in running:
+        with pytest.raises(SnapshotError, match="is lost: the pool is full to 99%"):
+            mechanism.clone_reader(clone.plan, clone.disk)
+    with pytest.raises(SnapshotError, match="is lost: the pool is full to 99%"):
+        mechanism.clone(running[0].plan, life.snapshots[0])
+    assert clone_contents(mechanism, kept) == list(life.contents)
+    delete_all(mechanism, [*running, *kept])
+    life.end()
+    assert sorted(rig.server.targets()) == sorted(TARGETS)
 
 
 def test_a_lun_that_is_read_only_is_not_written_onto(rig: LunRig, server: TargetServer) -> None:

@@ -112,6 +112,58 @@ def test_a_pool_that_is_too_full_is_relieved_of_the_snapshot(
     life.end()
 
 
+def test_what_the_backups_own_duplicate_ran_on_goes_with_the_snapshot(
+    rig: ZvolRig, tank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rig.traces()
+    life = live(rig)
+    clones = clone_all(rig, life, "run-1")
+    monkeypatch.setattr(watch, "_FULL", 0.0)
+    gone = lambda: not [name for name in names(run, tank) if "vmsnap" in name]  # noqa: E731
+    eventually(gone, "all that pins the pool's room is given up", 60)
+    for clone in clones:
+        with pytest.raises(SnapshotError, match="and the snapshot was given up"):
+            life.mechanism.clone_reader(clone.plan, clone.disk)
+    delete_all(life.mechanism, clones)
+    life.end()
+    assert {trace for trace in rig.traces() - before if "clones-" not in trace} == set()
+
+
+def test_a_clone_has_properties_of_its_own_whatever_its_pool_has(rig: ZvolRig, tank: str) -> None:
+    for disk in rig.disks():
+        run("zfs", "set", "readonly=off", f"{tank}/{disk.device}")
+    run("zfs", "set", "readonly=on", tank)
+    try:
+        life = live(rig)
+        clones = clone_all(rig, life, "bk001")
+        for clone in clones:
+            rig.write(clone.disk, 0, b"a duplicate writes")
+        for name, read_only in (("0", "on"), ("0.bk001.clone", "off")):
+            asked = ["zfs", "get", "-H", "-o", "value", "readonly,volmode,com.sun:auto-snapshot"]
+            assert run(*asked, f"{tank}/iscsi.{life.plan.tag}.{name}").split() == [read_only, "dev", "false"]
+        delete_all(life.mechanism, clones)
+        life.end()
+    finally:
+        run("zfs", "inherit", "-r", "readonly", tank)
+
+
+def test_a_quota_of_what_a_volume_lies_in_counts(rig: ZvolRig, server: LioServer, tank: str) -> None:
+    run("zfs", "create", "-o", "quota=16m", f"{tank}/customers")
+    run("zfs", "create", "-s", "-V", "16m", f"{tank}/customers/web1")
+    node = NODES / tank / "customers/web1"
+    eventually(node.exists, "it appears")
+    server.add(f"{AUTHORITY}:web1", node)
+    mechanism, address = rig.mechanism(), server.address(f"{AUTHORITY}:web1")
+    assert mechanism.disk_at("web1", address).size_bytes == 16 * MIB
+    write(str(node), 0, os.urandom(15 * MIB))
+    os.sync()
+    run("zpool", "sync", tank)
+    with pytest.raises(SnapshotError, match=f"the quota of {tank}/customers is too full for a snapshot"):
+        mechanism.disk_at("web1", address)
+    server.remove(f"{AUTHORITY}:web1")
+    run("zfs", "destroy", "-r", f"{tank}/customers")
+
+
 def test_a_volume_of_others_that_is_called_as_ours_is_left_alone(rig: ZvolRig, tank: str) -> None:
     run("zfs", "create", "-V", "1m", f"{tank}/iscsi.vmsnap-x.0")
     with pytest.raises(SnapshotError, match=r"there is /dev/zvol/tank/iscsi.vmsnap-x.0 .* already"):

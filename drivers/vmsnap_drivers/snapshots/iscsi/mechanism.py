@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar, Final
 
 from vmsnap.errors import NotFound, SnapshotError, UsageError
@@ -124,6 +125,8 @@ class IscsiMechanism(SnapshotMechanism):
         self._sessions = KernelSessions(LocalRunner())
         self._kinds = self._places.of("").kinds
         self._watches: dict[str, Watch] = {}
+        self._passing: dict[str, list[ClonePlan]] = {}
+        self._removing = Lock()
 
     def handles(self, disk: Disk) -> bool:
         """Say whether the disk is a raw LUN of a place that is known, reached by QEMU's own initiator or by Linux'."""
@@ -212,8 +215,7 @@ class IscsiMechanism(SnapshotMechanism):
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
         names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
-        watch = self._watches.get(snapshot.plan.tag)
-        given_up = (lambda: watch.given_up(names.snapshot)) if watch else str
+        given_up = partial(self._given_up, snapshot.plan.tag, names.snapshot)
         return self._read(names, names.exported, names.snapshot, snapshot.disk.size_bytes, "the snapshot", given_up)
 
     def address_of(self, snapshot: DiskSnapshot) -> str:
@@ -240,6 +242,10 @@ class IscsiMechanism(SnapshotMechanism):
         """
         names, source = self._clone(plan)
         lun = source.lun.beside(names.target)
+        if why := self._given_up(plan.snapshot.tag, source.snapshot):
+            raise SnapshotError(f"the snapshot {source.snapshot} is lost: {why}")
+        if not plan.lasting:
+            self._passing.setdefault(plan.snapshot.tag, []).append(plan)
         self._stores(source).clone(source.snapshot, names.path, plan.snapshot.tag)
         self._make(self._export(source, names.target, names.path), source.lun, plan.name, read_only=False)
         address = str(self._sessions.log_in(lun, snapshot.disk.address) if names.log_in else lun)
@@ -251,19 +257,18 @@ class IscsiMechanism(SnapshotMechanism):
         :raises SnapshotInUse: a VM uses it
         :raises SnapshotError: it cannot be removed or reached
         """
-        names, source = self._clone(plan)
-        if names.log_in:
-            self._sessions.log_out(source.lun.beside(names.target))
-        export = self._export(source, names.target, names.path)
-        self._exports.remove(export, force=False, patience_seconds=_LOGGED_OUT_SECONDS if names.log_in else 0.0)
-        self._stores(source).remove(names.path, plan.snapshot.tag)
+        with self._removing:
+            self._delete_clone(plan)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
         """See `SnapshotMechanism.clone_reader`."""
         names, source = self._clone(plan)
         if self._place(source.lun).here and self._server(source).bypasses_cache and source.kind != Files.kind:
             _forget(names.path)
-        return self._read(source, source.lun.beside(names.target), names.path, disk.size_bytes, "the clone")
+        # One that lasts is the user's, and is not given up.
+        given_up = str if plan.lasting else partial(self._given_up, plan.snapshot.tag, source.snapshot)
+        exported = source.lun.beside(names.target)
+        return self._read(source, exported, names.path, disk.size_bytes, "the clone", given_up)
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`.
@@ -339,13 +344,26 @@ class IscsiMechanism(SnapshotMechanism):
             raise Taken(target)
         return LunNames(str(lun), server.name, origin.kind, origin.path, snapshot, target)
 
+    def _delete_clone(self, plan: ClonePlan) -> None:
+        names, source = self._clone(plan)
+        if names.log_in:
+            self._sessions.log_out(source.lun.beside(names.target))
+        export = self._export(source, names.target, names.path)
+        self._exports.remove(export, force=False, patience_seconds=_LOGGED_OUT_SECONDS if names.log_in else 0.0)
+        self._stores(source).remove(names.path, plan.snapshot.tag)
+
     def _begin_watching(self, plan: SnapshotPlan) -> None:
         def watched(names: LunNames) -> Watched:
             stores = self._stores(names)
 
             def give_up() -> None:
-                self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
-                stores.remove(names.snapshot, plan.tag)
+                with self._removing:
+                    self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
+                    stores.remove(names.snapshot, plan.tag)
+                    # What the backup's own duplicate ran on shares its blocks.
+                    for clone in self._passing.get(plan.tag, ()):
+                        if self._clone(clone)[1] == names:
+                            self._delete_clone(clone)
 
             return Watched(names.snapshot, lambda: stores.fill(names.origin), give_up)
 
@@ -354,7 +372,13 @@ class IscsiMechanism(SnapshotMechanism):
         self._watches[plan.tag] = watch
         watch.start()
 
+    def _given_up(self, tag: str, snapshot: str) -> str:
+        """Why nobody is to open a snapshot or a clone of it any more; empty while that is not so."""
+        watch = self._watches.get(tag)
+        return watch.given_up(snapshot) if watch else ""
+
     def _stop_watching(self, tag: str) -> None:
+        self._passing.pop(tag, None)
         if watch := self._watches.pop(tag, None):
             watch.stop()
 

@@ -20,7 +20,9 @@ _FULL: Final = 0.95
 
 @dataclass(frozen=True)
 class Watched:
-    """One snapshot: how full its pool is, and what gives it up."""
+    """One snapshot: how full its pool is, and what gives it up, with all that pins the same room; called at each look
+    from then on, since a part of it may be in use until later.
+    """
 
     snapshot: str
     fill: Callable[[], Fill | None]
@@ -33,7 +35,6 @@ class Watch:
     def __init__(self, tag: str, watched: Sequence[Watched]) -> None:
         self._watched = watched
         self._given_up: dict[str, str] = {}
-        self._gone: set[str] = set()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=f"iscsi watch {tag}", daemon=True)
 
@@ -47,24 +48,25 @@ class Watch:
         self._thread.join()
 
     def given_up(self, snapshot: str) -> str:
-        """Why a snapshot was given up, and is not to be opened any more; empty while it is not."""
+        """Why a snapshot was given up, and neither that nor a clone of it is to be opened any more; empty while it is
+        not.
+        """
         return self._given_up.get(snapshot, "")
 
     def _watch(self) -> None:
         while not self._stopped.wait(_EVERY_SECONDS):
             for each in self._watched:
-                if each.snapshot not in self._gone:
-                    self._look(each)
+                self._look(each)
 
     def _look(self, watched: Watched) -> None:
         try:
-            fill = watched.fill()
-            if fill is None or fill.used < _FULL:
-                return
-            self._given_up[watched.snapshot] = (
-                f"{fill.what} is full to {fill.used:.0%}, and the snapshot was given up to spare the guests"
-            )
+            if watched.snapshot not in self._given_up:
+                fill = watched.fill()
+                if fill is None or fill.used < _FULL:
+                    return
+                self._given_up[watched.snapshot] = (
+                    f"{fill.what} is full to {fill.used:.0%}, and the snapshot was given up to spare the guests"
+                )
             watched.give_up()
-            self._gone.add(watched.snapshot)
         except VmsnapError:
             return  # it is in use, or cannot be asked: the next look may succeed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -20,7 +20,11 @@ _LONGEST: Final = 255
 KIND: Final = "vmsnap-iscsi:kind"
 _PLAN: Final = "vmsnap-iscsi:plan"
 _NAME: Final = "vmsnap-iscsi:name"
-_SPACE: Final = ("volsize", "refreservation", "usedbydataset", "available")
+_SPACE: Final = ("volsize", "refreservation", "usedbydataset", "used", "available", "quota")
+_FULL: Final = 0.9
+"""How full a pool, or a quota, may be for a snapshot to be made."""
+# Of the file system beside which they lie they would inherit others. A guest's partitions are no devices there.
+_VOLUME: Final = ("-o", "volmode=dev", "-o", "com.sun:auto-snapshot=false")
 _BUSY_SECONDS: Final = 10.0
 _NODE_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.1
@@ -59,16 +63,22 @@ class Zvols(Stores):
         if not path.startswith(_NODES):
             return None
         volume = _dataset(path)
-        pool = volume.partition("/")[0]
-        has = self._space(volume, pool)
+        has = self._space(*_lineage(volume))
+        fill = _fullest(volume, has)
+        if fill.used >= _FULL:
+            raise SnapshotError(
+                f"{fill.what} is too full for a snapshot: {fill.used:.0%} is used",
+                cure="free room, add a disk to the pool or raise the quota",
+            )
         # A volume that has its room for sure must have it beside the snapshot (dsl_dataset_snapshot_reserve_space).
         needed = min(has[volume, "refreservation"], has[volume, "usedbydataset"])
-        if needed > has[pool, "available"]:
-            raise SnapshotError(
-                f"no room in pool {pool} for a snapshot of {volume}: {needed} bytes are needed to keep what it has"
-                f" reserved, {has[pool, 'available']} are free",
-                cure="free room, or make the volume sparse (zfs set refreservation=none)",
-            )
+        for what, (used, size) in _limits(volume, has).items():
+            if needed > size - used:
+                raise SnapshotError(
+                    f"no room in {what.removeprefix('the ')} for a snapshot of {volume}: {needed} bytes are needed to"
+                    f" keep what it has reserved, {max(0, size - used)} are free",
+                    cure="free room, or make the volume sparse (zfs set refreservation=none)",
+                )
         return Origin(self.kind, path, has[volume, "volsize"])
 
     def beside(self, origin: str, tag: str, index: int, clone: str = "") -> str:
@@ -85,7 +95,12 @@ class Zvols(Stores):
         return self._ask(["zfs", "get", "-H", "-o", "value", "type", _dataset(path)]).status == 0
 
     def snapshot(self, origin: str, path: str, tag: str, seconds: float) -> None:
-        """See `Stores.snapshot`."""
+        """See `Stores.snapshot`. ZFS does not know what of a volume is in the page cache of its host, where tgt leaves
+        what nobody has flushed: that is written back before.
+        """
+        deadline = time.monotonic() + seconds
+        self._run(["sync", origin], seconds)
+        seconds = max(0.0, deadline - time.monotonic())
         argv = ["zfs", "snapshot", *_marked("snapshot", tag, path), f"{_dataset(origin)}@{tag}"]
         self._run(argv, seconds, changes=True)
 
@@ -93,28 +108,28 @@ class Zvols(Stores):
         """See `Stores.settle`."""
         if not self.exists(path):
             taken = self._taken(path)
-            argv = ["zfs", "clone", "-o", "readonly=on", *_marked("snapshot", taken.plan, path)]
+            argv = ["zfs", "clone", "-o", "readonly=on", *_VOLUME, *_marked("snapshot", taken.plan, path)]
             self._run([*argv, taken.dataset, _dataset(path)], changes=True)
         self._await_node(path)
 
     def fill(self, origin: str) -> Fill | None:
-        """See `Stores.fill`."""
-        pool = _dataset(origin).partition("/")[0]
-        words = self._run(["zfs", "get", "-Hp", "-o", "value", "used,available", pool]).split()
-        if len(words) != 2 or not all(word.isdecimal() for word in words):
-            raise SnapshotError(f"zfs does not say how full {pool} is: {' '.join(words)}")
-        used, available = map(int, words)
-        return Fill(f"the pool {pool}", used / max(1, used + available))
+        """See `Stores.fill`: the pool, or a quota of what the volume lies in, whichever is fuller."""
+        volume = _dataset(origin)
+        return _fullest(volume, self._space(*_lineage(volume)))
 
     def clone(self, source: str, path: str, tag: str) -> None:
         """See `Stores.clone`. The snapshot stays in the pool until it goes too."""
-        argv = ["zfs", "clone", *_marked("clone", tag, path), self._taken(source).dataset, _dataset(path)]
-        self._run(argv, changes=True)
+        argv = ["zfs", "clone", "-o", "readonly=off", *_VOLUME, *_marked("clone", tag, path)]
+        self._run([*argv, self._taken(source).dataset, _dataset(path)], changes=True)
         self._await_node(path)
 
     def remove(self, path: str, tag: str) -> None:
         """See `Stores.remove`. Its properties are what makes it ours."""
-        ours = [each for each in self._ours() if (each.path, each.plan) == (path, tag)]
+        ours = self._made(path, tag)
+        if not ours:
+            # It may just be made, by a command that has outlived whoever gave it. (Of a pool that is gone: not.)
+            self._ask(["zpool", "sync", _lineage(_dataset(path))[0]], changes=True)
+            ours = self._made(path, tag)
         for each in sorted(ours, key=lambda each: not each.is_volume):
             self._destroy(*([] if each.is_volume else ["-d"]), each.dataset)
 
@@ -136,6 +151,9 @@ class Zvols(Stores):
             for name in names
             if name.rpartition("/")[2].startswith(VOLUME_PREFIX) and name not in ours
         ]
+
+    def _made(self, path: str, tag: str) -> list[_Ours]:
+        return [each for each in self._ours() if (each.path, each.plan) == (path, tag)]
 
     def _taken(self, path: str) -> _Ours:
         found = [each for each in self._ours() if each.path == path and not each.is_volume]
@@ -184,6 +202,25 @@ class Zvols(Stores):
 
 def _dataset(path: str) -> str:
     return path.removeprefix(_NODES)
+
+
+def _lineage(dataset: str) -> list[str]:
+    """A data set and all that it lies in, from its pool on."""
+    words = dataset.split("/")
+    return ["/".join(words[:count]) for count in range(1, len(words) + 1)]
+
+
+def _limits(volume: str, has: Mapping[tuple[str, str], int]) -> Mapping[str, tuple[int, int]]:
+    """What bounds a volume, as messages call it: how much is used, and how much there is in all."""
+    pool, *above = _lineage(volume)
+    used, available = has[pool, "used"], has[pool, "available"]
+    quotas = {f"the quota of {name}": (has[name, "used"], has.get((name, "quota"), 0)) for name in (pool, *above)}
+    return {f"the pool {pool}": (used, used + available), **{what: of for what, of in quotas.items() if of[1]}}
+
+
+def _fullest(volume: str, has: Mapping[tuple[str, str], int]) -> Fill:
+    fills = [Fill(what, used / max(1, size)) for what, (used, size) in _limits(volume, has).items()]
+    return max(fills, key=lambda fill: fill.used)
 
 
 def _marked(kind: str, plan: str, path: str) -> list[str]:
