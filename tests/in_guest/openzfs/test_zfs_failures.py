@@ -66,6 +66,15 @@ def test_volumes_and_file_systems_of_a_pool_are_taken_by_one_command(
     mechanism.delete(taken[0].plan)
 
 
+def test_a_snapshot_is_held_while_it_is_read(mechanism: ZfsMechanism, tank: str, folder: Path) -> None:
+    disks = make_volume(tank, "held", 2), make_image(folder / "held.img", MIB, "disk1")
+    taken = snapshot_of(mechanism, *disks)
+    for name in ("held", "vm"):
+        assert run("zfs", "get", "-H", "-o", "value", "userrefs", f"{tank}/{name}@{TAG}") == "1\n"
+    mechanism.delete(taken[0].plan)
+    assert not [name for name in names(run, tank) if name.endswith(f"@{TAG}")]
+
+
 def test_what_was_written_to_a_volume_and_not_flushed_is_in_the_snapshot(mechanism: ZfsMechanism, tank: str) -> None:
     volume = make_volume(tank, "unsafe", 4)
     plan = mechanism.plan("vm001", [volume], TAG, Window.FREE)
