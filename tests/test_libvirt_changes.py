@@ -18,6 +18,7 @@ from tests.libvirt_stage import Stage, staged
 from tests.qemu_stage import until
 from tests.workers import worker_that_waits_at
 from vmsnap.errors import HypervisorError
+from vmsnap.roles import CaptureRequest
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
@@ -80,6 +81,26 @@ def test_a_disk_that_is_detached_before_the_pause_leaves_the_guest_running(stage
     assert stage.at_rest()[5:] == rest[5:], "no file, process or job is left"
     result = controller.backup("vm001", stage.repository)
     assert [disk.device for disk in result.disks] == ["vda", "vdb"]
+
+
+def test_a_disk_that_is_resized_meanwhile(stage: Stage) -> None:
+    """The guest's memory knows the new size, and a snapshot in the storage would be read to the old one."""
+    driver, request = stage.controller.drivers.hypervisor("libvirt", "vm001", stage.options), CaptureRequest("bk", 20)
+    disk = driver.describe().disks[1]
+    size_bytes = disk.size_bytes + (1 << 20)
+    stage.libvirtd.virsh("blockresize", "vm001", disk.device, f"{size_bytes}B")
+    driver.prepare(request, driver.plan_capture(request))
+    driver.pause()
+    duplicate = driver.duplicate()
+    driver.resume()
+    with pytest.raises(HypervisorError, match=f"disk vdb was resized from {disk.size_bytes} to {size_bytes} bytes"):
+        driver.finish_duplicate(duplicate, lambda _: None)
+    driver.abandon()
+    driver.discard_duplicate("bk")
+    driver.close()
+    stage.machine.wait_for_count(stage.machine.latest_count() + 20)
+    assert stage.machine.faults() == []
+    assert stage.controller.backup("vm001", stage.repository).disks[1].size_bytes == size_bytes
 
 
 def test_a_domain_that_is_undefined_or_saved_meanwhile(stage: Stage) -> None:

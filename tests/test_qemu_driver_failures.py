@@ -225,6 +225,31 @@ def test_a_device_that_is_plugged_in_meanwhile_costs_the_capture(bench: Bench) -
     machine.kill()
 
 
+@pytest.mark.parametrize("moment", ["before it is planned", "before the pause"])
+def test_a_disk_that_is_resized_meanwhile_costs_the_capture(bench: Bench, moment: str) -> None:
+    """The guest's memory knows the new size, and its snapshot would be read to the old one."""
+    driver, machine = bench.driver, bench.machine
+    disk = driver.describe().disks[-1]
+
+    def resize_if(now: str) -> None:
+        if now == moment:
+            machine.oracle.execute("block_resize", node_name=disk.handle["node"], size=disk.size_bytes + (1 << 20))
+
+    resize_if("before it is planned")
+    prepared(bench)
+    resize_if("before the pause")
+    driver.pause()
+    duplicate = driver.duplicate()
+    driver.resume()
+    why = f"{disk.device} was resized from {disk.size_bytes} to {disk.size_bytes + (1 << 20)} bytes"
+    with pytest.raises(HypervisorError, match=f"was changed during its capture: disk {why}"):
+        driver.finish_duplicate(duplicate, lambda _: None)
+    driver.abandon()
+    driver.discard_duplicate("bk001")
+    assert_well(bench)
+    machine.kill()
+
+
 def test_no_room_is_found_before_anything_is_done(bench: Bench) -> None:
     small = DriverContext(bench.context.state_dir, bench.context.memory_dir, None, 100 << 20)
     driver = QemuHypervisor("vm001", small, {"qmp": str(bench.machine.qmp_socket)})

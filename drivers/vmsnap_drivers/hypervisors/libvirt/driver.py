@@ -102,9 +102,6 @@ class LibvirtHypervisor(MonitoredHypervisor):
 
     # -- asking
 
-    def describe(self) -> VmDescription:
-        return self._described_by(self.monitor)
-
     def state(self) -> VmState:
         try:
             return super().state()

@@ -48,9 +48,6 @@ class QemuHypervisor(MonitoredHypervisor):
 
     # -- asking
 
-    def describe(self) -> VmDescription:
-        return self._described_by(self.monitor)
-
     def plan_capture(self, request: CaptureRequest) -> CapturePlan:
         self._plugged = plugged(self.monitor)
         return super().plan_capture(request)

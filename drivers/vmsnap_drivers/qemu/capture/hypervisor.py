@@ -18,11 +18,12 @@ from vmsnap.model import (
     Nic,
     OwnedResource,
     RamImage,
+    VmDescription,
     VmState,
     check_name,
 )
 from vmsnap.roles import CaptureRequest, DriverContext, Hypervisor
-from vmsnap_drivers.qemu import ending, freeze, network, process
+from vmsnap_drivers.qemu import disk_sizes, ending, freeze, network, process
 from vmsnap_drivers.qemu.capture import duplicates, learned, plan, record, settings
 from vmsnap_drivers.qemu.capture.cow import CowCapture, can_hold
 from vmsnap_drivers.qemu.capture.drain import Drain
@@ -51,10 +52,15 @@ class MonitoredHypervisor(Hypervisor):
         self._wanted = options.get("capture", "auto")
         self._monitor: Monitor | None = None
         self._capture: Capture | None = None
+        self._first_seen: Sequence[Disk] = ()
 
     @abstractmethod
     def _connect(self) -> Monitor:
         """Borrow the VM's monitor. Raises what `Monitor.borrow` raises."""
+
+    @abstractmethod
+    def _described_by(self, monitor: Monitor) -> VmDescription:
+        """The VM as the monitor and whoever else knows it tell. Raises what `describe` raises."""
 
     @property
     def monitor(self) -> Monitor:
@@ -70,6 +76,12 @@ class MonitoredHypervisor(Hypervisor):
         except (UnknownVm, VmGone):
             self.close()
             return VmState.ABSENT
+
+    def describe(self) -> VmDescription:
+        found = self._described_by(self.monitor)
+        # What the first look finds is what the core knows the VM as.
+        self._first_seen = self._first_seen or found.disks
+        return found
 
     # -- capturing
 
@@ -118,6 +130,9 @@ class MonitoredHypervisor(Hypervisor):
     def finish_duplicate(self, duplicate: Duplicate, progress: Callable[[int], None]) -> Duplicate:
         capture = self._going_on()
         session = capture.session
+        # The guest goes on already, so that asking costs it nothing.
+        disk_sizes.check_unchanged(self.vm, self.monitor, self._first_seen)
+        self._first_seen = ()
         captured = self._collected(capture, progress)
         settings.restore(session.monitor, session.before)
         self._record.unlink(missing_ok=True)
