@@ -15,7 +15,8 @@ from vmsnap.errors import DriverUnavailable, SnapshotError, UsageError
 from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap_drivers.runner import LocalRunner
-from vmsnap_drivers.snapshots.lvm import LvmMechanism, doctor, room, watch
+from vmsnap_drivers.runs import Runs
+from vmsnap_drivers.snapshots.lvm import LvmMechanism, doctor, marks, room, thinmap, watch
 from vmsnap_drivers.snapshots.lvm.commands import Lvm, device_name
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, parse
 
@@ -128,3 +129,54 @@ def test_a_pool_that_is_too_full_is_missing_in_the_findings() -> None:
     assert doctor.examine_pool(pool, 90).severity == "missing"
     assert doctor.examine_pool(replace(pool, used_percent=89.0), 90).severity == "ok"
     assert Lvm(Nowhere()).usable() is False
+
+
+# thin_dump 0.9.0
+DUMP = """<superblock uuid="" time="1" transaction="2" flags="0" version="2" data_block_size="128" nr_data_blocks="0">
+  <device dev_id="1" mapped_blocks="3" transaction="1" creation_time="0" snap_time="1">
+    <single_mapping origin_block="1" data_block="0" time="0"/>
+    <range_mapping origin_begin="4" data_begin="1" length="2" time="0"/>
+  </device>
+</superblock>
+"""
+REPORT = thinmap.Report(thinmap.mapped, '<device dev_id="1"', ("</device>",))
+
+
+def runs_in(text: str, folder: Path) -> list[tuple[int, int]]:
+    with Runs(folder) as runs:
+        thinmap.add_runs(iter(text.splitlines(keepends=True)), REPORT, runs)
+        return list(runs)
+
+
+def test_the_blocks_of_a_thin_volume(tmp_path: Path) -> None:
+    block = 64 << 10
+    assert runs_in(DUMP, tmp_path) == [(block, 2 * block), (4 * block, 6 * block)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('<range_mapping origin_begin="4" data_begin="1" length="2" time="0"/>', '<ref name="7"/>'),
+        ('  <device dev_id="1"', '  <def name="7">\n  </def>\n  <device dev_id="1"'),
+        ('<range_mapping origin_begin="4" data_begin', '<range_mapping begin="4" data_begin'),
+        ('origin_begin="4"', 'origin_begin="1"'),
+        ("  <device", '  <single_mapping origin_block="0" data_block="9" time="0"/>\n  <device'),
+        ('dev_id="1"', 'dev_id="2"'),
+        ("</superblock>\n", ""),
+        ('data_block_size="128" ', ""),
+    ],
+)
+def test_what_a_tool_says_otherwise_is_an_error_and_not_taken_for_zeros(old: str, new: str, tmp_path: Path) -> None:
+    assert old in DUMP
+    with pytest.raises(SnapshotError, match="the pool's metadata"):
+        runs_in(DUMP.replace(old, new, 1), tmp_path)
+
+
+def test_a_mark_in_another_pool_is_not_compared_with() -> None:
+    tags = "vmsnap,vmsnap.kind=mark,vmsnap.origin=u1"
+    mark, here, elsewhere = volumes(
+        {"lv_name": "m", "lv_tags": tags, "pool_lv": "pool"}, {"pool_lv": "pool"}, {"pool_lv": "pool2"}
+    )
+    assert marks.find([mark], "vg/m", "u1", here) == mark
+    with pytest.raises(SnapshotError, match="was in the thin pool pool at vg/m, now in pool2"):
+        marks.find([mark], "vg/m", "u1", elsewhere)

@@ -313,7 +313,10 @@ class BackupWriter:
                 self.warnings.append(f"{name} was read whole: {e}")
         runs = runs_to_read(source, name, chunk_bytes, _BLOCK_BYTES // chunk_bytes or 1)
         plain = (Run(first, count, None if data else b"") for first, count, data in runs)
-        return self._add_runs(plain, source, chunk_bytes, old, progress)
+        record = self._add_runs(plain, source, chunk_bytes, old, progress)
+        if remark := source.remark():
+            self.warnings.append(f"{name} {remark}")
+        return record
 
     def _old_tree(self, chunk_bytes: int, base: BaseImage | None) -> OldTree | None:
         if base is None or (base.record.chunk_bytes, base.record.fanout) != (chunk_bytes, self._chunks.fanout):

@@ -36,6 +36,12 @@ class DiskReader(ABC):
         :raises SnapshotError: the snapshot is lost (deleted, overflowed, the VM gone) or the range leaves the disk
         """
 
+    def remark(self) -> str:
+        """What whoever has the backup should know of how the disk was read, to be said of it: ``was read whole: …``.
+        Asked when all is read; empty where there is nothing to say.
+        """
+        return ""
+
     @abstractmethod
     def close(self) -> None:
         """Let go of files and connections; idempotent. The snapshot stays."""

@@ -216,6 +216,10 @@ class FaultyReader(DiskReader):
         """See the role."""
         return self.plan.call(SnapshotError, "read_into", self.reader.read_into, offset, buffer)
 
+    def remark(self) -> str:
+        """See the role; never fails on plan."""
+        return self.reader.remark()
+
     def close(self) -> None:
         """Close the reader; never fails on plan."""
         self.reader.close()

@@ -129,6 +129,19 @@ class Lvm:
         words = status.split()
         return len(words) > 6 and words[2] == "thin-pool" and words[6] != "-"
 
+    def has_external_origin(self, group: str, name: str) -> bool:
+        """Whether an active thin volume reads from a volume outside of its pool what it has no blocks for (lvmthin(7),
+        "external origin"). LVM says so of the volume that was made so, and not of its snapshots; the kernel of all.
+
+        :raises SnapshotError: it is no active thin volume
+        """
+        table = self._checked(["dmsetup", "table", device_name(group, name)], _ASKING_SECONDS)
+        # begin, length, "thin", pool, number in it, and an external origin, if any
+        words = table.split()
+        if words[2:3] != ["thin"]:
+            raise SnapshotError(f"{group}/{name} is no active thin volume")
+        return len(words) > 5
+
     def _lvm(self, arguments: Sequence[str], seconds: float, *, changes: bool, more: str = "") -> str:
         configuration = [_ALWAYS, more] if _UDEV.exists() else [_ALWAYS, more, _WITHOUT_UDEV]
         words = ["--config", " ".join(filter(None, configuration))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmsnap.errors import VmsnapError
+from vmsnap.errors import SnapshotError, VmsnapError
 from vmsnap.model import Finding
 from vmsnap_drivers.snapshots.lvm import thinmap
 from vmsnap_drivers.snapshots.lvm.commands import Lvm
@@ -24,15 +24,28 @@ def examine(lvm: Lvm, limit_percent: int) -> Sequence[Finding]:
     pools = [volume for volume in volumes if "pool" in volume.layout and "thin" in volume.layout]
     if pools and lvm.runner.find("thin_dump") is None:
         found.append(
-            Finding("thin_dump", "missing", "it is not installed: thin volumes cannot be read", thinmap.INSTALL)
+            Finding("thin_dump", "missing", "it is not installed: all of each thin volume is read", thinmap.INSTALL)
         )
     found += [examine_pool(pool, limit_percent) for pool in pools]
+    found += [_held(pool) for pool in pools if _is_held(lvm, pool)]
     found += [_snapshot(volume) for volume in volumes if volume.ours and volume.kind == "snapshot" and not volume.thin]
     for volume in foreign(volumes):
         found.append(
             Finding(volume.full_name, "note", "it is named as ours are, and vmsnap has not made it: it is left alone")
         )
     return found
+
+
+def _held(pool: Volume) -> Finding:
+    what = "somebody holds the snapshot of its metadata: meanwhile all of each thin volume is read"
+    return Finding(pool.full_name, "note", what, thinmap.release_by_hand(pool.group, pool.name))
+
+
+def _is_held(lvm: Lvm, pool: Volume) -> bool:
+    try:
+        return lvm.holds_metadata(pool.group, pool.name)
+    except SnapshotError:
+        return False  # it is not active
 
 
 def examine_pool(pool: Volume, limit_percent: int) -> Finding:

@@ -49,16 +49,18 @@ def keep(lvm: Lvm, snapshot: DiskSnapshot, instead_of: str, most: int) -> None:
     lvm.remove([*given_up, *left[: max(0, len(left) - most)]])
 
 
-def find(volumes: Sequence[Volume], mark: str, origin_uuid: str, size_bytes: int) -> Volume:
-    """The kept snapshot that bears the mark.
+def find(volumes: Sequence[Volume], mark: str, origin_uuid: str, present: Volume) -> Volume:
+    """The kept snapshot that bears the mark, to be compared with the present one.
 
-    :raises SnapshotError: it is no mark of this disk, it is gone, or the disk had another size then
+    :raises SnapshotError: it is no mark of this disk, it is gone, or the disk had another size then, or another pool
     """
     found = next((volume for volume in _marks(volumes, origin_uuid) if volume.full_name == mark), None)
     if found is None:
         raise SnapshotError(f"no snapshot {mark!r} of this disk was kept to compare with")
-    if found.size_bytes != size_bytes:
-        raise SnapshotError(f"the disk had {found.size_bytes} bytes at {mark}, now {size_bytes}")
+    if found.size_bytes != present.size_bytes:
+        raise SnapshotError(f"the disk had {found.size_bytes} bytes at {mark}, now {present.size_bytes}")
+    if found.pool != present.pool:
+        raise SnapshotError(f"the disk was in the thin pool {found.pool} at {mark}, now in {present.pool}")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -46,6 +47,7 @@ from vmsnap_drivers.snapshots.lvm.names import (
 )
 from vmsnap_drivers.snapshots.lvm.sysfs import look_up
 from vmsnap_drivers.snapshots.lvm.thinmap import ThinMaps
+from vmsnap_drivers.snapshots.lvm.thinreader import ThinReader
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, named, tags_of
 from vmsnap_drivers.snapshots.lvm.watch import Watch
 
@@ -54,6 +56,10 @@ _PERCENT: Final = whole_number(1, 100)
 _MARKS: Final = whole_number(0, 1000)
 _TYPES: Final = {"pause_seconds": _PAUSE_SECONDS, "pool_limit": _PERCENT, "marks": _MARKS}
 _LAYOUTS: Final = {"linear", "striped", "thin", "sparse"}
+_BRING_BACK: Final = (
+    "bring its disks back, then: vmsnap recover; where they are gone for good, make an empty group of that name before"
+    " (vgcreate), and remove it after"
+)
 
 
 class LvmMechanism(SnapshotMechanism):
@@ -99,6 +105,7 @@ class LvmMechanism(SnapshotMechanism):
         self._options = with_defaults(self.options, options)
         self._lvm = Lvm(runner or LocalRunner())
         self._maps = ThinMaps(self._lvm, context.state_dir / self.name)
+        self._thin_reader = partial(ThinReader, self._lvm, self._maps)
         self._watches: dict[str, Watch] = {}
 
     def handles(self, disk: Disk) -> bool:
@@ -191,12 +198,12 @@ class LvmMechanism(SnapshotMechanism):
     def reader(self, snapshot: DiskSnapshot) -> DeviceReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
         names = names_of_snapshot(snapshot)
-        label = f"the snapshot {names.group}/{names.snapshot}"
-        extents = (lambda: self._extents(names.group, names.snapshot, snapshot.disk)) if names.thin else None
+        label, size_bytes = f"the snapshot {names.group}/{names.snapshot}", snapshot.disk.size_bytes
         watch = self._watches.get(snapshot.plan.tag)
         why, given_up = (lambda: watch.problem(names), lambda: watch.given_up(names)) if watch else (str, str)
-        device = f"/dev/{names.group}/{names.snapshot}"
-        return DeviceReader(device, snapshot.disk.size_bytes, label, extents, why, given_up)
+        if names.thin:
+            return self._thin_reader(names.group, names.snapshot, size_bytes, label, why, given_up)
+        return DeviceReader(f"/dev/{names.group}/{names.snapshot}", size_bytes, label, why=why, given_up=given_up)
 
     def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
         """See `SnapshotMechanism.changed_extents`; by the pool's metadata, whole blocks of the pool."""
@@ -205,7 +212,7 @@ class LvmMechanism(SnapshotMechanism):
         present = named(volumes, names.group, names.snapshot)
         if present is None or not names.thin:
             raise SnapshotError(f"{names.group}/{names.snapshot} is no thin snapshot that can be compared")
-        older = marks.find(volumes, since, names.origin_uuid, present.size_bytes)
+        older = marks.find(volumes, since, names.origin_uuid, present)
         for extent in self._maps.differences(older, present):
             if extent.offset < snapshot.disk.size_bytes:
                 yield Extent(extent.offset, min(extent.length, snapshot.disk.size_bytes - extent.offset))
@@ -248,9 +255,10 @@ class LvmMechanism(SnapshotMechanism):
         """See `SnapshotMechanism.clone_reader`."""
         names = clone_names_of(plan)
         index = [known.device for known in plan.snapshot.disks].index(plan.device)
-        thin = names_of(plan.snapshot)[index].thin
-        extents = (lambda: self._extents(names.group, names.name, disk)) if thin else None
-        return DeviceReader(names.device, disk.size_bytes, f"the clone {names.group}/{names.name}", extents)
+        label = f"the clone {names.group}/{names.name}"
+        if names_of(plan.snapshot)[index].thin:
+            return self._thin_reader(names.group, names.name, disk.size_bytes, label)
+        return DeviceReader(names.device, disk.size_bytes, label)
 
     def delete(self, plan: SnapshotPlan) -> None:
         """See `SnapshotMechanism.delete`. An origin that a command which died has left suspended is resumed.
@@ -259,16 +267,19 @@ class LvmMechanism(SnapshotMechanism):
         """
         self._stop_watching(plan.tag)
         self._lvm.runner.await_late()
-        found = names_of(plan)
-        volumes = self._lvm.volumes(sorted({names.group for names in found}))
-        wanted = {(names.group, names.snapshot) for names in found}
-        origins = {(names.group, names.origin) for names in found}
-        for volume in volumes:
-            if volume.suspended and (volume.group, volume.name) in origins:
-                self._lvm.change("lvchange", "--refresh", volume.full_name)
-        self._lvm.remove([v for v in volumes if (v.group, v.name) in wanted and is_made_for(v, plan.tag, "snapshot")])
-        for group, pool in sorted({(names.group, names.pool) for names in found if names.thin}):
-            self._maps.release_left(group, pool)
+        problems = []
+        for group in sorted({names.group for names in names_of(plan)}):
+            try:
+                self._delete_in(group, plan)
+            except SnapshotError as e:
+                # What is wrong with one group keeps nothing of ours in the others.
+                gone = f'Volume group "{group}" not found' in e.message
+                problems.append(SnapshotError(e.message, cure=_BRING_BACK) if gone else e)
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            cures = dict.fromkeys(problem.cure for problem in problems if problem.cure)
+            raise SnapshotError("; ".join(problem.message for problem in problems), cure="; ".join(cures))
 
     def list_owned(self) -> Sequence[OwnedResource]:
         """See `SnapshotMechanism.list_owned`: what bears our tags in any group."""
@@ -325,6 +336,17 @@ class LvmMechanism(SnapshotMechanism):
             if names.thin:
                 self._check_pool(names, disks, volumes)
 
+    def _delete_in(self, group: str, plan: SnapshotPlan) -> None:
+        found = [names for names in names_of(plan) if names.group == group]
+        volumes = self._lvm.volumes([group])
+        wanted, origins = {names.snapshot for names in found}, {names.origin for names in found}
+        for volume in volumes:
+            if volume.suspended and volume.name in origins:
+                self._lvm.change("lvchange", "--refresh", volume.full_name)
+        self._lvm.remove([v for v in volumes if v.name in wanted and is_made_for(v, plan.tag, "snapshot")])
+        for pool in sorted({names.pool for names in found if names.thin}):
+            self._maps.release_left(group, pool)
+
     def _check_pool(self, names: VolumeNames, disks: Sequence[Disk], volumes: Sequence[Volume]) -> None:
         room.check_pool(volumes, names.group, names.pool, self._number("pool_limit"), disks)
 
@@ -347,14 +369,6 @@ class LvmMechanism(SnapshotMechanism):
                 origin,
                 f"{names.group}/{names.snapshot}",
             )
-
-    def _extents(self, group: str, name: str, disk: Disk) -> Iterator[Extent]:
-        volume = named(self._lvm.volumes([group]), group, name)
-        if volume is None:
-            raise SnapshotError(f"{group}/{name} is lost")
-        for extent in self._maps.extents(volume):
-            if extent.offset < disk.size_bytes:
-                yield Extent(extent.offset, min(extent.length, disk.size_bytes - extent.offset), extent.zero)
 
     def _stop_watching(self, tag: str) -> None:
         watch = self._watches.pop(tag, None)
