@@ -209,7 +209,7 @@ def test_a_machine_lives_through_all_verbs_by_an_agent(wire: AgentHouse, far: di
 
     assert {each["subject"] for each in there("doctor")} and there("doctor", "vm001")
     assert there("recover") == {"resumed": [], "removed": [], "kept": []}
-    assert there("strays") == {"strays": [], "removed": []}
+    assert there("strays") == {"strays": [], "removed": [], "passed_over": []}
     lines = there("log", "vm001", "--since", "1d")
     assert {line["protocol"] for line in lines} > {"backup, mode live", "failover"}
     assert "simulated" in {each["name"] for each in there("drivers")}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tests.test_qcow2_mechanism_machine import Machine as BlockMachine
 from tests.test_qcow2_mechanism_machine import machine as block_machine
 from tests.workers import worker_that_waits_at
 from tests.world import World
+from vmsnap.cli.main import vmsnap
 from vmsnap.controller import Controller
 from vmsnap.errors import NotFound, SnapshotError, VmsnapError
 from vmsnap.model import OwnedResource, Window
@@ -86,6 +89,52 @@ def test_snapshots_of_a_killed_backup_are_found_without_the_database(world: Worl
         assert len(controller.remove_strays([each.name for each in found])) == len(found)
         assert controller.strays() == []
     assert world.files() == world.files_at_rest
+
+
+OFF = "192.0.2.1:3260=ssh://root@127.0.0.1:1"
+"""An appliance where nobody answers."""
+
+
+@pytest.fixture
+def world_beside_an_appliance_that_is_off() -> Iterator[World]:
+    made = World(mechanism_options={"iscsi": {"appliances": OFF}})
+    yield made
+    made.close()
+
+
+def test_an_appliance_that_is_off_hides_nothing_of_what_others_find(
+    world_beside_an_appliance_that_is_off: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = world_beside_an_appliance_that_is_off
+    with world.controller() as controller:
+        keep(controller, world.repository())
+        (held,) = controller.duplicates()
+    lose_database(world.folders.state_dir)
+    told: list[str] = []
+    with world.controller() as controller:
+        found = controller.strays(told.append)
+        assert {each.kind for each in found} == {"duplicate", "clone"}
+        assert len(told) == 1 and told[0].startswith("iscsi: ") and "127.0.0.1" in told[0]
+        assert [finding.subject for _, finding in controller.doctor() if "tag" in finding.message] == ["strays"]
+        assert [each.name for each in controller.remove_strays([held.duplicate])] == [held.duplicate]
+
+    configuration = tmp_path / "config.toml"
+    configuration.write_text(f'[mechanism.iscsi]\nappliances = "{OFF}"\n')
+
+    def say(*words: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as ended:
+            vmsnap.main(["--state-dir", str(world.folders.state_dir), "--config", str(configuration), "strays", *words])
+        said = capsys.readouterr()
+        assert not ended.value.code, said.err
+        return said.out, said.err
+
+    clones = sorted(disk.address for disk in held.disks)
+    out, err = say("--json")
+    assert sorted(each["name"] for each in json.loads(out)["strays"]) == clones
+    assert json.loads(out)["passed_over"] == told and f"vmsnap: passed over: {told[0]}" in err
+    out, err = say("--remove", clones[0], "--remove", clones[1])
+    assert out.count("removed  clone") == 2 and "passed over: iscsi" in err
+    assert say()[0] == "the other drivers find no strays\n"
 
 
 @pytest.mark.qemu

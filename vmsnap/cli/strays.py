@@ -20,11 +20,15 @@ def strays(session: Session, names: tuple[str, ...]) -> None:
 
     There is something only where the database was lost, damaged or put back to an older state, or where another state
     folder is in use: what crashes leave stands in the journal, and vmsnap recover removes it. Look twice: a VM that
-    runs may be listed, and what is listed may be another state folder's.
+    runs may be listed, and what is listed may be another state folder's. Drivers that cannot look now, such as that of
+    an appliance that is off, are passed over and named.
     """
+    passed_over: list[str] = []
     with session.controller() as controller:
         removed = controller.remove_strays(names) if names else []
-        found = controller.strays()
+        found = controller.strays(passed_over.append)
+    for line in passed_over:
+        session.note(f"passed over: {line}")
 
     def people() -> None:
         for each in removed:
@@ -32,12 +36,13 @@ def strays(session: Session, names: tuple[str, ...]) -> None:
         if found:
             output.table(("driver", "kind", "name"), [(each.driver, each.kind, each.name) for each in found])
         elif not removed:
-            click.echo("there are no strays")
+            click.echo("the other drivers find no strays" if passed_over else "there are no strays")
 
     session.emit(
         {
             key: [{"driver": each.driver, "kind": each.kind, "name": each.name} for each in listed]
             for key, listed in (("strays", found), ("removed", removed))
-        },
+        }
+        | {"passed_over": passed_over},
         people,
     )

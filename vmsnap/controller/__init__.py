@@ -456,10 +456,10 @@ class Controller:
             self._holding().discard_ended(ended.append)
             return replace(recovered, removed=(*recovered.removed, *ended))
 
-    def strays(self) -> list[OwnedResource]:
+    def strays(self, tell: Callable[[str], None] = silently) -> list[OwnedResource]:
         """What carries our tag on this host and what its database does not know: it was lost, or put back. Changes
-        nothing."""
-        return self._strays().find()
+        nothing. `tell` is called with a line for each driver that cannot look now."""
+        return self._strays().find(tell)
 
     def remove_strays(self, names: Sequence[str]) -> list[OwnedResource]:
         """Remove strays, named as `strays` names them; returns those that are gone.

@@ -4,7 +4,7 @@ older state. It may be somebody's all the same, so nothing of it is removed that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 
 from vmsnap import registry
@@ -24,13 +24,15 @@ class Strays:
         self._database = database
         self._kept = kept
 
-    def find(self) -> list[OwnedResource]:
-        """All of them, by driver, kind and name. Blocks while drivers look; changes nothing."""
-        # What is made stands in the database before, and what is removed until after: so, looked at once more, what
-        # comes and goes meanwhile is no stray.
-        first = self._unknown()
-        again = set(self._unknown()) if first else set()
-        return sorted((each for each in first if each in again), key=lambda each: (each.driver, each.kind, each.name))
+    def find(self, tell: Callable[[str], None]) -> list[OwnedResource]:
+        """All of them, by driver, kind and name. Blocks while drivers look; changes nothing.
+
+        :param tell: is called with a line for each driver that cannot look now, whose strays are left out
+        """
+        found, problems = self._look()
+        for name, problem in problems.items():
+            tell(f"{name}: {problem}")
+        return found
 
     def remove(self, names: Sequence[str]) -> list[OwnedResource]:
         """Remove the strays of these names, and what belongs to the same snapshot; returns those that are gone.
@@ -38,30 +40,45 @@ class Strays:
         :raises NotFound: one of them is no stray; nothing was removed
         :raises VmsnapError: a driver could not remove one; those before it are gone
         """
-        before = self.find()
+        before, _ = self._look()
         chosen = [each for each in before if each.name in names]
         if missing := set(names) - {each.name for each in chosen}:
             raise NotFound(f"there is no stray named {min(missing)!r}", cure="see: vmsnap strays")
         for each in chosen:
             self._remove(each)
-        left = set(self.find())
-        return [each for each in before if each not in left]
+        left, problems = self._look()
+        # Of a driver that cannot look any more, no more is known to be gone than what it has just removed.
+        return [each for each in before if each in chosen or (each not in left and each.driver not in problems)]
 
-    def _unknown(self) -> list[OwnedResource]:
-        owned = list(self._owned())
+    def _look(self) -> tuple[list[OwnedResource], dict[str, VmsnapError]]:
+        """What is found, and the drivers that could not look."""
+        problems: dict[str, VmsnapError] = {}
+        # What is made stands in the database before, and what is removed until after: so, looked at once more, what
+        # comes and goes meanwhile is no stray.
+        first = self._unknown(problems)
+        again = set(self._unknown(problems)) if first else set()
+        found = sorted((each for each in first if each in again), key=lambda each: (each.driver, each.kind, each.name))
+        return found, problems
+
+    def _unknown(self, problems: dict[str, VmsnapError]) -> list[OwnedResource]:
+        owned = list(self._owned(problems))
         known = self._known()
         return [each for each in owned if not _is_named(each, known)]
 
-    def _owned(self) -> Iterator[OwnedResource]:
+    def _owned(self, problems: dict[str, VmsnapError]) -> Iterator[OwnedResource]:
         for driver in registry.installed():
             if driver.driver is None:
                 continue  # `vmsnap drivers` says why
-            if driver.kind == "hypervisor":
-                with closing(self._drivers.hypervisor_of_host(driver.name, "strays")) as hypervisor:
-                    yield from hypervisor.list_owned()
-            elif driver.kind == "snapshot mechanism":
-                with closing(self._drivers.mechanism(driver.name)) as mechanism:
-                    yield from mechanism.list_owned()
+            try:
+                if driver.kind == "hypervisor":
+                    with closing(self._drivers.hypervisor_of_host(driver.name, "strays")) as hypervisor:
+                        yield from hypervisor.list_owned()
+                elif driver.kind == "snapshot mechanism":
+                    with closing(self._drivers.mechanism(driver.name)) as mechanism:
+                        yield from mechanism.list_owned()
+            except VmsnapError as e:
+                # An appliance that is off keeps nobody from what others find.
+                problems[driver.name] = e
         yield from self._on_disks()
 
     def _on_disks(self) -> Iterator[OwnedResource]:
