@@ -48,7 +48,8 @@ class Strays:
             self._remove(each)
         left, problems = self._look()
         # Of a driver that cannot look any more, no more is known to be gone than what it has just removed.
-        return [each for each in before if each in chosen or (each not in left and each.driver not in problems)]
+        gone = [each for each in before if each not in left]
+        return [each for each in gone if each in chosen or each.driver not in problems]
 
     def _look(self) -> tuple[list[OwnedResource], dict[str, VmsnapError]]:
         """What is found, and the drivers that could not look."""
