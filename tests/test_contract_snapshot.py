@@ -221,6 +221,25 @@ class RemembersInItself(FileMechanism):
         return super().reader(snapshot)
 
 
+@caught_by("test_27_health_is_told_at_any_time_and_changes_nothing")
+class HealthOfWhatIsGone(FileMechanism):
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        return [] if files(plan)[0].exists() else [Finding("the snapshot", "note", "it is lost", "take another")]
+
+
+@caught_by("test_27_health_is_told_at_any_time_and_changes_nothing")
+class HealthWithoutACure(FileMechanism):
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        return [Finding("the snapshot", "note", "it fills up")] if files(plan)[0].exists() else []
+
+
+@caught_by("test_27_health_is_told_at_any_time_and_changes_nothing")
+class HealthThatTries(FileMechanism):
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        (self.context.state_dir.parent / "trial").touch()
+        return ()
+
+
 @caught_by("test_30_delete_leaves_nothing_after_any_step", step="prepare", fresh=False)
 class DeleteLeavesTheLast(FileMechanism):
     def delete(self, plan: SnapshotPlan) -> None:

@@ -101,12 +101,13 @@ def backup(
     shut down: file systems are clean and applications have written what they had in memory only. The VM itself does
     not notice.
     """
-    from vmsnap.cli.progress import progress_bar
+    from vmsnap.cli.progress import Telling, progress_bar
 
     with session.controller() as controller:
         controller.table.get(vm)  # told before anybody is asked for a passphrase
         repository = session.open_repository()
-        with progress_bar() as progress:
+        with progress_bar() as bar:
+            telling = Telling(bar, session.note)
             result = controller.backup(
                 vm,
                 repository,
@@ -119,10 +120,11 @@ def backup(
                 keep_seconds=keep_for,
                 freeze=freeze or session.configuration.freeze or "none",
                 accept_unencrypted=accept_unencrypted,
-                progress=progress,
+                progress=telling,
             )
     for warning in result.warnings:
-        session.note(warning)
+        if warning not in telling.told:
+            session.note(warning)
     session.emit(backup_document(result), lambda: _summary(result))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from vmsnap.controller.progress import ProgressCallback
+    from vmsnap.controller.progress import Progress, ProgressCallback
 
 _INTERVAL_SECONDS = 0.1
 _elsewhere: list[ProgressCallback] = []
@@ -50,6 +50,23 @@ def byte_bar(phase: str) -> Iterator[Callable[[int, int | None], None]]:
 
     with progress_bar() as callback:
         yield lambda done_bytes, total_bytes: callback(Progress(phase, done_bytes, total_bytes))
+
+
+class Telling:
+    """A callback that tells warnings to people as they come, and hands all else on. `told` are those."""
+
+    def __init__(self, progress: ProgressCallback, note: Callable[[str], None]) -> None:
+        self.told: list[str] = []
+        self._progress = progress
+        self._note = note
+
+    def __call__(self, progress: Progress) -> None:
+        """One step, or one warning."""
+        if progress.warning:
+            self.told.append(progress.warning)
+            self._note(progress.warning)
+        else:
+            self._progress(progress)
 
 
 class _Bar:

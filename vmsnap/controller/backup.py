@@ -22,7 +22,7 @@ from vmsnap.controller.storing import Storing, stored_text
 from vmsnap.errors import ProtocolError, VmsnapError
 from vmsnap.journal import Journal, Operation, duplicate_name_of
 from vmsnap.locks import vm_lock
-from vmsnap.model import DiskSnapshot, Duplicate
+from vmsnap.model import DiskSnapshot, Duplicate, Finding
 from vmsnap.protocol import BACKUP_LIVE, BACKUP_LIVE_FROZEN, Compensation, Condition, Instruction, Protocol
 from vmsnap.repository import BackupFields, DiskImage, Manifest, ReadOnlyDisk, Repository
 from vmsnap.vmtable import DiskRow, VmRow, VmTable
@@ -74,6 +74,7 @@ class LiveBackup:
         self._prefer = prefer
         self._holding = Holding(drivers, journal, table)
         self._warnings: list[str] = []
+        self._threats: dict[str, str] = {}
         self._manifest: Manifest | None = None
         self._result: BackupResult | None = None
         self._finished: Duplicate | None = None
@@ -103,6 +104,7 @@ class LiveBackup:
                 duplicate_name=duplicate_name_of(operation.name),
                 max_pause_seconds=self._order.max_pause_seconds,
                 start_guardian=self._start_guardian,
+                threatened=self._threatened,
                 needs_clones=self._needs_clones(),
                 freeze=self._order.freeze,
             )
@@ -132,6 +134,14 @@ class LiveBackup:
         """What an earlier crash left on this VM is set right before anything new is begun."""
         recovered = Recovery(self._drivers, self._journal, self._table).run(vm, locked=True)
         self._warnings += [f"left by an earlier run and not removed yet: {line}" for line in recovered.kept]
+
+    def _threatened(self, finding: Finding) -> None:
+        """What is about to cost a snapshot is told at once, the first time; how it was at last, in the result."""
+        new = finding.subject not in self._threats
+        cure = f" ({finding.cure})" if finding.cure else ""
+        self._threats[finding.subject] = line = f"{finding.subject}: {finding.message}{cure}"
+        if new:
+            self._bars.warn(line)
 
     def _actions(self) -> dict[Instruction, Action]:
         return {
@@ -344,7 +354,7 @@ class LiveBackup:
             disks=tuple(BackupDisk(disk.device, disk.size_bytes) for disk in manifest.disks),
             memory_bytes=manifest.memory_bytes,
             capture=capture.plan.capture,
-            warnings=tuple(self._warnings),
+            warnings=(*self._warnings, *self._threats.values()),
             duplicate=capture.duplicate_name if self._order.keep_duplicate else "",
         )
         for tell in self._notify:

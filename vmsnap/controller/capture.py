@@ -12,6 +12,7 @@ from typing import TypeVar
 from vmsnap.controller.choosing import by_mechanism, check_cloneable, choose_mechanisms
 from vmsnap.controller.drivers import Drivers
 from vmsnap.controller.freezing import FrozenDisks
+from vmsnap.controller.health import Tell
 from vmsnap.controller.instant import Instant
 from vmsnap.controller.snapshots import Snapshots
 from vmsnap.errors import CannotCapture, DoesNotConverge, PauseExceeded, ProtocolError, VmGone
@@ -44,11 +45,12 @@ class Capture:
         duplicate_name: str,
         max_pause_seconds: float,
         start_guardian: GuardianStart,
+        threatened: Tell,
         needs_clones: bool = False,
         freeze: bool = False,
     ) -> None:
         """`freeze`: disks are held within the pause, and their snapshots taken after it, where their mechanisms and the
-        hypervisor can do that.
+        hypervisor can do that. `threatened` is told, by another thread, what will cost the snapshots.
         """
         self.row = row
         self.executing = False
@@ -68,6 +70,7 @@ class Capture:
         self._table = table
         self._request = CaptureRequest(duplicate_name, max_pause_seconds)
         self._start_guardian = start_guardian
+        self._threatened = threatened
         self._needs_clones = needs_clones
         self._guard: Guard = NoGuard()
         self._frozen = FrozenDisks(self.hypervisor, operation, drivers) if freeze else None
@@ -290,6 +293,8 @@ class Capture:
         """Wait for the snapshots of frozen disks. Blocks for as long as they take."""
         if self._frozen is not None:
             self._frozen.take()
+            # Thawing writes into these disks: that alone may be more than their snapshots have room for.
+            self._frozen.snapshots.watch(self._threatened)
 
     def thaw(self) -> None:
         """Put back what the guest wrote while its disks were frozen. Idempotent; what cannot be put back now stays
@@ -336,6 +341,7 @@ class Capture:
         if self.executing:
             self._table.set_state(self.row.vm, VmState.EXECUTING.value, resume_flag=False)
         self.instant()
+        self._disks.watch(self._threatened)
         self._disks.settle()
 
     # -- compensations

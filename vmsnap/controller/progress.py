@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long verb has come: `phase` for people, bytes done and to do (None where that is not known)."""
+    """How far a long verb has come: `phase` for people, bytes done and to do (None where that is not known).
+
+    `warning` is one line about what will cost the verb its success unless somebody helps; given once, empty otherwise.
+    """
 
     phase: str
     done_bytes: int = 0
     total_bytes: int | None = None
+    warning: str = ""
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -28,13 +32,19 @@ class Bars:
 
     def __init__(self, progress: ProgressCallback) -> None:
         self._progress = progress
+        self._shown = Progress("")
         self._phase = ""
         self._before_bytes = 0
         self._total_bytes: int | None = None
 
     def show(self, phase: str, done_bytes: int, total_bytes: int | None) -> None:
         """Say how far a phase has come."""
-        self._progress(Progress(phase, done_bytes, total_bytes))
+        self._shown = Progress(phase, done_bytes, total_bytes)
+        self._progress(self._shown)
+
+    def warn(self, warning: str) -> None:
+        """Say what threatens; at any time, by any thread."""
+        self._progress(replace(self._shown, warning=warning))
 
     def begin(self, phase: str, total_bytes: int) -> None:
         """A phase of several parts begins."""

@@ -12,6 +12,7 @@ from typing import Final
 
 from vmsnap.controller.abreast import Abreast
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.health import Health, Tell
 from vmsnap.errors import SnapshotError, VmsnapError
 from vmsnap.journal import Operation
 from vmsnap.model import Disk, DiskSnapshot, SnapshotPlan, Window, to_json
@@ -31,6 +32,7 @@ class Snapshots:
         self._operation = operation
         self._drivers = drivers
         self._at_work: Abreast[tuple[DiskSnapshot, ...]] | None = None
+        self._health: Health | None = None
 
     def plan(self, vm: str, disks: Mapping[str, Sequence[Disk]], window: Window) -> None:
         """Plan a snapshot by each mechanism of the disks that are its, and enter all plans into the journal.
@@ -91,6 +93,12 @@ class Snapshots:
         """Whether all disks are fixed."""
         return len(self.taken) == sum(len(plan.disks) for _, plan in self._plans)
 
+    def watch(self, tell: Tell) -> None:
+        """From now on until they are deleted, have all that threatens them told; once they are taken."""
+        if self._health is None and self._plans:
+            self._health = Health([(self.mechanisms[plan.mechanism], plan) for _, plan in self._plans], tell)
+            self._health.start()
+
     def settle(self) -> None:
         """What the mechanisms have put off until after the pause. May block for long."""
         for _, plan in self._plans:
@@ -101,6 +109,7 @@ class Snapshots:
 
         :raises SnapshotError: the first that could not be removed, after all were tried
         """
+        self._stop_watching()
         failed: VmsnapError | None = None
         for position, plan in self._plans:
             try:
@@ -122,8 +131,14 @@ class Snapshots:
 
     def close(self) -> None:
         """Let go of all connections. Idempotent."""
+        self._stop_watching()
         for mechanism in self.mechanisms.values():
             mechanism.close()
+
+    def _stop_watching(self) -> None:
+        if self._health is not None:
+            self._health.stop()
+            self._health = None
 
     def _await(self, mechanism: str) -> None:
         # What is deleted while it is being made would be there again.

@@ -75,7 +75,7 @@ class SnapshotMechanism(ABC):
     - **Within the pause.** `snapshot` does only what must be done while the guest stands still; all else belongs to
       `prepare` or `settle`.
     - **Beside others.** A VM may have disks of several mechanisms: `snapshot` is then called on a thread of its own, at
-      the same time as theirs. No two calls go to one object at once.
+      the same time as theirs. No two calls go to one object at once, `health` excepted.
     - **The guest is never harmed.** When the snapshot runs full or breaks, the snapshot is lost (`SnapshotError` on
       reading), not a write of the guest.
     - **Deletes leave nothing,** are idempotent, and touch nothing that does not stand in the plan.
@@ -173,6 +173,19 @@ class SnapshotMechanism(ABC):
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
         """Do, after the guest runs again, what reading needs and the instant did not. May block for long."""
+
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        """Tell what will cost these snapshots unless somebody helps: one fills up and cannot be extended, or a pool in
+        which they lie does. Each is one finding, a ``note``. `subject` names what fills up, as the error does that
+        tells of the loss later, and stays the same; `message` says how full it is, and `cure` what helps now.
+
+        Asked about once a second from `snapshot` on to `delete`, by a thread of its own while readers read, clones are
+        made or `settle` is at work: it must be quick, so it tells what is known, and lets nobody wait. Changes nothing;
+        nothing to tell is nothing, also of a plan that has no snapshots any more.
+
+        :raises SnapshotError: it cannot be said now; it is asked again
+        """
+        return ()
 
     @abstractmethod
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:

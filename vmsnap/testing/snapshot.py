@@ -11,6 +11,7 @@ import itertools
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -242,6 +243,24 @@ class SnapshotContract(CloningScenarios):
         kept = Life(rig.mechanism(), life.plan, tuple(from_json(to_json(s), DiskSnapshot) for s in life.snapshots))
         assert same(contents_of(kept.mechanism, kept), list(life.contents))
         kept.mechanism.delete(life.plan)
+
+    def test_27_health_is_told_at_any_time_and_changes_nothing(self, rig: SnapshotRig) -> None:
+        """`health`: "by a thread of its own while readers read"; "Changes nothing; nothing to tell is nothing, also of
+        a plan that has no snapshots any more." Each finding is a line, with what helps."""
+        life = live(rig, "plan")
+        mechanism, before = life.mechanism, rig.traces()
+        assert not mechanism.health(life.plan) and rig.traces() == before
+        life = live(rig, mechanism=mechanism, plan=life.plan)
+        before = rig.traces()
+        with ThreadPoolExecutor(1) as thread, mechanism.reader(life.snapshots[0]) as reader:
+            told = [thread.submit(mechanism.health, life.plan) for _ in range(20)]
+            assert same(read_all(reader), life.contents[0])
+            for finding in (finding for each in told for finding in each.result(60)):
+                assert finding.severity == "note" and finding.subject and finding.message and finding.cure
+                assert "\n" not in f"{finding.subject}{finding.message}{finding.cure}"
+        assert rig.traces() == before
+        life.end()
+        assert not mechanism.health(life.plan)
 
     # -- removing
 
