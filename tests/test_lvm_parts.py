@@ -16,7 +16,7 @@ from vmsnap.model import Disk, Window
 from vmsnap.roles import DriverContext
 from vmsnap_drivers.runner import LocalRunner
 from vmsnap_drivers.runs import Runs
-from vmsnap_drivers.snapshots.lvm import LvmMechanism, doctor, marks, room, thinmap, watch
+from vmsnap_drivers.snapshots.lvm import LvmMechanism, doctor, fills, marks, room, thinmap
 from vmsnap_drivers.snapshots.lvm.commands import Lvm, device_name
 from vmsnap_drivers.snapshots.lvm.volumes import Volume, parse
 
@@ -84,16 +84,16 @@ def test_names_of_devices_double_the_hyphens() -> None:
 
 def test_how_full_everything_is() -> None:
     # dmsetup status of Linux 6.1
-    fills = watch.parse_status(
+    found = fills.parse_status(
         "vg-a: 0 65536 snapshot 8192/16384 32\nvg-b: 0 65536 snapshot Invalid\nvg-c: 0 65536 snapshot Overflow\n"
         "vg-c-cow: 0 16384 linear \nvg-pool-tpool: 0 131072 thin-pool 6 256/1024 512/1024 - rw discard_passdown - 256\n"
         "vg-x-tpool: 0 131072 thin-pool Fail\nNo devices found\n"
     )
-    assert fills == {
-        "vg-a": watch.Fill(0.5),
-        "vg-b": watch.Fill(1.0, lost=True),
-        "vg-c": watch.Fill(1.0, lost=True),
-        "vg-pool-tpool": watch.Fill(0.5, 0.25),
+    assert found == {
+        "vg-a": fills.Fill(0.5),
+        "vg-b": fills.Fill(1.0, lost=True),
+        "vg-c": fills.Fill(1.0, lost=True),
+        "vg-pool-tpool": fills.Fill(0.5, 0.25),
     }
 
 

@@ -126,7 +126,8 @@ class IscsiMechanism(SnapshotMechanism):
         self._kinds = self._places.of("").kinds
         self._watches: dict[str, Watch] = {}
         self._passing: dict[str, list[ClonePlan]] = {}
-        self._removing = Lock()
+        self._exporting = Lock()
+        """Nothing is exported, and no clone removed, while a watch gives it up."""
 
     def handles(self, disk: Disk) -> bool:
         """Say whether the disk is a raw LUN of a place that is known, reached by QEMU's own initiator or by Linux'."""
@@ -177,7 +178,8 @@ class IscsiMechanism(SnapshotMechanism):
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
         """See `SnapshotMechanism.snapshot`. One command a disk, all at once. A target does not know what of a disk that
-        Linux' initiator has brought is in this host's page cache: that is written back before.
+        Linux' initiator has brought is in this host's page cache: that is written back before. From here on it is
+        watched how full the pools get in which they lie.
 
         :raises SnapshotError: one failed, or took too long
         """
@@ -192,25 +194,27 @@ class IscsiMechanism(SnapshotMechanism):
         found = names_of(plan, self._kinds)
         with ThreadPoolExecutor(min(len(found), _MOST_AT_ONCE) or 1) as pool:
             instants = list(pool.map(take, plan.disks, found))
+        self._watch(plan)
         return tuple(DiskSnapshot(plan, disk, instant) for disk, instant in zip(plan.disks, instants, strict=True))
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
-        """See `SnapshotMechanism.settle`. Exports them, each under a name of its own, and begins to watch how full the
-        pools get in which they lie.
+        """See `SnapshotMechanism.settle`. Exports them, each under a name of its own.
 
-        :raises SnapshotError: the name is taken, or the target could not be made
+        :raises SnapshotError: the name is taken, the target could not be made, or a snapshot was given up meanwhile
         """
         served: dict[tuple[str, str], list[Target]] = {}
         for snapshot in snapshots:
             names = names_of(snapshot.plan, self._kinds)[index_of(snapshot)]
-            self._stores(names).settle(names.snapshot)
-            export = self._export(names, names.target, names.snapshot)
-            asked = (export.place.name, export.server.name)
-            if asked not in served:
-                served[asked] = export.server.targets()
-            self._make(export, names.lun, read_only=True, served=served[asked])
-        if snapshots:
-            self._begin_watching(snapshots[0].plan)
+            watch = self._watch(snapshot.plan)
+            with self._exporting:
+                if why := watch.given_up(names.snapshot):
+                    raise SnapshotError(f"the snapshot {names.snapshot} is lost: {why}")
+                self._settle(names, served)
+
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        """See `SnapshotMechanism.health`; what the last look has found, a few seconds ago."""
+        watch = self._watches.get(plan.tag)
+        return watch.threats() if watch else ()
 
     def reader(self, snapshot: DiskSnapshot) -> DiskReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
@@ -257,7 +261,7 @@ class IscsiMechanism(SnapshotMechanism):
         :raises SnapshotInUse: a VM uses it
         :raises SnapshotError: it cannot be removed or reached
         """
-        with self._removing:
+        with self._exporting:
             self._delete_clone(plan)
 
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
@@ -352,12 +356,23 @@ class IscsiMechanism(SnapshotMechanism):
         self._exports.remove(export, force=False, patience_seconds=_LOGGED_OUT_SECONDS if names.log_in else 0.0)
         self._stores(source).remove(names.path, plan.snapshot.tag)
 
-    def _begin_watching(self, plan: SnapshotPlan) -> None:
+    def _settle(self, names: LunNames, served: dict[tuple[str, str], list[Target]]) -> None:
+        """Export one snapshot. `served` has what was asked already of the servers."""
+        self._stores(names).settle(names.snapshot)
+        export = self._export(names, names.target, names.snapshot)
+        asked = (export.place.name, export.server.name)
+        if asked not in served:
+            served[asked] = export.server.targets()
+        self._make(export, names.lun, read_only=True, served=served[asked])
+
+    def _watch(self, plan: SnapshotPlan) -> Watch:
+        """What watches the pools of a plan; begun where there is none yet."""
+
         def watched(names: LunNames) -> Watched:
             stores = self._stores(names)
 
             def give_up() -> None:
-                with self._removing:
+                with self._exporting:
                     self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
                     stores.remove(names.snapshot, plan.tag)
                     # What the backup's own duplicate ran on shares its blocks.
@@ -367,10 +382,12 @@ class IscsiMechanism(SnapshotMechanism):
 
             return Watched(names.snapshot, lambda: stores.fill(names.origin), give_up)
 
-        self._stop_watching(plan.tag)
-        watch = Watch(plan.tag, [watched(names) for names in names_of(plan, self._kinds)])
-        self._watches[plan.tag] = watch
-        watch.start()
+        watch = self._watches.get(plan.tag)
+        if watch is None:
+            watch = Watch(plan.tag, [watched(names) for names in names_of(plan, self._kinds)])
+            self._watches[plan.tag] = watch
+            watch.start()
+        return watch
 
     def _given_up(self, tag: str, snapshot: str) -> str:
         """Why nobody is to open a snapshot or a clone of it any more; empty while that is not so."""

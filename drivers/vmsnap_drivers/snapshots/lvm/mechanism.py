@@ -147,7 +147,7 @@ class LvmMechanism(SnapshotMechanism):
                 )  # fmt: skip
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
-        """See `SnapshotMechanism.snapshot`. One command a disk.
+        """See `SnapshotMechanism.snapshot`. One command a disk. From here on it is watched how full everything gets.
 
         :raises SnapshotError: LVM refused, or another of its commands kept the group for too long
         """
@@ -167,6 +167,7 @@ class LvmMechanism(SnapshotMechanism):
         else:
             with ThreadPoolExecutor(len(groups)) as pool:
                 list(pool.map(take, groups.values()))
+        self._watch(plan)
         keeping = self._number("marks") > 0
         return tuple(
             DiskSnapshot(
@@ -179,31 +180,40 @@ class LvmMechanism(SnapshotMechanism):
         )
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
-        """See `SnapshotMechanism.settle`. Activates thin snapshots, and begins to watch how full everything gets.
+        """See `SnapshotMechanism.settle`. Activates thin snapshots.
 
-        :raises SnapshotError: failed
+        :raises SnapshotError: failed, or a snapshot was given up meanwhile
         """
         if not snapshots:
             return
         plan = snapshots[0].plan
         found = names_of(plan)
         thin = [f"{names.group}/{names.snapshot}" for names in found if names.thin]
+        watch = self._watch(plan)
         if thin:
-            self._lvm.change("lvchange", "--activate", "y", "--ignoreactivationskip", *thin)
-        self._stop_watching(plan.tag)
-        watch = Watch(self._lvm, plan, YES_NO.read(self._options["grow"]), self._number("pool_limit"))
-        self._watches[plan.tag] = watch
-        watch.start()
+            try:
+                self._lvm.change("lvchange", "--activate", "y", "--ignoreactivationskip", *thin)
+            except SnapshotError as e:
+                for names in found:
+                    if why := watch.given_up(names):
+                        raise SnapshotError(f"{_label(names)} is lost: {why}") from e
+                raise
+
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        """See `SnapshotMechanism.health`; what the last look has found, at most a second ago."""
+        watch = self._watches.get(plan.tag)
+        return watch.threats() if watch else ()
 
     def reader(self, snapshot: DiskSnapshot) -> DeviceReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
         names = names_of_snapshot(snapshot)
-        label, size_bytes = f"the snapshot {names.group}/{names.snapshot}", snapshot.disk.size_bytes
         watch = self._watches.get(snapshot.plan.tag)
         why, given_up = (lambda: watch.problem(names), lambda: watch.given_up(names)) if watch else (str, str)
+        size_bytes = snapshot.disk.size_bytes
         if names.thin:
-            return self._thin_reader(names.group, names.snapshot, size_bytes, label, why, given_up)
-        return DeviceReader(f"/dev/{names.group}/{names.snapshot}", size_bytes, label, why=why, given_up=given_up)
+            return self._thin_reader(names.group, names.snapshot, size_bytes, _label(names), why, given_up)
+        device = f"/dev/{names.group}/{names.snapshot}"
+        return DeviceReader(device, size_bytes, _label(names), why=why, given_up=given_up)
 
     def changed_extents(self, snapshot: DiskSnapshot, since: str) -> Iterator[Extent]:
         """See `SnapshotMechanism.changed_extents`; by the pool's metadata, whole blocks of the pool."""
@@ -370,6 +380,15 @@ class LvmMechanism(SnapshotMechanism):
                 f"{names.group}/{names.snapshot}",
             )
 
+    def _watch(self, plan: SnapshotPlan) -> Watch:
+        """What watches the snapshots of a plan; begun where there is none yet."""
+        watch = self._watches.get(plan.tag)
+        if watch is None:
+            watch = Watch(self._lvm, plan, YES_NO.read(self._options["grow"]), self._number("pool_limit"))
+            self._watches[plan.tag] = watch
+            watch.start()
+        return watch
+
     def _stop_watching(self, tag: str) -> None:
         watch = self._watches.pop(tag, None)
         if watch is not None:
@@ -381,3 +400,7 @@ class LvmMechanism(SnapshotMechanism):
 
     def _number(self, option: str) -> int:
         return _TYPES[option].read(self._options[option], option)
+
+
+def _label(names: VolumeNames) -> str:
+    return f"the snapshot {names.group}/{names.snapshot}"

@@ -143,7 +143,8 @@ class ZfsMechanism(SnapshotMechanism):
 
     def snapshot(self, plan: SnapshotPlan) -> tuple[DiskSnapshot, ...]:
         """See `SnapshotMechanism.snapshot`. One command a pool; of zfs-fuse one a file system. ZFS does not know what
-        of a volume is in the page cache: that is written back before.
+        of a volume is in the page cache: that is written back before. From here on it is watched how full the pools
+        get.
 
         :raises SnapshotError: ZFS refused, or took too long
         """
@@ -161,6 +162,7 @@ class ZfsMechanism(SnapshotMechanism):
         pools = pools_of(found)
         with ThreadPoolExecutor(max(1, len(pools))) as threads:
             list(threads.map(take, pools))
+        self._watch(plan)
         keeping = self._number("marks") > 0 and not fuse
         return tuple(
             DiskSnapshot(
@@ -170,22 +172,28 @@ class ZfsMechanism(SnapshotMechanism):
         )
 
     def settle(self, snapshots: Sequence[DiskSnapshot]) -> None:
-        """See `SnapshotMechanism.settle`. Holds the snapshots, clones them to be read, and begins to watch the pools.
+        """See `SnapshotMechanism.settle`. Holds the snapshots, and clones them to be read.
 
-        :raises SnapshotError: failed
+        :raises SnapshotError: failed, or they were given up meanwhile
         """
         if not snapshots:
             return
         plan = snapshots[0].plan
         found = names_of(plan)
-        self._zfs.hold(plan.tag, sorted({names.snapshot for names in found}))
-        for names in {names.reader: names for names in found}.values():
-            clones.make(self._zfs, names.snapshot, names.reader, names.mounted, plan.tag, "reader")
-        self._stop_watching(plan.tag)
-        datasets = sorted({names.dataset for names in found})
-        watch = Watch(self._zfs, datasets, self._number("pool_limit"), partial(self._give_up, plan))
-        self._watches[plan.tag] = watch
-        watch.start()
+        watch = self._watch(plan)
+        try:
+            self._zfs.hold(plan.tag, sorted({names.snapshot for names in found}))
+            for names in {names.reader: names for names in found}.values():
+                clones.make(self._zfs, names.snapshot, names.reader, names.mounted, plan.tag, "reader")
+        except SnapshotError as e:
+            if why := watch.given_up():
+                raise SnapshotError(f"the snapshot {found[0].snapshot} is lost: {why}") from e
+            raise
+
+    def health(self, plan: SnapshotPlan) -> Sequence[Finding]:
+        """See `SnapshotMechanism.health`; what the last look has found, at most a second ago."""
+        watch = self._watches.get(plan.tag)
+        return watch.threats() if watch else ()
 
     def reader(self, snapshot: DiskSnapshot) -> DeviceReader:
         """See `SnapshotMechanism.reader`. Needs `settle` before."""
@@ -355,6 +363,16 @@ class ZfsMechanism(SnapshotMechanism):
                     failed = failed or e
         if failed is not None:
             raise failed
+
+    def _watch(self, plan: SnapshotPlan) -> Watch:
+        """What watches the pools of a plan; begun where there is none yet."""
+        watch = self._watches.get(plan.tag)
+        if watch is None:
+            datasets = sorted({names.dataset for names in names_of(plan)})
+            watch = Watch(self._zfs, datasets, self._number("pool_limit"), partial(self._give_up, plan))
+            self._watches[plan.tag] = watch
+            watch.start()
+        return watch
 
     def _stop_watching(self, tag: str) -> None:
         self._passing.pop(tag, None)
