@@ -21,7 +21,7 @@ _LONG = {
     "test_libvirt_crashes": 430, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
     "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 200,
     "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 320,
-    "in_guest/test_lvm_backup": 140,
+    "in_guest/test_lvm_backup": 140, "in_guest/test_lvm_watch": 120, "in_guest/test_lvm_warnings": 60,
     "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 110,
     "in_guest/test_lvm_failures": 100, "test_libvirt_contract": 110, "test_contract_hypervisor": 100,
     "test_lab_guest": 100, "test_qemu_duplicates": 100, "test_interruption": 90, "test_failover_qemu": 90,

@@ -246,7 +246,13 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
         with mechanism.reader(taken) as reader:
             reader.read_into(0, memoryview(bytearray(4096)))
             written = os.urandom(7 * MIB + MIB // 2)
-            write(origin.address, 0, written)  # 8 of 16 MiB are the snapshot's alone: 15.5 are used
+            write(origin.address, 0, written[: 7 * MIB])  # 8 of 16 MiB are the snapshot's alone: 15 are used
+            sync(origin.address)
+            eventually(lambda: bool(mechanism.health(plan)), "it is told", 120)
+            (told,) = mechanism.health(plan)
+            assert told.subject == "the thin pool vg0/pool" and told.message.startswith("94% of it is used")
+            reader.read_into(0, memoryview(bytearray(4096)))
+            write(origin.address, 7 * MIB, written[7 * MIB :])
             sync(origin.address)
             eventually(lambda: volumes().keys() == before.keys(), "the snapshot is given up", 120)
             assert target in server.targets() and len(server.targets()) == 1
@@ -257,6 +263,10 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
         sync(origin.address)
         assert Path(origin.address).read_bytes()[: len(written)] == written
         mechanism.delete(plan)
+        write(origin.address, 12 * MIB, os.urandom(3 * MIB))
+        sync(origin.address)
+        with pytest.raises(SnapshotError, match=r"pool of \S+ is too full for a snapshot: 93\.75% of its data is used"):
+            mechanism.plan("vm001", [lun], "vmsnap-x", Window.FREE)
         mechanism.close()
         assert not mechanism.list_owned()
         mechanism.close()
