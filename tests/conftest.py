@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.brought_out import BROUGHT_OUT, BroughtOut
 from tests.lab import available_qemus
 from tests.lab.qemus import cache_folder
 from tests.order import LongestFirst, longest_first
@@ -81,8 +82,9 @@ def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """How long files take is measured."""
+    """How long files take is measured; what guests covered is told."""
     config.pluginmanager.register(Clock())
+    config.pluginmanager.register(BroughtOut(config), BROUGHT_OUT)
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)

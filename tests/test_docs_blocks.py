@@ -54,6 +54,7 @@ WHOLE = {
     ("iscsi.md", "vmsnap restore"): ELSEWHERE + "test_iscsi_qemu.py, on the LUNs of a real tgtd",
     ("libvirt.md", "pip install"): ELSEWHERE + "test_libvirt_driver.py, on a real libvirtd",
     ("libvirt.md", "$ vmsnap-libvirt list-vms"): "a transcript of domains that test_libvirt_inputs.py has and lists",
+    ("lvm.md", "make coverage"): "measures tests that CI runs; what a run says at its end, test_brought_out.py has",
     ("pause.md", "sh "): "how the table is measured: an hour, and nothing else running",
     (
         "pause.md",

@@ -2,13 +2,15 @@
 are marked so, under a systemd of their own; they are reported here one by one.
 
 They are collected here as all others are. When the first of a file is due, pytest is started in the guest for those of
-the file that are wanted (``tests.in_guest.telling``); each one's reports are waited for and passed on.
+the file that are wanted (``tests.in_guest.telling``); each one's reports are waited for and passed on. One boot serves
+all files: they are handed to one worker (``tests/order.py``), and one that leaves something behind it fails.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -18,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.brought_out import BOOT, BROUGHT_OUT, BroughtOut, settings
+from tests.in_guest.leftovers import PATIENCE_SECONDS as LEFTOVERS_SECONDS
+from tests.in_guest.telling import ALONE, COVERAGE, REPORTS
 from tests.lab.machine import LabError
 from tests.lab.qemus import cache_folder
 from tests.lab.storage import StorageGuest
@@ -25,42 +30,50 @@ from tests.lab.systemd import SystemdMachine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 540.0
+"""Less than the time-out of a test; where other programs have the processors, one takes minutes."""
 _POLL_SECONDS = 0.05
 
 _running = pytest.StashKey[dict[bool, "GuestRuns"]]()
 
 
 class GuestRuns:
-    """A guest, and the run of one test file in it."""
+    """A guest, and the run of one test file after the other in it."""
 
     def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
+        self._systemd = systemd
         openzfs = cache_folder() / "openzfs/root" if os.environ.get("VMSNAP_OPENZFS") else None
         self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder, layer=openzfs)
-        self._path: Path | None = None
+        self.path: Path | None = None
+        """The file that is run, or was last."""
+        self.lost = ""
+        """Why the guest is of no use any more."""
+        self._boot_seconds: float | None = None
         self._name = ""
         self._reports: Iterator[dict[str, object]] = iter(())
         self._count = 0
-        self._broken = ""
 
-    def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """All reports of one test, as soon as they are there.
+    def reports_of(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+        """All reports of one test, as soon as they are there; after the last of a file also its run's end.
 
-        :raise LabError: the guest or its pytest has ended without them, or they take too long; all later tests fail
-            with the same at once.
+        :raise LabError: the guest or its pytest has ended without them, or they take too long; all later tests of the
+            file fail with the same at once.
         """
-        if self._broken:
-            raise LabError(f"an earlier test has lost the guest: {self._broken}")
+        if self.lost:
+            raise LabError(f"an earlier test has lost the guest: {self.lost}")
         try:
-            return self._reports_of(item)
-        except (LabError, LookupError) as e:
-            self._broken = str(e)
+            reports = self._reports_of(item)
+            if nextitem is None or nextitem.path != item.path:
+                self._finish(item)
+        except (LabError, LookupError, pytest.fail.Exception) as e:  # the last is that of pytest-timeout
+            self.lost = str(e)
             self.guest.kill()
-            raise LabError(self._broken) from e
+            raise LabError(self.lost) from e
+        return reports
 
     def _reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
-        if item.path != self._path:
+        if item.path != self.path:
             self._begin(item)
         reports: list[pytest.TestReport] = []
         for data in self._reports:
@@ -69,6 +82,9 @@ class GuestRuns:
                 raise LabError(f"the guest tells of {report.nodeid} instead of {item.nodeid}")
             reports.append(report)
             if report.when == "teardown":
+                if self._boot_seconds is not None:
+                    report.user_properties.append((BOOT, self._boot_seconds))
+                    self._boot_seconds = None
                 return reports
         ended = self.guest.end(self._name, PATIENCE_SECONDS)
         raise LabError(f"pytest in the guest has ended with status {ended.status}: {ended.output[-2000:]}")
@@ -79,26 +95,51 @@ class GuestRuns:
         shutil.rmtree(self.folder)
 
     def _begin(self, item: pytest.Item) -> None:
-        if self._path is None:
+        is_first, self.path = self.path is None, item.path
+        if is_first:
+            began = time.monotonic()
             self.guest.start()
-        else:
-            self.guest.end(self._name, PATIENCE_SECONDS)
+            if not self._systemd:
+                self._boot_seconds = time.monotonic() - began
         self._count += 1
-        self._path, self._name = item.path, f"run{self._count}"
+        self._name = f"run{self._count}"
+        results = self.guest.results
         wanted = [other.nodeid for other in item.session.items if other.path == item.path]
-        (self.guest.results / f"{self._name}.wanted").write_text("\n".join(wanted) + "\n")
-        told = self.guest.results / f"{self._name}.reports"
+        (results / f"{self._name}.wanted").write_text("\n".join(wanted) + "\n")
+        told = results / f"{self._name}.reports"
         told.touch()
+        (results / f"{self._name}.coverage").mkdir()
+        variables = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            REPORTS: f"/run/results/{self._name}.reports",
+            ALONE: "" if self._systemd else str(LEFTOVERS_SECONDS),
+            COVERAGE: json.dumps(settings(f"/run/results/{self._name}.coverage/data", systemd=self._systemd)),
+        }
+        exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        # Files of tests are RAM of the guest, which the next one needs.
         self.guest.begin(
             self._name,
-            f"""export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONDONTWRITEBYTECODE=1
+            f"""export {exports}
 cd '{ROOT}'
-export VMSNAP_GUEST_REPORTS=/run/results/{self._name}.reports
-exec '{sys.executable}' -m pytest -q --noconftest -p no:cacheprovider -p pytest_timeout -p tests.in_guest.telling \\
+'{sys.executable}' -m pytest -q --noconftest -p no:cacheprovider -p pytest_timeout -p tests.in_guest.telling \
     @/run/results/{self._name}.wanted
+status=$?
+rm -rf /tmp/pytest-of-* /dev/shm/*
+exit $status
 """,
         )
         self._reports = self._tail(told)
+
+    def _finish(self, item: pytest.Item) -> None:
+        """Wait for the end of the file's run, and take what it has covered."""
+        ended = self.guest.end(self._name, PATIENCE_SECONDS)
+        if ended.status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise LabError(f"pytest in the guest has ended with status {ended.status}: {ended.output[-2000:]}")
+        brought_out = item.config.pluginmanager.get_plugin(BROUGHT_OUT)
+        if isinstance(brought_out, BroughtOut):
+            brought_out.add(self.guest.results / f"{self._name}.coverage")
 
     def _tail(self, told: Path) -> Iterator[dict[str, object]]:
         """The reports as they come, to the end of the run."""
@@ -126,13 +167,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return None
     guests = item.config.stash.setdefault(_running, {})
     systemd = item.get_closest_marker("systemd") is not None
+    if systemd in guests and guests[systemd].lost and guests[systemd].path != item.path:
+        guests.pop(systemd).end()  # another file's tests are not to blame
     if systemd not in guests:
         guests[systemd] = GuestRuns(systemd=systemd)
-    runs = guests[systemd]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     began = time.time()
     try:
-        reports = runs.reports_of(item)
+        reports = guests[systemd].reports_of(item, nextitem)
     except LabError as e:
         reports = [_failed(item, str(e), began)]
     for report in reports:

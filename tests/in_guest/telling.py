@@ -1,12 +1,23 @@
-"""The plugin of the pytest in the guest: writes each report where the host's reads it, as soon as it is there."""
+"""The plugin of the pytest in the guest: writes each report where the host's reads it, as soon as it is there; writes
+what the tests have covered beside it; and fails a file whose tests leave the guest in another state than they found.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import coverage
 import pytest
+
+from tests.in_guest.leftovers import left_since, present
+
+REPORTS, ALONE, COVERAGE = "VMSNAP_GUEST_REPORTS", "VMSNAP_GUEST_ALONE", "VMSNAP_GUEST_COVERAGE"
+"""The variables by which it is told where reports go; that nobody else uses the machine: for how many seconds something
+may still be there that ends by itself; and, as JSON, the arguments of `coverage.Coverage`.
+"""
 
 
 class Telling:
@@ -22,6 +33,39 @@ class Telling:
         self._file.write(json.dumps(data).encode() + b"\n")
 
 
+class Tidiness:
+    """Fails the last test where something is left that was not there before the first."""
+
+    def __init__(self, seconds: float) -> None:
+        self._before, self._seconds = present(), seconds
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, nextitem: pytest.Item | None) -> Iterator[None]:
+        """Look, once all fixtures are torn down."""
+        yield
+        if nextitem is None and (left := left_since(self._before, self._seconds)):
+            pytest.fail(f"these tests leave behind them: {'; '.join(left)}", pytrace=False)
+
+
+class Covering:
+    """Writes which lines were run. It begins when it is made: imports run lines too."""
+
+    def __init__(self, settings: dict[str, object]) -> None:
+        self._coverage = coverage.Coverage(**settings)  # type: ignore[arg-type]
+        # Most files have to do with some of the drivers only.
+        self._coverage.set_option("run:disable_warnings", ["module-not-imported", "no-data-collected"])
+        self._coverage.start()
+
+    def pytest_unconfigure(self) -> None:
+        """Write them."""
+        self._coverage.stop()
+        self._coverage.save()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Begin to tell."""
-    config.pluginmanager.register(Telling(config, Path(os.environ["VMSNAP_GUEST_REPORTS"])))
+    if settings := json.loads(os.environ.get(COVERAGE, "null")):
+        config.pluginmanager.register(Covering(settings))
+    if seconds := os.environ.get(ALONE):
+        config.pluginmanager.register(Tidiness(float(seconds)))
+    config.pluginmanager.register(Telling(config, Path(os.environ[REPORTS])))
