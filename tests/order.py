@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LONG = {
     "test_libvirt_crashes": 430, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
     "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 200,
-    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 320,
+    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 340,
     "in_guest/test_lvm_backup": 140, "in_guest/test_lvm_watch": 120, "in_guest/test_lvm_warnings": 60,
     "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 110,
     "in_guest/test_lvm_failures": 100, "test_libvirt_contract": 110, "test_contract_hypervisor": 100,
@@ -34,7 +34,7 @@ _LONG = {
     "test_power_loss": 45, "test_libvirt_changes": 45,
     "test_libvirt_inputs": 55, "test_libvirt_precopy": 30, "test_libvirt_zfs": 30,
     "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,
-    "test_iscsi_cuts": 90, "in_guest/test_kernel_initiator": 110,
+    "test_iscsi_cuts": 130, "test_iscsi_trouble": 70, "in_guest/test_kernel_initiator": 110,
 }  # fmt: skip
 SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
 """About how long files take that are not short, on two cores that have nothing else to do."""

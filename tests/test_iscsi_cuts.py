@@ -8,295 +8,113 @@ The appliance is this host: a real tgtd over files on a real XFS, and a real SSH
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pytest
 
+from tests.appliance_here import Bench, Commands, When, bench, commands
 from tests.conftest import Counted
-from tests.guardians import remove_host
-from tests.lab import Disk, LabMachine, find_qemu
+from tests.lab import serial
 from tests.lab.qmp import seconds_between
-from tests.lab.sshd import SshServer
-from tests.lab.tgtd import TargetServer, programs
-from tests.proxy import Proxy, Trouble
-from tests.qemu_stage import MIB, end_all, until
+from tests.qemu_stage import until
 from tests.test_file_mechanism import xfs
-from vmsnap.controller import Controller, Drivers
+from tests.watching import Before
+from vmsnap.controller import Controller
 from vmsnap.errors import VmsnapError
-from vmsnap.host import HostFolders
-from vmsnap.places import create_repository
-from vmsnap.roles import DriverContext, SnapshotMechanism
-from vmsnap.testing.faults import FaultPlan, FaultySnapshotMechanism
 from vmsnap_drivers import runner_ssh
-from vmsnap_drivers.runner_ssh import SshRunner
 from vmsnap_drivers.snapshots.iscsi import initiator
 
-__all__ = ["xfs"]
-pytestmark = [pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.timeout(600)]
+__all__ = ["bench", "commands", "xfs"]
+EVERYWHERE = bool(os.environ.get("VMSNAP_ALL_CUTS"))
+"""Whether it is cut at every command, which takes half an hour: see `_cases`."""
+pytestmark = [
+    pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.timeout(7200 if EVERYWHERE else 900)
+]  # fmt: skip
 
-P = ParamSpec("P")
-T = TypeVar("T")
-TARGET = "iqn.2009-12.com.example:001"
-SIZE_MIB, MEMORY_MIB = 66, 128
-"""As small as the guest takes them: each case is a backup."""
 ASKING = frozenset(["tgtadm show", "stat", "test", "sync"])
 """Commands that change nothing."""
-
-
-class When(enum.Enum):
-    """Where in a command the connection is lost."""
-
-    BEFORE = "before it"
-    DONE = "after it was done, before its answer"
-
-
-class Appliance:
-    """A tgtd with one LUN, and an SSH server whose commands can be held when they are done; each behind a proxy."""
-
-    def __init__(self, place: Path, images: Path, server: TargetServer, sshd: SshServer) -> None:
-        self.images = images
-        self.server = server
-        self.hold, self.done = place / "hold", place / "done"
-        self.ssh = Proxy(("127.0.0.1", sshd.port))
-        self.iscsi = Proxy(("127.0.0.1", server.port))
-        known = sshd.known_hosts.read_text().split(" ", 1)[1]
-        (place / "known").write_text(f"[127.0.0.1]:{self.ssh.port} {known}")
-        self.address = f"iscsi://127.0.0.1:{self.iscsi.port}/{TARGET}/1"
-        self.options = {
-            "appliances": f"127.0.0.1:{self.iscsi.port}=ssh://root@127.0.0.1:{self.ssh.port}",
-            "known_hosts": str(place / "known"),
-            "ssh_key": str(sshd.key),
-            "server": "tgt",
-        }
-
-    def left(self) -> list[str]:
-        """What there is beside the one LUN."""
-        return sorted({*(path.name for path in self.images.iterdir()), *self.server.targets()} - {"disk0.img", TARGET})
-
-    def vanish(self) -> None:
-        """No command reaches it from now on."""
-        self.ssh.refusing = True
-        self.ssh.cut_all()
-
-    def come_back(self) -> None:
-        """Commands reach it again."""
-        self.ssh.clear()
-
-    def close(self) -> None:
-        """End the proxies."""
-        self.ssh.close()
-        self.iscsi.close()
-
-
-class Commands:
-    """Counts the commands that are given over SSH; at one of them the appliance vanishes, or goes silent."""
-
-    def __init__(self, appliance: Appliance, begin: Callable[..., Any]) -> None:
-        self._appliance = appliance
-        self._begin = begin
-        self.given: list[str] = []
-        self.arm()
-
-    def arm(self, at: int | str | None = None, when: When = When.BEFORE, *, silently: bool = False) -> None:
-        """Count anew.
-
-        :param at: the number of the command, or the program whose first command it is; None: nothing happens
-        """
-        self.given.clear()
-        self.at, self.when, self.silently = at, when, silently
-        self.struck = False
-
-    def begin(self, runner: SshRunner, argv: Any) -> Any:
-        """In place of `SshRunner._begin`."""
-        number = len(self.given)
-        self.given.append(f"{argv[0]} {argv[argv.index('--op') + 1]}" if "--op" in argv else argv[0])
-        if self.struck or self.at not in (number, self.given[-1]):
-            return self._begin(runner, argv)
-        self.struck = True
-        appliance = self._appliance
-        if self.when is When.BEFORE:
-            appliance.vanish()
-            return self._begin(runner, argv)
-        appliance.hold.touch()
-        channel = self._begin(runner, argv)
-        until(appliance.done.exists, f"command {number} is done", 60)
-        if self.silently:
-            appliance.ssh.add(Trouble("stall", direction="down", times=1000))
-        else:
-            appliance.vanish()
-        appliance.done.unlink()
-        appliance.hold.unlink()
-        return channel
-
-
-class Calls(FaultPlan):
-    """Plans no faults; before the first call of each of these methods of the mechanism it does something."""
-
-    def __init__(self, do: Callable[[], None], *before: str) -> None:
-        super().__init__()
-        self._do = do
-        self.left = set(before)
-
-    def call(
-        self, default: type[VmsnapError], method: str, target: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        if method in self.left:
-            self.left.remove(method)
-            self._do()
-        return super().call(default, method, target, *args, **kwargs)
-
-
-class WrappedDrivers(Drivers):
-    """Drivers whose mechanism ``iscsi`` tells a plan of its calls."""
-
-    def __init__(self, context: DriverContext, options: Mapping[str, str], plan: FaultPlan) -> None:
-        super().__init__(context, {"iscsi": options})
-        self._plan = plan
-
-    def mechanism(self, name: str) -> SnapshotMechanism:
-        made = super().mechanism(name)
-        return FaultySnapshotMechanism(made, self._plan) if name == "iscsi" else made
-
-
-class Bench:
-    """The VM on the appliance's LUN, and vmsnap's state."""
-
-    def __init__(self, place: Path, appliance: Appliance) -> None:
-        self.appliance = appliance
-        self.folders = HostFolders.find(place / "state")
-        self.repository = create_repository(str(place / "repository"))
-        self.machine = LabMachine(
-            place / "vm001",
-            find_qemu("7.2"),
-            memory_mib=MEMORY_MIB,
-            disks=(Disk("raw", SIZE_MIB * MIB, appliance.address),),
-            settings={"slots": 64, "pause_us": 20000},
-        )
-
-    @contextlib.contextmanager
-    def controller(self, plan: FaultPlan | None = None, **options: str) -> Iterator[Controller]:
-        context, given = self.folders.context(), {**self.appliance.options, "pause_seconds": "30", **options}
-        drivers = WrappedDrivers(context, given, plan) if plan else Drivers(context, {"iscsi": given})
-        with Controller(self.folders, drivers=drivers) as made:
-            yield made
-
-    def backup(self, controller: Controller, *, keep: bool) -> str:
-        """A backup, and the end of the duplicate that it kept; returns what failed, empty where nothing did."""
-        before, held = len(self.repository.list()), ""
-        try:
-            result = controller.backup("vm001", self.repository, keep_duplicate=keep, max_pause_seconds=60)
-            held = result.duplicate
-            if held:
-                controller.discard_duplicate(held)
-        except VmsnapError as e:
-            assert "\n" not in str(e)
-            # Of one that failed nothing is listed, but where its store was done: then its error says so.
-            stored = bool(held) or any("is stored all the same" in note for note in getattr(e, "__notes__", ()))
-            assert len(self.repository.list()) == before + stored
-            return str(e)
-        assert len(self.repository.list()) == before + 1
-        assert all("\n" not in line for line in result.warnings)
-        return "; ".join(result.warnings)
-
-    def see_that_the_guest_runs(self) -> None:
-        self.machine.wait_for_count(self.machine.latest_count() + 3)
-        assert self.machine.faults() == [] and self.machine.oracle.status() == "running"
-
-    def see_that_nothing_is_left(self, controller: Controller) -> None:
-        assert controller.recover().kept == ()
-        assert self.appliance.left() == [] and controller.journal.unfinished() == [] and controller.duplicates() == []
-        assert [row.vm for row in controller.table.rows()] == ["vm001"]
-
-
-@pytest.fixture(scope="module")
-def bench(xfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    place, images = Path(tempfile.mkdtemp(prefix="vmsnap-")), xfs / "luns"
-    images.mkdir()
-    with (images / "disk0.img").open("wb") as file:
-        file.truncate(SIZE_MIB * MIB)
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, images)
-        stack.callback(remove_host, place)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        server = stack.enter_context(TargetServer(tmp_path_factory.mktemp("tgtd")))
-        server.add(TARGET, images / "disk0.img")
-        # An appliance's tgtd has the control port 0; this one must not be in the way of another. And sshd has a /run of
-        # its own, where its socket is not.
-        tgtadm = place / "bin/tgtadm"
-        tgtadm.parent.mkdir()
-        tgtadm.write_text(
-            f'#!/bin/sh\nexec nsenter --target {server.pid} --mount {programs()}/tgtadm "$@"'
-            f" --control-port {server.control_port}\n"
-        )
-        # What is held is done, and its status is not told.
-        given = place / "bin/given"
-        given.write_text(
-            f'#!/bin/sh\nsh -c "$SSH_ORIGINAL_COMMAND"\nstatus=$?\nif [ -e {place}/hold ]; then\n: > {place}/done\n'
-            f"while [ -e {place}/hold ]; do sleep 0.01; done\nfi\nexit $status\n"
-        )
-        for program in (tgtadm, given):
-            program.chmod(0o755)
-        patch.setattr(runner_ssh, "_PATH", f"{tgtadm.parent}:{runner_ssh._PATH}")
-        sshd = stack.enter_context(SshServer(tmp_path_factory.mktemp("sshd"), (f"ForceCommand {given}",)))
-        appliance = Appliance(place, images, server, sshd)
-        stack.callback(appliance.close)
-        made = Bench(place, appliance)
-        stack.enter_context(made.machine)
-        stack.callback(end_all, place)
-        made.machine.wait_for_check(1, timeout_seconds=200)
-        with made.controller() as controller:
-            controller.add_vm("vm001", "qemu", {"qmp": str(made.machine.qmp_socket), "capture": "cow"})
-        yield made
-
-
-@pytest.fixture
-def commands(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    made = Commands(bench.appliance, SshRunner._begin)
-    monkeypatch.setattr(SshRunner, "_begin", lambda runner, argv: made.begin(runner, argv))
-    return made
+CONSISTENT = {"mode": "consistent", "timeout_seconds": 120}
 
 
 def test_the_appliance_vanishes_at_each_command_before_it_and_when_it_was_done(
     bench: Bench, commands: Commands, counted: Counted
 ) -> None:
-    with bench.controller() as controller:
-        assert bench.backup(controller, keep=True) == ""
-        given = list(commands.given)
-        bench.see_that_nothing_is_left(controller)
+    given = _given(bench, commands, keep_duplicate=True)
     cases, kept_ones, cut_recoveries = _cases(given), 0, 0
     exported = given.index("tgtadm bind")
     for number, when in cases:
-        case = f"command {number} ({given[number]}), {when.value}"
-        with bench.controller() as controller:
-            commands.arm(number, when)
-            problem = bench.backup(controller, keep=True)
-            assert commands.struck and bench.appliance.ssh.refusing, case
-            assert f"ssh://root@127.0.0.1:{bench.appliance.ssh.port}" in problem, f"{case}: {problem!r}"
-            bench.see_that_the_guest_runs()
-            kept = controller.recover().kept
-            assert all("\n" not in line for line in kept), case
-            left = bench.appliance.left()
-            assert not left or (kept and controller.journal.unfinished()), f"{case}: {left}"
-            kept_ones += bool(left)
-            bench.appliance.come_back()
-            if (number, when) == (exported, When.DONE):
-                cut_recoveries += _cut_recovery(bench, controller, commands)
-            commands.arm()
-            bench.see_that_nothing_is_left(controller)
+        recover_cut = (number, when) == (exported, When.DONE)
+        kept, cuts = _cut_at(bench, commands, given, number, when, recover_cut=recover_cut, keep_duplicate=True)
+        kept_ones, cut_recoveries = kept_ones + kept, cut_recoveries + cuts
     counted(
         f"SSH cut {len(cases)} times at {len(given)} commands of a backup, and at {cut_recoveries} of its recovery;"
         f" {kept_ones} times something was kept in the journal until the appliance was back",
         cases=len(cases) + cut_recoveries,
     )
     assert cut_recoveries > 3 and kept_ones > len(cases) / 2
+
+
+def test_the_appliance_vanishes_while_a_consistent_backup_has_a_duplicate_there(
+    bench: Bench, commands: Commands, counted: Counted
+) -> None:
+    """When the duplicate's LUN is exported, before that is removed, and when all but the last command is done."""
+    given = _given(bench, commands, **CONSISTENT)
+    exports = [number for number, name in enumerate(given) if name == "tgtadm bind"]
+    removals = [number for number, name in enumerate(given) if name == "tgtadm delete"]
+    assert len(exports) == len(removals) == 2, given
+    chosen = [(exports[1], When.DONE), (removals[0], When.BEFORE), (removals[1], When.DONE)]
+    cases = _everywhere(given) if EVERYWHERE else chosen
+    kept_ones = sum(_cut_at(bench, commands, given, number, when, **CONSISTENT)[0] for number, when in cases)
+    counted(
+        f"SSH cut {len(cases)} times at {len(given)} commands of a consistent backup; {kept_ones} times something was"
+        " kept in the journal until the appliance was back",
+        cases=len(cases),
+    )
+    assert kept_ones >= len(chosen)
+
+
+def _given(bench: Bench, commands: Commands, **how: Any) -> list[str]:
+    """The commands of a backup that nothing happens to."""
+    with bench.controller() as controller:
+        commands.arm()
+        assert bench.backup(controller, **how) == ""
+        given = list(commands.given)
+        bench.see_that_nothing_is_left(controller)
+    return given
+
+
+def _cut_at(
+    bench: Bench,
+    commands: Commands,
+    given: list[str],
+    number: int,
+    when: When,
+    *,
+    recover_cut: bool = False,
+    **how: Any,
+) -> tuple[bool, int]:
+    """A backup whose appliance vanishes at one command; says whether something was left there, and how often its
+    recovery was cut too.
+    """
+    case, cut_recoveries = f"command {number} ({given[number]}), {when.value}", 0
+    with bench.controller() as controller:
+        commands.arm(number, when)
+        problem = bench.backup(controller, **how)
+        assert commands.struck and bench.appliance.ssh.refusing, case
+        assert f"ssh://root@127.0.0.1:{bench.appliance.ssh.port}" in problem, f"{case}: {problem!r}"
+        bench.see_that_the_guest_runs()
+        kept = controller.recover().kept
+        assert all("\n" not in line for line in kept), case
+        left = bench.appliance.left()
+        assert not left or (kept and controller.journal.unfinished()), f"{case}: {left}"
+        bench.appliance.come_back()
+        if recover_cut:
+            cut_recoveries = _cut_recovery(bench, controller, commands)
+        commands.arm()
+        bench.see_that_nothing_is_left(controller)
+    return bool(left), cut_recoveries
 
 
 def _cut_recovery(bench: Bench, controller: Controller, commands: Commands) -> int:
@@ -328,7 +146,7 @@ def test_an_appliance_that_goes_silent_in_the_pause_does_not_hold_the_guest(
     monkeypatch.setattr(runner_ssh, "_CONNECT_SECONDS", 2.0)
     with bench.controller(pause_seconds="1") as controller:
         commands.arm("cp", When.DONE, silently=True)
-        problem = bench.backup(controller, keep=False)
+        problem = bench.backup(controller)
         assert commands.struck and "did not end within 1 s, and may go on" in problem
         events = [e for e in bench.machine.oracle.events() if e["event"] in ("STOP", "RESUME")]
         pause_seconds = max(seconds_between(*pair) for pair in pairwise(events) if pair[0]["event"] == "STOP")
@@ -349,9 +167,9 @@ def test_the_connections_to_luns_are_cut_and_the_guest_and_the_backup_go_on(benc
         bench.appliance.iscsi.cut_all()
 
     calls = ("snapshot", "read_into")
-    plan = Calls(cut, *calls)
+    plan = Before(dict.fromkeys(calls, cut))
     with bench.controller(plan) as controller:
-        assert bench.backup(controller, keep=False) == ""
+        assert bench.backup(controller) == ""
         bench.see_that_the_guest_runs()
         bench.see_that_nothing_is_left(controller)
     assert not plan.left
@@ -367,9 +185,9 @@ def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
         bench.appliance.iscsi.refusing = True
         bench.appliance.iscsi.cut_all()
 
-    plan = Calls(away, "read_into")
+    plan = Before({"read_into": away})
     with bench.controller(plan) as controller:
-        assert "cannot be read over iSCSI" in bench.backup(controller, keep=False)
+        assert "cannot be read over iSCSI" in bench.backup(controller)
         bench.appliance.iscsi.clear()
         bench.see_that_the_guest_runs()
         bench.see_that_nothing_is_left(controller)
@@ -377,15 +195,41 @@ def test_luns_that_stay_away_while_a_snapshot_is_read_fail_the_backup_alone(
     counted("iSCSI away while a snapshot is read, under the guest too, and back", cases=1)
 
 
-def _cases(given: list[str]) -> list[tuple[int, When]]:
-    """Where to cut: everywhere where ``VMSNAP_ALL_CUTS`` is set. Each case is a backup, and from the snapshot on that
-    takes seconds, so that else those are left out which find the appliance as another one does: what only asks leaves
-    nothing behind, what was done is there before the next command too, and the disk of a duplicate is made as a
-    snapshot is.
+def test_a_duplicate_takes_over_while_no_command_reaches_its_appliance(bench: Bench, counted: Counted) -> None:
+    """It needs its LUN alone, and while that is away too, nothing is lost. It ends the VM of this module, so that it
+    stands last.
     """
-    every = [(number, when) for number in range(len(given)) for when in When]
-    if os.environ.get("VMSNAP_ALL_CUTS"):
-        return every
+    machine, appliance = bench.machine, bench.appliance
+    with bench.controller() as controller:
+        held = controller.backup("vm001", bench.repository, keep_duplicate=True, max_pause_seconds=60).duplicate
+        (row,) = (row for row in controller.table.rows() if row.vm == held)
+        after = machine.wait_for_count(machine.latest_count() + 20)
+        machine.kill()
+        begun = len(machine.serial_text())
+        appliance.vanish()
+        appliance.iscsi.refusing = True
+        with pytest.raises(VmsnapError) as failed:
+            controller.failover("vm001")
+        assert "\n" not in str(failed.value) and [each.duplicate for each in controller.duplicates()] == [held]
+        appliance.iscsi.clear()
+        result = controller.failover("vm001")
+        assert result.duplicate == held and controller.table.get("vm001").disks[0].address == row.disks[0].address
+        until(lambda: len(serial.counts(machine.serial_text()[begun:])) > 3, "it goes on", 200)
+        text = machine.serial_text()[begun:]
+        assert serial.faults(text) == [] and serial.counts(text)[0] <= after + 20
+        appliance.come_back()
+        assert controller.recover().kept == () and controller.journal.unfinished() == []
+    counted("failover with the appliance's SSH away, and with its LUNs away first", cases=2)
+
+
+def _cases(given: list[str]) -> list[tuple[int, When]]:
+    """Where to cut a live backup: everywhere where ``VMSNAP_ALL_CUTS`` is set. Each case is a backup, and from the
+    snapshot on that takes seconds, so that else those are left out which find the appliance as another one does: what
+    only asks leaves nothing behind, what was done is there before the next command too, and the disk of a duplicate is
+    made as a snapshot is.
+    """
+    if EVERYWHERE:
+        return _everywhere(given)
     snapshot, last = given.index("cp"), {name: number for number, name in enumerate(given)}
     exported, changes = given.index("tgtadm bind"), [name not in ASKING for name in given]
     return [
@@ -394,3 +238,7 @@ def _cases(given: list[str]) -> list[tuple[int, When]]:
         (last["tgtadm bind"], When.DONE),
         (last["tgtadm delete"], When.DONE),
     ]
+
+
+def _everywhere(given: list[str]) -> list[tuple[int, When]]:
+    return [(number, when) for number in range(len(given)) for when in When]
