@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,72 @@ def test_a_change_does_not_go_on_when_we_die(tmp_path: Path) -> None:
         assert alive(pid)
         process.kill()
     eventually(lambda: not alive(pid), "its end", 60)
+
+
+STUBBORN = "trap '' TERM\necho $$ >{pid}\nuntil [ -e {ended} ]; do sleep 0.05; done\n"
+
+
+def pid_in(path: Path) -> int:
+    eventually(lambda: path.exists() and path.read_text() != "", "the command", 60)
+    return int(path.read_text())
+
+
+def functions_of(thread: int) -> set[str]:
+    """What a thread is in."""
+    return {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])}
+
+
+def test_what_was_interrupted_and_does_not_stop_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    pid_file, ended = tmp_path / "pid", tmp_path / "ended"
+    command = script(tmp_path, STUBBORN.format(pid=pid_file, ended=ended), "/bin/sh")
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    runner = LocalRunner()
+    waiter = threading.get_ident()
+
+    def interrupt_who_waits() -> None:
+        pid_in(pid_file)
+        eventually(lambda: "wait" in functions_of(waiter), "the command is waited for", 60)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt_who_waits)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run([command], 1000)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 0.1)
+    with pytest.raises(SnapshotError, match=rf"\(process {pid_in(pid_file)}\) has still not ended"):
+        runner.await_late()
+    ended.touch()
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 60)
+    runner.await_late()
+    assert not alive(pid_in(pid_file))
+
+
+def test_what_a_vmsnap_that_died_has_begun_and_does_not_stop_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid_file, ended, plan = tmp_path / "pid", tmp_path / "ended", tmp_path.name
+    command = script(tmp_path, STUBBORN.format(pid=pid_file, ended=ended), "/bin/sh")
+    code = "from vmsnap_drivers.runner import LocalRunner;"
+    code += f"LocalRunner().run([{command!r}, '-o', 'plan={plan}'], 1000, changes=True)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        pid = pid_in(pid_file)
+        process.kill()
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 0.1)
+    LocalRunner().await_others("plan", f"{plan}x")
+    with pytest.raises(SnapshotError, match=rf"\(process {pid}\) has still not ended"):
+        LocalRunner().await_others("plan", plan)
+    ended.touch()
+    monkeypatch.setattr("vmsnap_drivers.runner.LATE_SECONDS", 60)
+    LocalRunner().await_others("plan", plan)
+    assert not alive(pid)
 
 
 def test_lines_come_as_they_are_printed_and_the_command_ends_with_its_reader(tmp_path: Path) -> None:

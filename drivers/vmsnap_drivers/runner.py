@@ -8,6 +8,7 @@ can (``lib/misc/lvm-signal.c`` of LVM 2.03.16), and is left to itself if it cann
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -23,6 +24,7 @@ from vmsnap.errors import DriverUnavailable, SnapshotError
 _STOPPING_SECONDS: Final = 5.0
 LATE_SECONDS: Final = 60.0
 """How long commands are waited for that should have ended."""
+_LOOK_EACH_SECONDS: Final = 0.05
 _MORE_FOLDERS: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
@@ -80,6 +82,13 @@ class Runner(ABC):
         :raises SnapshotError: one has not
         """
 
+    def await_others(self, *words: str) -> None:
+        """Wait until no command is left that has these words: those of a vmsnap which died were asked to stop, and may
+        go on all the same. Does nothing where nobody can tell. Blocks for a minute at most.
+
+        :raises SnapshotError: one is left
+        """
+
     def close(self) -> None:
         """Let go of connections; idempotent."""
 
@@ -115,6 +124,7 @@ class LocalRunner(Runner):
                 ) from e
             except BaseException:
                 process.terminate()
+                self._late.append((_name(argv), process))
                 raise
             return Output(status, _text(stdout), _text(stderr))
 
@@ -155,6 +165,14 @@ class LocalRunner(Runner):
                 raise still_going(name, f"process {process.pid}") from e
             self._late.remove(late)
 
+    def await_others(self, *words: str) -> None:
+        """See `Runner.await_others`: those of this host that we may look at."""
+        deadline = time.monotonic() + LATE_SECONDS
+        while found := next(commands_with(*words), None):
+            if time.monotonic() > deadline:
+                raise still_going(*found)
+            time.sleep(_LOOK_EACH_SECONDS)
+
     def _start(
         self, argv: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes], *, tied: bool = False
     ) -> subprocess.Popen[bytes]:
@@ -174,6 +192,21 @@ class LocalRunner(Runner):
         """Have the kernel send SIGTERM when we die: what we have begun must not come into being after the recovery."""
         setpriv = self.find("setpriv")
         return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+
+
+def commands_with(*words: str) -> Iterator[tuple[str, str]]:
+    """The names of processes in whose command line these words stand, and which they are; what has ended has none.
+
+    Words end at ``=`` and ``@`` too: ``zfs`` cuts its arguments there, in the memory that the kernel shows.
+    """
+    wanted = {os.fsencode(word) for word in words}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if wanted <= set(re.split(rb"[\0=@]", line)):
+            yield _name([os.fsdecode(word) for word in line.split(b"\0")]), f"process {process.name}"
 
 
 def still_going(name: str, which: str) -> SnapshotError:

@@ -18,6 +18,8 @@ from vmsnap_drivers.snapshots.zfs.lookup import FUSE_SOCKET
 INSTALL: Final = "apt install zfsutils-linux zfs-dkms (Debian's contrib)"
 KIND: Final = "vmsnap:kind"
 PLAN: Final = "vmsnap:plan"
+_NOBODYS: Final = "vmsnap:nothing"
+"""A property that nothing has: there is nothing to be changed about it."""
 _ASKING_SECONDS: Final = 60.0
 _CHANGING_SECONDS: Final = 120.0
 _SENDING_SECONDS: Final = 60.0
@@ -156,6 +158,20 @@ class Zfs:
         :raises SnapshotError: it does not take it, or hangs
         """
         self._checked(["zpool", "sync", pool], _CHANGING_SECONDS)
+
+    def outlast(self, plan: str, pools: Iterable[str]) -> None:
+        """Wait for the end of commands that a vmsnap which died has given for a plan: what they make would come into
+        being after it was found not to be there. Blocks.
+
+        :raises SnapshotError: one does not end, or a pool is not there or hangs
+        """
+        self.runner.await_others(PLAN, plan)
+        for pool in pools:
+            # The command is gone, and zfs-fuse may still be at it: another change waits for the transactions before.
+            if self.flavour().fuse:
+                self.change("inherit", _NOBODYS, pool)
+            elif os.geteuid() == 0:
+                self.sync(pool)
 
     def change(self, *arguments: str) -> None:
         """Give a command that changes something. Blocks.

@@ -270,6 +270,10 @@ class ZfsMechanism(SnapshotMechanism):
         """
         self._stop_watching(plan.tag)
         self._zfs.runner.await_late()
+        found = names_of(plan)
+        taken = [each for each in self._made(plan.tag, pools_of(found)) if each.kind == "snapshot"]
+        if len(taken) < len({names.snapshot for names in found}):
+            self._zfs.outlast(plan.tag, pools_of(found))
         self._remove(plan)
 
     def list_owned(self) -> Sequence[OwnedResource]:
