@@ -7,11 +7,7 @@ BIN := $(VENV)/bin
 # Each may have two or three guests of 256 MiB, or one of 1 GiB.
 WORKERS ?= 3
 
-<<<<<<< HEAD
-.PHONY: demo test coverage lab test-openzfs check docs man bench clean
-=======
-.PHONY: demo test test-cuts test-openzfs check docs man bench clean
->>>>>>> d65e025 (Network cuts: in mode consistent too, at failover, and everywhere by make test-cuts)
+.PHONY: demo test test-cuts test-openzfs coverage lab check docs man bench clean
 
 # The whole story on the simulated hypervisor, and where QEMU is installed, on a real Linux guest too.
 demo: $(VENV)/.installed

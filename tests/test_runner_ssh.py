@@ -67,7 +67,7 @@ def test_what_a_command_prints_can_be_read_while_it_runs(runner: SshRunner) -> N
 
 def test_words_that_come_after_the_status_are_heard(runner: SshRunner) -> None:
     assert runner.run(["sh", "-c", "(sleep 0.5; echo late >&2) & exit 3"], 60) == Output(3, "", "late\n")
-    assert runner.run(["sh", "-c", "echo word; sleep 30 & exit 3"], 1) == Output(3, "word\n", "")
+    assert runner.run(["sh", "-c", "echo word; sleep 60 & exit 3"], 10) == Output(3, "word\n", "")
 
 
 def test_programs_and_devices_are_looked_for_there(runner: SshRunner) -> None:
@@ -85,8 +85,9 @@ def test_one_that_takes_too_long_is_given_up(runner: SshRunner) -> None:
 
 def test_what_takes_too_long_can_be_waited_for(runner: SshRunner, tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="and may go on"):
-        runner.run(["sh", "-c", f"sleep 2; touch {tmp_path}/made"], 0.5)
+        runner.run(["sh", "-c", f"until test -e {tmp_path}/go; do sleep 0.1; done; touch {tmp_path}/made"], 0.5)
     assert not (tmp_path / "made").exists()
+    (tmp_path / "go").touch()
     runner.await_late()
     assert (tmp_path / "made").exists()
     runner.await_late()
@@ -111,11 +112,18 @@ def test_a_connection_that_is_cut_is_told_and_made_anew(sshd: SshServer) -> None
         known.write_text(known.read_text().replace(f"]:{sshd.port}", f"]:{proxy.port}"))
         runner = runner_of(sshd, proxy.port, known_hosts=str(known))
         assert runner.run(["true"], 30).status == 0
-        cutter = threading.Timer(0.5, proxy.cut_all)
+        runs = sshd.folder / "runs"
+
+        def cut_when_it_runs() -> None:
+            while not runs.exists():
+                time.sleep(0.02)
+            proxy.cut_all()
+
+        cutter = threading.Thread(target=cut_when_it_runs, daemon=True)
         cutter.start()
         begun = time.monotonic()
-        with pytest.raises(SnapshotError, match="was lost during sleep, which may go on"):
-            runner.run(["sleep", "60"], 60)
+        with pytest.raises(SnapshotError, match="was lost during sh, which may go on"):
+            runner.run(["sh", "-c", f"touch {runs}; exec sleep 60"], 60)
         assert time.monotonic() - begun < 50
         cutter.join()
         assert runner.run(["true"], 30).status == 0
