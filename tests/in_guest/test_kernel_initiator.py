@@ -268,6 +268,7 @@ def test_a_target_that_does_not_show_who_it_is_is_one_line_and_leaves_nothing(
     secret.write_text("another-word-56")
     with world.controller() as controller, pytest.raises(SnapshotError) as refused:
         keep(controller, world.repository())
-    assert "could not log in to iscsi://" in refused.value.message and "authorization failure" in refused.value.message
+    assert "could not log in to iscsi://" in refused.value.message and "login failure" in refused.value.message
+    assert "the same secrets of CHAP" in refused.value.cure
     assert "\n" not in str(refused.value) and SHOWN[1] not in str(refused.value)
     world.see_that_all_is_well(1)

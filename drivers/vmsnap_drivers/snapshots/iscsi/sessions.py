@@ -26,6 +26,8 @@ _END_OF_RECORD: Final = "# END RECORD"
 # include/iscsi_err.h of open-iscsi 2.1.8.
 _SESSION_EXISTS: Final = 15
 _NOTHING_FOUND: Final = 21
+_LOGIN_FAILED: Final = (19, 24)
+"""For good: the target does not show who it is, or does not let us in."""
 _COMMAND_SECONDS: Final = 150.0
 _DEVICE_SECONDS: Final = 60.0
 _LOOK_EACH_SECONDS: Final = 0.02
@@ -100,9 +102,12 @@ class KernelSessions:
     def _tell(self, words: Sequence[str], what: str, *accepted: int) -> None:
         done = self._runner.run(["iscsiadm", *words], _COMMAND_SECONDS, changes=True)
         if done.status not in (0, *accepted):
+            refused = done.status in _LOGIN_FAILED
             raise SnapshotError(
                 f"Linux' initiator could not {what}: {one_line(done.stderr) or f'status {done.status}'}",
-                cure="see that iscsid runs, and that vmsnap is root",
+                cure="see whom the target admits, and that it has the same secrets of CHAP as this host's session"
+                if refused
+                else "see that iscsid runs, and that vmsnap is root",
             )
 
 
