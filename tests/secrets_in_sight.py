@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +28,16 @@ def unseen(word: str) -> Iterator[None]:
     over, looks = threading.Event(), [0]
 
     def look() -> None:
-        while not over.wait(_LOOK_EACH_SECONDS):
+        took = 0.0
+        while not over.wait(max(_LOOK_EACH_SECONDS, 4 * took)):  # what is watched shall not be held up
+            begun = time.monotonic()
             looks[0] += 1
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
                     _note(watch, path.read_bytes().replace(b"\0", b" "))
                 except OSError:
                     continue  # it has ended
+            took = time.monotonic() - begun
 
     thread = threading.Thread(target=look)
     _watching.append(watch)
