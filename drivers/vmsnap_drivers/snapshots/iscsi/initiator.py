@@ -30,8 +30,8 @@ _STEP_BYTES: Final = 1 << 30
 PACKAGES: Final = "qemu-utils qemu-block-extra"
 INSTALL: Final = f"on Debian: apt install {PACKAGES}"
 _NO_MODULE: Final = "Unknown driver 'iscsi'"
-"""What QEMU's programs say (``bdrv_fill_options`` in ``block.c``, 7.2 and 10.0) where its module block-iscsi, which has
-a package of its own, is not installed. Their lists of formats name it all the same.
+"""What QEMU's programs say (``bdrv_fill_options`` in ``block.c``, 7.2 and 10.0) where its module block-iscsi, a package
+of its own, is not installed. Their lists of formats name it all the same.
 """
 
 
@@ -92,12 +92,10 @@ class InitiatorReader(DiskReader):
         """Connect. Blocks.
 
         :param label: what messages call it
-        :param given_up: tells why it was taken from us, or is to be, once nobody is connected; empty otherwise
+        :param given_up: tells why it was taken from us, where it was; empty otherwise
         :raises SnapshotError: the target cannot be reached, does not let us in, or the LUN has another size
         :raises DriverUnavailable: qemu-nbd, or QEMU's module for iSCSI, is not installed
         """
-        if why := given_up():
-            raise SnapshotError(f"{label} is lost: {why}")
         self.size_bytes = size_bytes
         self._label = label
         self._given_up = given_up
@@ -187,8 +185,6 @@ class InitiatorReader(DiskReader):
     def _nbd(self) -> NbdClient:
         if self._client is None or self._process is None:
             raise SnapshotError(f"{self._label} is closed")
-        if why := self._given_up():
-            raise SnapshotError(f"{self._label} is lost: {why}")
         return self._client
 
     def _lost(self, error: NbdError) -> SnapshotError:
