@@ -397,7 +397,7 @@ def test_a_daemon_that_hangs_fails_the_snapshot_in_time_and_nothing_is_left(
 
 
 def test_a_command_that_outlives_the_vmsnap_that_gave_it_makes_nothing_after_the_recovery(
-    zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path
+    zfs: ZfsFuse, disks: tuple[Disk, Disk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mechanism = mechanism_with(tmp_path)
     plan = plan_of(mechanism, disks[0])
@@ -426,14 +426,19 @@ mechanism.snapshot(from_json(Path({str(said)!r}).read_text(), SnapshotPlan))
             worker.stdin.write("\n")
             worker.stdin.flush()
             eventually(lambda: list(commands_with("vmsnap:plan", TAG)), "the command is given", 60)
+            ((_, which),) = commands_with("vmsnap:plan", TAG)
+            os.kill(client := int(which.split()[-1]), signal.SIGSTOP)
             worker.kill()
-            with ThreadPoolExecutor(1) as threads:
-                deleting = threads.submit(mechanism.delete, plan)
-                eventually(lambda: list(commands_with("get", zfs.pool)), "it looks what is there", 60)
-                os.kill(zfs.pid, signal.SIGCONT)
-                deleting.result(120)
         finally:
             os.kill(zfs.pid, signal.SIGCONT)
+    waiting = threading.Event()
+    waits = LocalRunner.await_others
+    monkeypatch.setattr(LocalRunner, "await_others", lambda *words: (waiting.set(), waits(*words)))
+    with ThreadPoolExecutor(1) as threads:
+        deleting = threads.submit(mechanism.delete, plan)
+        eventually(lambda: waiting.is_set() or deleting.done(), "nothing is found", 60)
+        os.kill(client, signal.SIGCONT)
+        deleting.result(120)
     eventually(lambda: not list(commands_with("vmsnap:plan", TAG)), "its end", 60)
     assert f"{zfs.pool}/vm@{TAG}" not in names(zfs.run, zfs.pool)
 
