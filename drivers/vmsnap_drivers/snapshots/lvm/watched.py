@@ -54,31 +54,34 @@ class WatchedSnapshot(Watched):
         if fill is not None and fill.lost and not self.given_up:
             why = f"the guest overwrote more than the {self._names.room_bytes} bytes of room that it began with"
             self.given_up = f"{why}; {self.problem}" if self.problem else why
-        self.problem, self.threats = "", ()
+        # What was told stands until it is done, not only until it is begun.
+        threats: tuple[Finding, ...] = ()
         if fill is not None and fill.data >= _GROW_FROM and not self.given_up and not self._never_overflows:
-            self._extend(fill)
+            threats = self._extend(fill)
+        self.threats = threats
+        self.problem = self.problem if threats else ""
 
-    def _extend(self, fill: Fill) -> None:
+    def _extend(self, fill: Fill) -> tuple[Finding, ...]:
         group = self._names.group
         volumes = self._lvm.volumes([group])
         volume, origin = named(volumes, group, self._names.snapshot), named(volumes, group, self._names.origin)
         if volume is None or origin is None:
-            return
+            return ()
         lacking = room.most_of(origin) - volume.size_bytes
         if lacking <= 0:
             self._never_overflows = True
-            return
+            return ()
         more = min(volume.size_bytes, lacking, volume.group_free_bytes) // volume.extent_bytes * volume.extent_bytes
         if self._grow and more:
             self._lvm.change("lvextend", "--size", f"+{more}b", volume.full_name)
-            return
+            return ()
         if self._grow:
             self.problem = f"group {group} has no room left to extend it"
             cure = f"add a disk to the group: vgextend {group} DEVICE"
         else:
             self.problem = "the option grow=no keeps it from being extended"
             cure = f"extend it: lvextend --size +SIZE {volume.full_name}; then set grow=yes, or a larger snapshot_size"
-        self.threats = (
+        return (
             Finding(
                 f"the snapshot {volume.full_name} of {self._names.device}",
                 "note",
@@ -105,13 +108,13 @@ class WatchedPool(Watched):
 
     def see_to(self, fill: Fill | None) -> None:
         """See `Watched.see_to`. Marks go first and alone: the next look shows whether that was enough."""
-        self.problem, self.threats = "", self._relieved
+        self.problem = ""
         if fill is None or self._removed:
             return
         used = max(fill.data, fill.metadata)
         if not self.given_up and used < self._limit:
-            if used >= self._limit * _NEAR:
-                self.threats = (*self._relieved, self._near(fill))
+            near = [self._near(fill)] if used >= self._limit * _NEAR else []
+            self.threats = (*self._relieved, *near)
             return
         ours = [v for v in self._lvm.volumes([self._group]) if v.pool == self._pool and v.ours]
         if not self.given_up and self._remove_marks(fill, [v for v in ours if v.kind == "mark"]):
