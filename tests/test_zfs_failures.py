@@ -34,7 +34,7 @@ from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import contents_of, live
 from vmsnap_drivers.devicereader import DeviceReader
-from vmsnap_drivers.runner import commands_with
+from vmsnap_drivers.runner import LocalRunner, commands_with
 from vmsnap_drivers.snapshots.iscsi import zvols
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism, doctor
 
