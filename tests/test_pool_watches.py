@@ -117,7 +117,7 @@ def test_zfs_snapshots_that_are_given_up_go_even_if_the_pool_has_room_again(
             raise SnapshotError("it is busy")
 
     watch = watching(zfs_watch.Watch(pool, ["tank/a"], 90, give_up))
-    eventually(lambda: len(tried) == 2, "it is tried again")
+    eventually(lambda: len(tried) >= 2, "it is tried again")
     assert watch.problem() == "pool tank is full to 95%, and the snapshot was given up to spare the guests"
     assert pool.looks == 1
 
@@ -126,8 +126,9 @@ def test_of_two_luns_in_one_pool_the_second_is_judged_by_what_the_first_has_free
     used, gone = [0.97], []
 
     def give_up(snapshot: str, left: float) -> None:
-        gone.append(snapshot)
-        used[0] = left
+        if snapshot not in gone:  # it is called again at each look
+            gone.append(snapshot)
+            used[0] = left
 
     def watched(snapshot: str, left: float) -> iscsi_watch.Watched:
         return iscsi_watch.Watched(

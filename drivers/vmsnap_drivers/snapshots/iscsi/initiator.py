@@ -92,10 +92,12 @@ class InitiatorReader(DiskReader):
         """Connect. Blocks.
 
         :param label: what messages call it
-        :param given_up: tells why it was taken from us, where it was; empty otherwise
+        :param given_up: tells why it was taken from us, or is to be, once nobody is connected; empty otherwise
         :raises SnapshotError: the target cannot be reached, does not let us in, or the LUN has another size
         :raises DriverUnavailable: qemu-nbd, or QEMU's module for iSCSI, is not installed
         """
+        if why := given_up():
+            raise SnapshotError(f"{label} is lost: {why}")
         self.size_bytes = size_bytes
         self._label = label
         self._given_up = given_up
@@ -185,6 +187,8 @@ class InitiatorReader(DiskReader):
     def _nbd(self) -> NbdClient:
         if self._client is None or self._process is None:
             raise SnapshotError(f"{self._label} is closed")
+        if why := self._given_up():
+            raise SnapshotError(f"{self._label} is lost: {why}")
         return self._client
 
     def _lost(self, error: NbdError) -> SnapshotError:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import ClassVar, Final
 
 from vmsnap.errors import NotFound, SnapshotError, UsageError
@@ -127,7 +127,7 @@ class IscsiMechanism(SnapshotMechanism):
         self._watches: dict[str, Watch] = {}
         self._passing: dict[str, list[ClonePlan]] = {}
         self._exporting = Lock()
-        """Nothing is exported, and no clone removed, while a watch gives it up."""
+        """No snapshot is exported, and no clone removed, while a watch gives it up."""
 
     def handles(self, disk: Disk) -> bool:
         """Say whether the disk is a raw LUN of a place that is known, reached by QEMU's own initiator or by Linux'."""
@@ -369,16 +369,19 @@ class IscsiMechanism(SnapshotMechanism):
         """What watches the pools of a plan; begun where there is none yet."""
 
         def watched(names: LunNames) -> Watched:
-            stores = self._stores(names)
+            stores, gone = self._stores(names), Event()
 
             def give_up() -> None:
                 with self._exporting:
-                    self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
-                    stores.remove(names.snapshot, plan.tag)
+                    if not gone.is_set():
+                        self._exports.remove(self._export(names, names.target, names.snapshot), force=True)
+                        stores.remove(names.snapshot, plan.tag)
+                        gone.set()
                     # What the backup's own duplicate ran on shares its blocks.
-                    for clone in self._passing.get(plan.tag, ()):
-                        if self._clone(clone)[1] == names:
-                            self._delete_clone(clone)
+                    passing = self._passing.get(plan.tag, [])
+                    for clone in [each for each in passing if self._clone(each)[1] == names]:
+                        self._delete_clone(clone)
+                        passing.remove(clone)
 
             return Watched(names.snapshot, lambda: stores.fill(names.origin), give_up)
 

@@ -78,7 +78,7 @@ class Watch:
         """Whether the snapshot is to be given up, by how full its pool is now: another's may have been enough."""
         fill = watched.fill()
         self._threats.pop(watched.snapshot, None)
-        if fill is None or fill.used < _NEAR:
+        if fill is None or fill.used < min(_NEAR, _FULL):
             return False
         self._threats[watched.snapshot] = Finding(
             fill.what,

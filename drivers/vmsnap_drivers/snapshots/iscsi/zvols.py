@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from vmsnap.errors import SnapshotError, SnapshotInUse
+from vmsnap.errors import SnapshotError, SnapshotInUse, VmsnapError
 from vmsnap_drivers.runner import one_line
 from vmsnap_drivers.snapshots.iscsi.stores import VOLUME_PREFIX, Fill, Origin, Owned, Stores
 
@@ -94,6 +95,10 @@ class Zvols(Stores):
         """See `Stores.exists`."""
         return self._ask(["zfs", "get", "-H", "-o", "value", "type", _dataset(path)]).status == 0
 
+    def prepare(self, origin: str, path: str, tag: str) -> None:
+        """See `Stores.prepare`: little is left to be written back in the pause."""
+        self._run(["sync", origin])
+
     def snapshot(self, origin: str, path: str, tag: str, seconds: float) -> None:
         """See `Stores.snapshot`. ZFS does not know what of a volume is in the page cache of its host, where tgt leaves
         what nobody has flushed: that is written back before.
@@ -128,7 +133,8 @@ class Zvols(Stores):
         ours = self._made(path, tag)
         if not ours:
             # It may just be made, by a command that has outlived whoever gave it. (Of a pool that is gone: not.)
-            self._ask(["zpool", "sync", _lineage(_dataset(path))[0]], changes=True)
+            with suppress(VmsnapError):  # it is not allowed, or not installed: what is there now counts
+                self._ask(["zpool", "sync", _lineage(_dataset(path))[0]], changes=True)
             ours = self._made(path, tag)
         for each in sorted(ours, key=lambda each: not each.is_volume):
             self._destroy(*([] if each.is_volume else ["-d"]), each.dataset)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
-from vmsnap.errors import SnapshotError
+from vmsnap.errors import SnapshotError, SnapshotInUse
 from vmsnap.model import (
     ClonePlan,
     Disk,
@@ -289,7 +289,8 @@ class LvmMechanism(SnapshotMechanism):
             raise problems[0]
         if problems:
             cures = dict.fromkeys(problem.cure for problem in problems if problem.cure)
-            raise SnapshotError("; ".join(problem.message for problem in problems), cure="; ".join(cures))
+            kind = SnapshotInUse if all(isinstance(each, SnapshotInUse) for each in problems) else SnapshotError
+            raise kind("; ".join(problem.message for problem in problems), cure="; ".join(cures))
 
     def list_owned(self) -> Sequence[OwnedResource]:
         """See `SnapshotMechanism.list_owned`: what bears our tags in any group."""
