@@ -1,7 +1,8 @@
 """Which worker tests which file, and in which order: the longest first, so that none is left alone with one at the end.
 
 A file stays whole, since its tests share guests and servers; the files whose tests run in the storage guest stay
-together, so that one boot serves them all. How long each takes is told at the end of every run (``tests/times.py``);
+together in two halves, those of LVM and the others, so that two boots serve them all. One half after the other, by one
+boot, would take longer than all the rest. How long each takes is told at the end of every run (``tests/times.py``);
 `SECONDS` needs to be right only about which are long. The tests see to it that they are there.
 """
 
@@ -40,8 +41,9 @@ SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
 """About how long files take that are not short, on two cores that have nothing else to do."""
 UNKNOWN_SECONDS = 20
 """What a file that is new may take."""
-_IN_GUEST = "tests/in_guest"
-"""The folder whose files one worker gets, one after the other."""
+_IN_GUEST = "tests/in_guest/"
+_HALVES = ("tests/in_guest/test_lvm", _IN_GUEST)
+"""How the names of files begin that one worker gets, one after the other."""
 
 
 def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
@@ -61,9 +63,9 @@ def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
 
 def together(nodeid: str) -> str:
-    """The name of what a test stays together with: its file's, or that of the folder of the storage guest."""
+    """The name of what a test stays together with: its file's, or that of a half of those of the storage guest."""
     file = _file(nodeid)
-    return _IN_GUEST if file.startswith(f"{_IN_GUEST}/") else file
+    return next((half for half in _HALVES if file.startswith(half)), file)
 
 
 def _file(nodeid: str) -> str:

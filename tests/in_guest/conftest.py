@@ -3,7 +3,7 @@ are marked so, under a systemd of their own; they are reported here one by one.
 
 They are collected here as all others are. When the first of a file is due, pytest is started in the guest for those of
 the file that are wanted (``tests.in_guest.telling``); each one's reports are waited for and passed on. One boot serves
-all files: they are handed to one worker (``tests/order.py``), and one that leaves something behind it fails.
+half of the files, which is handed to one worker (``tests/order.py``); one that leaves something behind it fails.
 """
 
 from __future__ import annotations
