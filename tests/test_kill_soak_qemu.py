@@ -34,6 +34,8 @@ pytestmark = pytest.mark.qemu
 SOAK_SECONDS = float(os.environ.get("VMSNAP_SOAK_SECONDS", "40"))
 ALLOWED_SECONDS = 30
 """For a pause of those that are not killed: a busy machine takes seconds."""
+LEAST_KILLS = 3
+"""A busy machine may not come to so many within that time."""
 SEED = int(os.environ.get("VMSNAP_SOAK_SEED", "1"))
 
 
@@ -53,7 +55,7 @@ def pauses(events: list[dict[str, object]]) -> list[float]:
     return found
 
 
-@pytest.mark.timeout(SOAK_SECONDS + 240)
+@pytest.mark.timeout(SOAK_SECONDS + 600)
 def test_killed_at_random_moments_the_guest_runs_and_nothing_is_left(
     machine: LabMachine, controller: Controller, repository: Repository, place: Path, counted: Counted
 ) -> None:
@@ -71,7 +73,7 @@ def test_killed_at_random_moments_the_guest_runs_and_nothing_is_left(
     usual_seconds = time.monotonic() - begun
     chance = random.Random(SEED)
     killed = made = 0
-    while time.monotonic() < begun + SOAK_SECONDS:
+    while time.monotonic() < begun + SOAK_SECONDS or killed < LEAST_KILLS:
         one = worker()
         try:
             _, said = one.communicate(timeout=chance.uniform(0, 1.2 * usual_seconds))
@@ -98,7 +100,6 @@ def test_killed_at_random_moments_the_guest_runs_and_nothing_is_left(
         assert not repository.verify(manifest.backup).findings
     longest = max(pauses(machine.oracle.events()[mark:]))
     assert longest < ALLOWED_SECONDS + SLOW_MACHINE_SECONDS
-    assert killed >= 3
     counted(
         f"seed {SEED}: {killed} backups killed, {made} went through, longest pause {longest * 1000:.0f} ms "
         f"(at most {ALLOWED_SECONDS} s are allowed)",
