@@ -72,12 +72,14 @@ def test_they_work_side_by_side_and_each_moment_lies_in_the_pause(world: World) 
 
 
 def test_the_first_failure_is_told_and_the_others_are_waited_for_while_the_guest_runs(world: World) -> None:
-    failed, ended = threading.Event(), []
+    begun, failed, ended = threading.Event(), threading.Event(), []
 
     def act(name: str, take: Callable[[], tuple[DiskSnapshot, ...]]) -> tuple[DiskSnapshot, ...]:
         if name == "second":
+            begun.wait(PATIENCE_SECONDS)  # what had not begun would not be waited for
             failed.set()
             raise SnapshotError("this one cannot")
+        begun.set()
         failed.wait(PATIENCE_SECONDS)
         assert world.counts_on(PATIENCE_SECONDS), "the guest waits for a snapshot that nobody wants any more"
         taken = take()
