@@ -95,10 +95,11 @@ def test_an_overflow_costs_the_snapshot_and_says_so_and_the_guest_nothing(
     mechanism = mechanism_with(tmp_path, grow="no", snapshot_size="2M")
     (taken,) = snapshot_of(mechanism, thick)
     written = os.urandom(8 * MIB)
-    write(thick.address, 0, written)
-    sync(thick.address)
-    assert Path(thick.address).read_bytes() == written
+    # Opened before: once it is seen to be lost it cannot be.
     with mechanism.reader(taken) as reader:
+        write(thick.address, 0, written)
+        sync(thick.address)
+        assert Path(thick.address).read_bytes() == written
 
         def reads() -> str:
             with pytest.raises(SnapshotError) as caught:
@@ -155,9 +156,7 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
     write(thin.address, 0, os.urandom(6 * MIB))
     (taken,) = snapshot_of(mechanism, thin)
     written = os.urandom(7 * MIB)
-    write(thin.address, 0, written)  # 6 of 16 MiB are the snapshot's alone: 13 are used
-    sync(thin.address)
-    with mechanism.reader(taken) as reader:
+    with mechanism.reader(taken) as reader:  # opened before: once it is given up it cannot be
 
         def reads() -> bool:
             try:
@@ -167,6 +166,8 @@ def test_a_pool_that_fills_up_is_relieved_of_the_snapshot_and_the_guest_goes_on(
             return True
 
         with Path(f"/dev/{group}/vmsnap-t.0").open("rb"):  # as one of several that read it
+            write(thin.address, 0, written)  # 6 of 16 MiB are the snapshot's alone: 13 are used
+            sync(thin.address)
             eventually(lambda: not reads(), "nobody is let at it any more", 60)
             assert f"{group}/vmsnap-t.0" in volumes(), "it is in use"
         eventually(lambda: f"{group}/vmsnap-t.0" not in volumes(), "the snapshot is given up", 60)
