@@ -1,9 +1,10 @@
 """The tests of this folder run in the lab's storage guest, whose kernel has what this host's may lack, or, where they
 are marked so, under a systemd of their own; they are reported here one by one.
 
-They are collected here as all others are. When the first of a file is due, pytest is started in the guest for those of
-the file that are wanted (``tests.in_guest.telling``); each one's reports are waited for and passed on. One boot serves
-half of the files, which is handed to one worker (``tests/order.py``); one that leaves something behind it fails.
+They are collected here as all others are. When the first is due, pytest is started in the guest for it and all that
+stay together with it (``tests/order.py``, ``tests.in_guest.telling``): to start it takes half a minute there. Each
+one's reports are waited for and passed on. One boot and one run serve half of the files; a file that leaves something
+behind it fails.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.lab.machine import LabError
 from tests.lab.qemus import cache_folder
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
+from tests.order import together
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -38,7 +40,7 @@ _running = pytest.StashKey[dict[bool, "GuestRuns"]]()
 
 
 class GuestRuns:
-    """A guest, and the run of one test file after the other in it."""
+    """A guest, and the runs of tests in it: one, or one for each half where this process has both."""
 
     def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
@@ -47,6 +49,8 @@ class GuestRuns:
         self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder, layer=openzfs)
         self.path: Path | None = None
         """The file that is run, or was last."""
+        self._awaited: list[str] = []
+        """Those tests of the run whose reports have not been asked for."""
         self.lost = ""
         """Why the guest is of no use any more."""
         self._boot_seconds: float | None = None
@@ -54,8 +58,8 @@ class GuestRuns:
         self._reports: Iterator[dict[str, object]] = iter(())
         self._count = 0
 
-    def reports_of(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
-        """All reports of one test, as soon as they are there; after the last of a file also its run's end.
+    def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """All reports of one test, as soon as they are there; after the last of a run also its end.
 
         :raise LabError: the guest or its pytest has ended without them, or they take too long; all later tests of the
             file fail with the same at once.
@@ -64,7 +68,7 @@ class GuestRuns:
             raise LabError(f"an earlier test has lost the guest: {self.lost}")
         try:
             reports = self._reports_of(item)
-            if nextitem is None or nextitem.path != item.path:
+            if not self._awaited:
                 self._finish(item)
         except (LabError, LookupError, pytest.fail.Exception) as e:  # the last is that of pytest-timeout
             self.lost = str(e)
@@ -73,8 +77,10 @@ class GuestRuns:
         return reports
 
     def _reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
-        if item.path != self.path:
+        if not self._awaited:
             self._begin(item)
+        self.path = item.path
+        self._awaited.remove(item.nodeid)
         reports: list[pytest.TestReport] = []
         for data in self._reports:
             report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
@@ -95,8 +101,7 @@ class GuestRuns:
         shutil.rmtree(self.folder)
 
     def _begin(self, item: pytest.Item) -> None:
-        is_first, self.path = self.path is None, item.path
-        if is_first:
+        if self.path is None:
             began = time.monotonic()
             self.guest.start()
             if not self._systemd:
@@ -104,8 +109,8 @@ class GuestRuns:
         self._count += 1
         self._name = f"run{self._count}"
         results = self.guest.results
-        wanted = [other.nodeid for other in item.session.items if other.path == item.path]
-        (results / f"{self._name}.wanted").write_text("\n".join(wanted) + "\n")
+        self._awaited = list(self._wanted(item))
+        (results / f"{self._name}.wanted").write_text("\n".join(self._awaited) + "\n")
         told = results / f"{self._name}.reports"
         told.touch()
         (results / f"{self._name}.coverage").mkdir()
@@ -118,22 +123,25 @@ class GuestRuns:
             COVERAGE: json.dumps(settings(f"/run/results/{self._name}.coverage/data", systemd=self._systemd)),
         }
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        # Files of tests are RAM of the guest, which the next one needs.
         self.guest.begin(
             self._name,
             f"""export {exports}
 cd '{ROOT}'
-'{sys.executable}' -m pytest -q --noconftest -p no:cacheprovider -p pytest_timeout -p tests.in_guest.telling \
-    @/run/results/{self._name}.wanted
-status=$?
-rm -rf /tmp/pytest-of-* /dev/shm/*
-exit $status
+exec '{sys.executable}' -m pytest -q --noconftest -p no:cacheprovider -p pytest_timeout -p tests.in_guest.telling \
+    --basetemp=/tmp/{self._name} @/run/results/{self._name}.wanted
 """,
         )
         self._reports = self._tail(told)
 
+    def _wanted(self, first: pytest.Item) -> Iterator[str]:
+        """The tests that are due from `first` on in the same guest, and in the same run."""
+        items = first.session.items
+        for item in items[items.index(first) :]:
+            if together(item.nodeid) == together(first.nodeid) and _in_systemd(item) == self._systemd:
+                yield item.nodeid
+
     def _finish(self, item: pytest.Item) -> None:
-        """Wait for the end of the file's run, and take what it has covered."""
+        """Wait for the end of the run, and take what it has covered."""
         ended = self.guest.end(self._name, PATIENCE_SECONDS)
         if ended.status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise LabError(f"pytest in the guest has ended with status {ended.status}: {ended.output[-2000:]}")
@@ -166,7 +174,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if HERE not in item.path.parents or item.get_closest_marker("skip"):
         return None
     guests = item.config.stash.setdefault(_running, {})
-    systemd = item.get_closest_marker("systemd") is not None
+    systemd = _in_systemd(item)
     if systemd in guests and guests[systemd].lost and guests[systemd].path != item.path:
         guests.pop(systemd).end()  # another file's tests are not to blame
     if systemd not in guests:
@@ -174,7 +182,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     began = time.time()
     try:
-        reports = guests[systemd].reports_of(item, nextitem)
+        reports = guests[systemd].reports_of(item)
     except LabError as e:
         reports = [_failed(item, str(e), began)]
     for report in reports:
@@ -184,6 +192,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         # What comes next has its own guests, and may need the memory.
         _end_all(item.config)
     return True
+
+
+def _in_systemd(item: pytest.Item) -> bool:
+    return item.get_closest_marker("systemd") is not None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,11 +1,13 @@
 """The plugin of the pytest in the guest: writes each report where the host's reads it, as soon as it is there; writes
-what the tests have covered beside it; and fails a file whose tests leave the guest in another state than they found.
+what the tests have covered beside it; fails a file whose tests leave the guest in another state than they found; and
+frees the memory that their files took.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,17 +36,23 @@ class Telling:
 
 
 class Tidiness:
-    """Fails the last test where something is left that was not there before the first."""
+    """Fails the last test of a file where something is left that was not there before the first."""
 
     def __init__(self, seconds: float) -> None:
         self._before, self._seconds = present(), seconds
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self, nextitem: pytest.Item | None) -> Iterator[None]:
-        """Look, once all fixtures are torn down."""
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+        """Look, once all fixtures of a file are torn down."""
         yield
-        if nextitem is None and (left := left_since(self._before, self._seconds)):
+        if nextitem is not None and nextitem.path == item.path:
+            return
+        if left := left_since(self._before, self._seconds):
+            self._before = present()
             pytest.fail(f"these tests leave behind them: {'; '.join(left)}", pytrace=False)
+        if base := item.config.getoption("basetemp"):
+            for path in (*Path("/dev/shm").iterdir(), *Path(base).iterdir()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class Covering:
