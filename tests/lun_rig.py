@@ -71,8 +71,9 @@ class LunRig(SnapshotRig):
         self._disks = tuple(
             Disk(f"disk{index}", server.address(target), (1 + 2 * index) * SIZE) for index, target in enumerate(TARGETS)
         )
-        for disk, target in zip(self._disks, TARGETS, strict=True):
-            server.add(target, self.make_store(disk))
+        self._stores = {disk: self.make_store(disk) for disk in self._disks}
+        for (disk, store), target in zip(self._stores.items(), TARGETS, strict=True):
+            server.add(target, store)
             for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
                 self.write(disk, at, os.urandom(4096))
 
@@ -98,9 +99,8 @@ class LunRig(SnapshotRig):
         return found
 
     def path(self, disk: Disk) -> Path:
-        """What lies behind a LUN, as its server says."""
-        (path,) = self.server.targets()[self.lun(disk).target]
-        return Path(path)
+        """What lies behind a LUN."""
+        return self._stores[disk]
 
     def write(self, disk: Disk, offset: int, data: bytes) -> None:
         with self.path(disk).open("r+b") as image:
