@@ -71,9 +71,10 @@ class LunRig(SnapshotRig):
         self._disks = tuple(
             Disk(f"disk{index}", server.address(target), (1 + 2 * index) * SIZE) for index, target in enumerate(TARGETS)
         )
-        self._stores = {disk: self.make_store(disk) for disk in self._disks}
-        for (disk, store), target in zip(self._stores.items(), TARGETS, strict=True):
-            server.add(target, store)
+        self._stores: dict[str, Path] = {}
+        for disk, target in zip(self._disks, TARGETS, strict=True):
+            self._stores[disk.device] = self.make_store(disk)
+            server.add(target, self._stores[disk.device])
             for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
                 self.write(disk, at, os.urandom(4096))
 
@@ -100,7 +101,7 @@ class LunRig(SnapshotRig):
 
     def path(self, disk: Disk) -> Path:
         """What lies behind a LUN."""
-        return self._stores[disk]
+        return self._stores[disk.device]
 
     def write(self, disk: Disk, offset: int, data: bytes) -> None:
         with self.path(disk).open("r+b") as image:
