@@ -73,8 +73,8 @@ class LunRig(SnapshotRig):
         )
         self._stores: dict[str, Path] = {}
         for disk, target in zip(self._disks, TARGETS, strict=True):
-            self._stores[disk.device] = self.make_store(disk)
-            server.add(target, self._stores[disk.device])
+            self._stores[target] = self.make_store(disk)
+            server.add(target, self._stores[target])
             for at in (0, 100 << 10, disk.size_bytes // 2, disk.size_bytes - 4096):
                 self.write(disk, at, os.urandom(4096))
 
@@ -100,8 +100,12 @@ class LunRig(SnapshotRig):
         return found
 
     def path(self, disk: Disk) -> Path:
-        """What lies behind a LUN."""
-        return self._stores[disk.device]
+        """What lies behind a LUN; a duplicate's is asked of its server."""
+        target = self.lun(disk).target
+        if target in self._stores:
+            return self._stores[target]
+        (path,) = self.server.targets()[target]
+        return Path(path)
 
     def write(self, disk: Disk, offset: int, data: bytes) -> None:
         with self.path(disk).open("r+b") as image:
