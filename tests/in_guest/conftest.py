@@ -26,8 +26,10 @@ from tests.in_guest.leftovers import PATIENCE_SECONDS as LEFTOVERS_SECONDS
 from tests.in_guest.telling import ALONE, COVERAGE, REPORTS
 from tests.lab.machine import LabError
 from tests.lab.qemus import cache_folder
+from tests.lab.scripted import ScriptedGuest
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
+from tests.lab.user_mode import UserModeGuest
 from tests.order import together
 
 HERE = Path(__file__).parent
@@ -45,8 +47,7 @@ class GuestRuns:
     def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
         self._systemd = systemd
-        openzfs = cache_folder() / "openzfs/root" if os.environ.get("VMSNAP_OPENZFS") else None
-        self.guest = SystemdMachine(self.folder) if systemd else StorageGuest(self.folder, layer=openzfs)
+        self.guest = SystemdMachine(self.folder) if systemd else _storage_guest(self.folder)
         self.path: Path | None = None
         """The file that is run, or was last."""
         self._awaited: list[str] = []
@@ -192,6 +193,13 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         # What comes next has its own guests, and may need the memory.
         _end_all(item.config)
     return True
+
+
+def _storage_guest(folder: Path) -> ScriptedGuest:
+    """OpenZFS is built for Debian's kernel of real machines, and so needs one that is emulated."""
+    if os.environ.get("VMSNAP_OPENZFS"):
+        return StorageGuest(folder, layer=cache_folder() / "openzfs/root")
+    return UserModeGuest(folder)
 
 
 def _in_systemd(item: pytest.Item) -> bool:

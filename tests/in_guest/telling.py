@@ -33,6 +33,7 @@ class Telling:
         """Write it."""
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
         self._file.write(json.dumps(data).encode() + b"\n")
+        os.fsync(self._file.fileno())  # a guest may keep what it writes to the host's files
 
 
 class Tidiness:

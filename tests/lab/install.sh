@@ -3,8 +3,9 @@
 # cpio, iproute2, e2fsprogs, xfsprogs, btrfs-progs, sshfs, OVMF, swtpm with the tools by which libvirt sets a TPM up,
 # Chromium, systemd and libvirt (neither of which is started; and what libvirt's Python binding is built with) from the
 # machine's own suites; the user that libvirt's QEMUs run as; and, in the cache folder, the guest's kernel, an SSH and a
-# WebDAV server that no system starts, sudo for the former, Prometheus' promtool, QEMU's guest agent, LVM with the kernel that it needs, the
-# iSCSI target tgt, zfs-fuse, rtslib for LIO, and QEMU 10.0 from bookworm-backports, unpacked beside the installed one.
+# WebDAV server that no system starts, sudo for the former, Prometheus' promtool, QEMU's guest agent, LVM with the kernel
+# that it needs, user-mode Linux, the iSCSI target tgt, zfs-fuse, rtslib for LIO, and QEMU 10.0 from bookworm-backports,
+# unpacked beside the installed one.
 # Run as root. Does nothing when all is there; says nothing unless it fails.
 #
 #   VMSNAP_LAB_CACHE   the cache folder (default /var/cache/vmsnap-lab)
@@ -272,6 +273,7 @@ unpack lighttpd lighttpd lighttpd-mod-webdav
 unpack_promtool
 unpack_agent
 unpack_storage
+unpack user-mode-linux user-mode-linux
 unpack_tgt
 unpack_zfs_fuse
 unpack_lio

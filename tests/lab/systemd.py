@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .machine import LabError
-from .storage import Ended
+from .scripted import Ended
 
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS = 120.0
@@ -63,7 +63,7 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=vmsnap-lab /lib/systemd
 
 
 class SystemdMachine:
-    """One such systemd, which takes scripts as `StorageGuest` does. ``results`` is ``/run/results`` in there."""
+    """One such systemd, which takes scripts as `ScriptedGuest` does. ``results`` is ``/run/results`` in there."""
 
     def __init__(self, folder: Path) -> None:
         """Nothing is started."""
