@@ -199,4 +199,4 @@ class World:
         if backups is not None:
             assert len(manifests) == backups
         for manifest in manifests:
-            assert not repository.verify(manifest.backup).findings
+            assert list(repository.verify(manifest.backup).findings) == []

@@ -165,7 +165,8 @@ def stage(brought: Brought, tmp_path: Path) -> Iterator[Stage]:
         folders = HostFolders.find(tmp_path / "state")
         drivers = Drivers(folders.context(), {"iscsi": brought.options})
         with Controller(folders, drivers=drivers, start_guardian=unguarded) as controller:
-            controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
+            # The storage guest's kernel has no userfaultfd.
+            controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket), "capture": "precopy"})
             yield Stage(machine, controller, str(tmp_path / "repository"))
 
 

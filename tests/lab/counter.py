@@ -81,7 +81,7 @@ class CounterMachine:
 
     def __enter__(self) -> CounterMachine:
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = find_qemu("7.2").command(
+        command = find_qemu("10.0").command(
             "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,accel=tcg", "-name", "counter",
             "-m", f"{_MEMORY_MIB}", "-qmp", f"unix:{self.qmp_socket},server=on,wait=off",
             "-blockdev", f"driver=raw,node-name=disk0,file.driver=host_device,file.filename={self.disk}",
