@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from xdist.remote import Producer
 
 _LONG = {
-    "test_libvirt_crashes": 430, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
+    "test_libvirt_crashes": 300, "test_qemu_crashes": 330, "test_recovery_failures": 230, "test_live_backup_qemu": 180,
     "test_out_of_tree_examples": 200, "test_consistent_qemu": 180, "test_qemu_machines": 200,
-    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 340,
+    "test_kill_soak_qemu": 130, "test_qemu_driver_failures": 150, "test_iscsi_appliance": 250,
     "in_guest/test_lvm_backup": 140, "in_guest/test_lvm_watch": 120, "in_guest/test_lvm_warnings": 60,
-    "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 110,
+    "test_duplicate_failures": 120, "test_transcripts": 120, "in_guest/test_lvm_contract": 200,
     "in_guest/test_lvm_failures": 100, "test_libvirt_contract": 110, "test_contract_hypervisor": 100,
     "test_lab_guest": 100, "test_qemu_duplicates": 100, "test_interruption": 90, "test_failover_qemu": 90,
     "in_guest/test_lvm_page": 80, "test_agent_loop": 80, "test_incremental_qemu": 70, "test_power_loss_qemu": 70,
     "test_strays": 70, "test_slow_repository_qemu": 60, "test_pause_limits": 60, "test_iscsi_qemu": 75,
     "test_iscsi_contract": 60, "test_agent_api": 60, "test_agent_page": 60, "test_agent_remote": 60,
     "test_libvirt_driver": 60, "test_simulated_contract": 60, "test_repository_stress": 60, "test_docs_blocks": 60,
-    "in_guest/test_lio": 290, "test_libvirt_fsfreeze": 75, "test_libvirt_firmware": 60, "test_side_by_side": 60,
+    "in_guest/test_lio": 130, "test_libvirt_fsfreeze": 75, "test_libvirt_firmware": 60, "test_side_by_side": 60,
     "test_libvirt_iscsi": 55, "test_freeze_libvirt": 50, "in_guest/test_systemd": 50, "test_file_failures": 45,
     "test_power_loss": 45, "test_libvirt_changes": 45,
     "test_libvirt_inputs": 55, "test_libvirt_precopy": 30, "test_libvirt_zfs": 30,
     "test_libvirt_supported": 45, "test_backup_failures": 40, "test_iscsi_failures": 40,
-    "test_iscsi_cuts": 130, "test_iscsi_trouble": 70, "in_guest/test_kernel_initiator": 110,
+    "test_iscsi_cuts": 130, "test_iscsi_trouble": 70, "in_guest/test_kernel_initiator": 80,
 }  # fmt: skip
 SECONDS = {f"tests/{name}.py": seconds for name, seconds in _LONG.items()}
 """About how long files take that are not short, on two cores that have nothing else to do."""

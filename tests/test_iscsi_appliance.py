@@ -20,6 +20,7 @@ from tests.lab.appliance import USER, Appliance, add_known_hosts
 from tests.lab.lio import QEMU
 from tests.lab.qmp import Oracle, seconds_between
 from tests.lab.sshd import make_key
+from tests.left_out import EVERYWHERE
 from tests.proxy import Proxy
 from tests.qemu_stage import MIB, chap_arguments, end_all, until
 from tests.test_cli import Scripts
@@ -140,7 +141,12 @@ def appliance() -> Iterator[Appliance]:
         shutil.rmtree(place)
 
 
-@pytest.fixture(scope="module", params=["lio", "tgt"])
+SERVERS = ["lio", "tgt"]
+OF_LIO = pytest.mark.parametrize("site", SERVERS if EVERYWHERE else SERVERS[:1], indirect=True)
+"""What tgt serves is the same to these; `tests/test_iscsi_qemu.py` has it on this host."""
+
+
+@pytest.fixture(scope="module", params=SERVERS)
 def site(appliance: Appliance, request: pytest.FixtureRequest) -> Iterator[Site]:
     server, place = request.param, Path(tempfile.mkdtemp(prefix="vmsnap-"))
     target, lio = f"{AUTHORITIES[server]}:001", server == "lio"
@@ -194,6 +200,7 @@ def test_a_live_backup_is_read_from_a_snapshot_that_the_appliance_exports(site: 
     assert disk_records.newest_record(site.disk(result.backup), 0, slots=64) > 0
 
 
+@OF_LIO
 def test_a_consistent_backup_runs_its_duplicate_on_a_lun_of_the_appliance(site: Site) -> None:
     """The VM table has both with their own disks: the duplicate loaded, executing and ended beside the VM."""
     count, processes = site.machine.latest_count(), processes_of(site.place)
@@ -218,6 +225,7 @@ def test_a_consistent_backup_runs_its_duplicate_on_a_lun_of_the_appliance(site: 
     assert site.table() == {"vm001": site.row("executing")}
 
 
+@OF_LIO
 def test_a_restore_goes_onto_a_lun_of_the_appliance_is_cut_off_and_ends_in_order(site: Site) -> None:
     """LIO admits whom its target names: our programs, which write, and the VM, which has the name of the original."""
     target, volume, admitted = site.target("copy"), f"copy-{site.server}", [QEMU, f"{QEMU}:{site.machine.uuid}"]
@@ -301,6 +309,7 @@ class VanishingDrivers(Drivers):
         return Vanishing(made, self._after, self._proxy) if name == "iscsi" else made
 
 
+@OF_LIO
 def test_what_is_left_in_an_appliance_that_vanished_is_removed_when_it_is_back(site: Site) -> None:
     before = len(site.repository.list())
     with Proxy(("127.0.0.1", site.appliance.ssh_port)) as proxy:
@@ -322,6 +331,7 @@ def test_what_is_left_in_an_appliance_that_vanished_is_removed_when_it_is_back(s
     site.see_that_the_guest_runs()
 
 
+@OF_LIO
 def test_the_duplicate_takes_over_on_its_own_lun_and_the_vm_table_shows_both(site: Site) -> None:
     machine = site.machine
     with site.controller() as controller:

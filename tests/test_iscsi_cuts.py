@@ -8,7 +8,6 @@ The appliance is this host: a real tgtd over files on a real XFS, and a real SSH
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.appliance_here import Bench, Commands, When, bench, commands
 from tests.conftest import Counted
 from tests.lab import serial
 from tests.lab.qmp import seconds_between
+from tests.left_out import EVERYWHERE
 from tests.qemu_stage import until
 from tests.test_file_mechanism import xfs
 from tests.watching import Before
@@ -27,8 +27,6 @@ from vmsnap_drivers import runner_ssh
 from vmsnap_drivers.snapshots.iscsi import initiator
 
 __all__ = ["bench", "commands", "xfs"]
-EVERYWHERE = bool(os.environ.get("VMSNAP_ALL_CUTS"))
-"""Whether it is cut at every command, which takes half an hour: see `_cases`."""
 pytestmark = [
     pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.timeout(7200 if EVERYWHERE else 900)
 ]  # fmt: skip

@@ -16,12 +16,15 @@ pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .ven
 from tests.conftest import Counted
 from tests.killed_verbs import LATER, LIVE_CALLS, Later, Scene
 from tests.lab import serial as console
+from tests.left_out import EVERYWHERE
 from tests.libvirt_stage import Stage, staged
 from tests.qemu_stage import until
 from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, kill_failovers_at, worker_that_waits_at
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.timeout(900)]
 
+FOLLOWING = [later for later in LATER if EVERYWHERE or later.verb in ("restore", "consistent")]
+"""What is done the same with QEMU (`tests/test_qemu_crashes.py`) is left out otherwise."""
 PAUSED = ("pause", "snapshot", "duplicate", "resume")
 """Of the calls of a live backup, those with the guest standing still, and what makes it."""
 BUSY_SECONDS = SLOW_MACHINE_SECONDS + 15
@@ -170,7 +173,7 @@ def test_a_libvirtd_that_hangs_in_the_pause_keeps_the_guest_no_longer_than_a_wor
     )
 
 
-@pytest.mark.parametrize("later", LATER, ids=lambda later: later.verb)
+@pytest.mark.parametrize("later", FOLLOWING, ids=lambda later: later.verb)
 def test_a_worker_that_is_killed_at_any_instruction_of_what_follows(
     stage: Stage, counted: Counted, later: Later
 ) -> None:
