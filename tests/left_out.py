@@ -2,5 +2,6 @@
 
 import os
 
-EVERYWHERE = bool(os.environ.get("VMSNAP_ALL_CUTS"))
+VARIABLE = "VMSNAP_ALL_CUTS"
+EVERYWHERE = bool(os.environ.get(VARIABLE))
 """Whether nothing is to be left out."""

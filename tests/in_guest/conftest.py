@@ -30,6 +30,7 @@ from tests.lab.scripted import ScriptedGuest
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
 from tests.lab.user_mode import UserModeGuest
+from tests.left_out import VARIABLE
 from tests.order import together
 
 HERE = Path(__file__).parent
@@ -121,6 +122,7 @@ class GuestRuns:
             "PYTHONDONTWRITEBYTECODE": "1",
             REPORTS: f"/run/results/{self._name}.reports",
             ALONE: "" if self._systemd else str(LEFTOVERS_SECONDS),
+            VARIABLE: os.environ.get(VARIABLE, ""),
             COVERAGE: json.dumps(settings(f"/run/results/{self._name}.coverage/data", systemd=self._systemd)),
         }
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
