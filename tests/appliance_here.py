@@ -98,20 +98,24 @@ class Commands:
         self.given: list[str] = []
         self.arm()
 
-    def arm(self, at: int | str | None = None, when: When = When.BEFORE, *, silently: bool = False) -> None:
+    def arm(
+        self, at: int | str | None = None, when: When = When.BEFORE, *, earlier: int = 0, silently: bool = False
+    ) -> None:
         """Count anew.
 
-        :param at: the number of the command, or the program whose first command it is; None: nothing happens
+        :param at: the number of the command, or its program; None: nothing happens
+        :param earlier: how many commands of that program come before it
         """
         self.given.clear()
-        self.at, self.when, self.silently = at, when, silently
+        self.at, self.when, self.earlier, self.silently = at, when, earlier, silently
         self.struck = False
 
     def begin(self, runner: SshRunner, argv: Any) -> Any:
         """In place of `SshRunner._begin`."""
         number = len(self.given)
         self.given.append(f"{argv[0]} {argv[argv.index('--op') + 1]}" if "--op" in argv else argv[0])
-        if self.struck or self.at not in (number, self.given[-1]):
+        is_program = self.at == self.given[-1] and self.given.count(self.given[-1]) == self.earlier + 1
+        if self.struck or not (self.at == number or is_program):
             return self._begin(runner, argv)
         self.struck = True
         appliance = self._appliance
