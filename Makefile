@@ -40,7 +40,7 @@ lab: $(VENV)/.development
 test-cuts: $(VENV)/.development
 	sh tests/lab/install.sh
 	VMSNAP_ALL_CUTS=1 $(BIN)/pytest -q --durations=15 tests/test_iscsi_cuts.py tests/test_libvirt_crashes.py \
-	  tests/test_iscsi_appliance.py
+	  tests/test_iscsi_appliance.py tests/in_guest/test_lio_thin.py
 
 # What the suite leaves out, too: snapshots on OpenZFS, which is built first, once, in ten minutes.
 test-openzfs: $(VENV)/.development
