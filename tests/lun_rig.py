@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from vmsnap.model import Disk
 from vmsnap.roles import DriverContext, SnapshotMechanism
@@ -143,14 +143,21 @@ class LunRig(SnapshotRig):
             mechanism.close()
 
 
+RigOfLuns = TypeVar("RigOfLuns", bound=LunRig)
+
+
+def in_use(rig: RigOfLuns) -> Iterator[RigOfLuns]:
+    """The rig, and no target of its server afterwards."""
+    yield rig
+    rig.end()
+    for target in rig.server.targets():
+        rig.server.remove(target)
+
+
 def rig_on(folder: Path, server: Server, options: Mapping[str, str]) -> Iterator[LunRig]:
     """A rig in a new folder, and nothing of it afterwards."""
     folder.mkdir()
-    rig = LunRig(folder, server, options)
-    yield rig
-    rig.end()
-    for target in server.targets():
-        server.remove(target)
+    yield from in_use(LunRig(folder, server, options))
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()

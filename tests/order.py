@@ -30,7 +30,7 @@ _LONG = {
     "test_strays": 70, "test_slow_repository_qemu": 60, "test_pause_limits": 60, "test_iscsi_qemu": 75,
     "test_iscsi_contract": 60, "test_agent_api": 60, "test_agent_page": 60, "test_agent_remote": 60,
     "test_libvirt_driver": 60, "test_simulated_contract": 60, "test_repository_stress": 60, "test_docs_blocks": 60,
-    "in_guest/test_lio": 130, "test_libvirt_fsfreeze": 75, "test_libvirt_firmware": 60, "test_side_by_side": 60,
+    "in_guest/test_lio": 290, "test_libvirt_fsfreeze": 75, "test_libvirt_firmware": 60, "test_side_by_side": 60,
     "test_libvirt_iscsi": 55, "test_freeze_libvirt": 50, "in_guest/test_systemd": 50, "test_file_failures": 45,
     "test_power_loss": 45, "test_libvirt_changes": 45,
     "test_libvirt_inputs": 55, "test_libvirt_precopy": 30, "test_libvirt_zfs": 30,

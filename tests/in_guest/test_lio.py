@@ -7,14 +7,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.disk_rig import sync, write
-from tests.in_guest.told_here import ToldHere
 from tests.in_guest.volumes import MIB, lvm, make_pool, make_thick, make_thin, run, volume_group, volumes
 from tests.lab.appliance import lio_library
 from tests.lab.lio import QEMU, LioServer
@@ -29,10 +28,11 @@ from vmsnap.testing.cloning import clone_all, delete_all
 from vmsnap.testing.rigs import eventually, read_all
 from vmsnap.testing.snapshot import SnapshotContract, live
 from vmsnap_drivers.runner import LocalRunner
-from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program, places
+from vmsnap_drivers.snapshots.iscsi import IscsiMechanism, lio_program
 from vmsnap_drivers.snapshots.iscsi.address import parse
 from vmsnap_drivers.snapshots.iscsi.exports import Export, Exports
 from vmsnap_drivers.snapshots.iscsi.initiator import Account
+from vmsnap_drivers.snapshots.iscsi.lio import Lio
 from vmsnap_drivers.snapshots.iscsi.places import HERE, Place, ServerSettings
 from vmsnap_drivers.snapshots.iscsi.writer import LunTarget
 
@@ -49,16 +49,14 @@ def server() -> Iterator[LioServer]:
 
 
 @pytest.fixture
-def rig(server: LioServer, xfs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LunRig]:
-    monkeypatch.setattr(places, "Lio", ToldHere)
+def rig(server: LioServer, xfs: Path) -> Iterator[LunRig]:
     yield from rig_on(xfs / "rig", server, {"reading": "initiator"})
     assert server.stores() == []
 
 
 class TestLio(SnapshotContract):
     @pytest.fixture
-    def rig(self, server: LioServer, xfs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LunRig]:
-        monkeypatch.setattr(places, "Lio", ToldHere)
+    def rig(self, server: LioServer, xfs: Path) -> Iterator[LunRig]:
         yield from rig_on(xfs / "rig", server, {})
         assert server.stores() == []
 
@@ -175,22 +173,24 @@ def test_a_volume_outside_of_a_thin_pool_has_snapshots_that_never_run_full(serve
         server.remove(target)
 
 
-class Dying(ToldHere):
-    """LIO told by a process, forked from here, that is killed before its change number `dies_at`."""
+class Dying(Lio):
+    """LIO told by the real program in processes of its own, one of which is killed before its change number `dies_at`.
+    They are forked from here: to start a new Python takes seconds in this guest.
+    """
 
     def __init__(self) -> None:
         super().__init__(LocalRunner())
         self.dies_at: int | None = None
 
-    def _ask(self, operation: str, request: Mapping[str, Any], *, changes: bool) -> Mapping[str, Any]:
+    def _tell(self, operation: str, *, changes: bool = True, **request: Any) -> Any:
         if self.dies_at is None or not changes:
-            return super()._ask(operation, request, changes=changes)
+            return lio_program.OPERATIONS[operation](request)
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 _die_at(self.dies_at)
-                lio_program.OPERATIONS[operation](dict(request))
+                lio_program.OPERATIONS[operation](request)
                 status = 0
             finally:
                 os._exit(status)

@@ -9,24 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_guest.told_here import ToldHere
+from tests.in_guest.test_lio import server
 from tests.in_guest.volumes import MIB, lvm, make_pool, make_thin, volume_group, volumes
-from tests.lab.appliance import lio_library
 from tests.lab.lio import LioServer
-from tests.left_out import EVERYWHERE
-from tests.lun_rig import LunRig
+from tests.lun_rig import LunRig, in_use
 from vmsnap.model import Disk
 from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.snapshot import SnapshotContract
-from vmsnap_drivers.snapshots.iscsi import places
 
+__all__ = ["server"]
 pytestmark = pytest.mark.storage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LioServer]:
-    with LioServer(lio_library()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +51,8 @@ class ThinRig(LunRig):
         lvm("lvremove", "--force", path)
 
 
-class _OnThinVolumes(SnapshotContract):
+class TestThinVolumes(SnapshotContract):
     @pytest.fixture
-    def rig(self, server: LioServer, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThinRig]:
-        monkeypatch.setattr(places, "Lio", ToldHere)
-        rig = ThinRig(tmp_path, server, {"pause_seconds": "60"})
-        yield rig
-        rig.end()
-        for target in server.targets():
-            server.remove(target)
+    def rig(self, server: LioServer, group: str, tmp_path: Path) -> Iterator[ThinRig]:
+        yield from in_use(ThinRig(tmp_path, server, {"pause_seconds": "60"}))
         assert server.stores() == [] and not [name for name in volumes() if "vmsnap" in name]
-
-
-if EVERYWHERE:
-
-    class TestThinVolumes(_OnThinVolumes):
-        """Collected then."""

@@ -10,10 +10,10 @@ import pytest
 
 from tests.disk_rig import write
 from tests.in_guest.openzfs.pools import MIB, NODES, links, pool, run
-from tests.lab.appliance import lio_library
+from tests.in_guest.test_lio import server
 from tests.lab.lio import LioServer
 from tests.lun_failures import AUTHORITY, plan_of
-from tests.lun_rig import LunRig
+from tests.lun_rig import LunRig, in_use
 from tests.zfs_rig import names
 from vmsnap.errors import SnapshotError
 from vmsnap.model import Disk
@@ -24,13 +24,8 @@ from vmsnap.testing.snapshot import SnapshotContract, live
 from vmsnap_drivers.snapshots.iscsi import watch
 from vmsnap_drivers.snapshots.zfs import ZfsMechanism
 
+__all__ = ["server"]
 pytestmark = pytest.mark.storage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LioServer]:
-    with LioServer(lio_library()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +59,7 @@ class ZvolRig(LunRig):
 
 
 def rig_of(server: LioServer, tank: str, tmp_path: Path) -> Iterator[ZvolRig]:
-    rig = ZvolRig(tmp_path, server, {"pause_seconds": "60"})
-    yield rig
-    rig.end()
-    for target in server.targets():
-        server.remove(target)
+    yield from in_use(ZvolRig(tmp_path, server, {"pause_seconds": "60"}))
     assert server.stores() == [] and not [name for name in names(run, tank) if "vmsnap" in name]
 
 

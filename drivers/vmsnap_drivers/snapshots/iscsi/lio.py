@@ -101,14 +101,6 @@ class Lio(Targets):
         self._tell("release", store=_store(path))
 
     def _tell(self, operation: str, *, changes: bool = True, **request: Any) -> Mapping[str, Any]:
-        answer = self._ask(operation, request, changes=changes)
-        if answer.get("absent"):
-            raise NotRunning("LIO serves nothing", cure="load the kernel's iscsi_target_mod, and set up a target")
-        if "refused" in answer:
-            raise SnapshotError(f"LIO could not {operation}: {answer['refused']}")
-        return answer
-
-    def _ask(self, operation: str, request: Mapping[str, Any], *, changes: bool) -> Mapping[str, Any]:
         program = resources.files(__package__).joinpath(_PROGRAM).read_text()
         try:
             done = self._runner.run(
@@ -119,9 +111,14 @@ class Lio(Targets):
         if done.status:
             raise SnapshotError(f"LIO could not {operation}: {one_line(done.stderr)[-400:] or f'status {done.status}'}")
         try:
-            return dict(json.loads(done.stdout))
-        except (ValueError, TypeError) as e:
+            answer = json.loads(done.stdout)
+            if answer.get("absent"):
+                raise NotRunning("LIO serves nothing", cure="load the kernel's iscsi_target_mod, and set up a target")
+            if "refused" in answer:
+                raise SnapshotError(f"LIO could not {operation}: {answer['refused']}")
+        except (ValueError, AttributeError) as e:
             raise SnapshotError(f"LIO does not answer as expected: {e}") from e
+        return dict(answer)
 
 
 def _store(path: str) -> str:

@@ -310,17 +310,18 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def answer(operation: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Do one thing, and tell how it went."""
-    if not os.path.isdir(ISCSI):
-        return {"absent": True}
-    try:
-        return OPERATIONS[operation](request)
-    except Refused as e:
-        return {"refused": str(e)}
-    except OSError as e:
-        return {"refused": f"{e.strerror}: {e.filename}"}
+def main(operation: str, request: str) -> None:
+    """Do one thing, and print how it went."""
+    answer: dict[str, Any] = {"absent": True}
+    if os.path.isdir(ISCSI):
+        try:
+            answer = OPERATIONS[operation](json.loads(request))
+        except Refused as e:
+            answer = {"refused": str(e)}
+        except OSError as e:
+            answer = {"refused": f"{e.strerror}: {e.filename}"}
+    json.dump(answer, sys.stdout)
 
 
 if __name__ == "__main__":
-    json.dump(answer(sys.argv[1], json.loads(sys.argv[2])), sys.stdout)
+    main(sys.argv[1], sys.argv[2])
