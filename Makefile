@@ -36,7 +36,8 @@ lab: $(VENV)/.development
 
 # What the suite leaves out: the network to a storage appliance is cut at every command of a backup, before and after it;
 # the suite does so where that makes a difference. What comes after a backup is killed at every instruction with libvirt
-# too, as the suite does with QEMU, and the appliance's tgt is taken through all that its LIO is. An hour.
+# too, as the suite does with QEMU, the appliance's tgt is taken through all that its LIO is, and thin
+# volumes behind LIO through the contract. An hour.
 test-cuts: $(VENV)/.development
 	sh tests/lab/install.sh
 	VMSNAP_ALL_CUTS=1 $(BIN)/pytest -q --durations=15 tests/test_iscsi_cuts.py tests/test_libvirt_crashes.py \
