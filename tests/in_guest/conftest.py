@@ -26,7 +26,7 @@ from tests.in_guest.leftovers import PATIENCE_SECONDS as LEFTOVERS_SECONDS
 from tests.in_guest.telling import ALONE, COVERAGE, REPORTS
 from tests.lab.machine import LabError
 from tests.lab.qemus import cache_folder
-from tests.lab.scripted import ScriptedGuest
+from tests.lab.scripted import Scripted
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
 from tests.lab.user_mode import UserModeGuest
@@ -49,7 +49,7 @@ class GuestRuns:
     def __init__(self, *, systemd: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmsnap-storage-"))
         self._systemd = systemd
-        self.guest = SystemdMachine(self.folder) if systemd else _storage_guest(self.folder)
+        self.guest: Scripted = SystemdMachine(self.folder) if systemd else _storage_guest(self.folder)
         self.path: Path | None = None
         """The file that is run, or was last."""
         self._awaited: list[str] = []
@@ -197,7 +197,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
-def _storage_guest(folder: Path) -> ScriptedGuest:
+def _storage_guest(folder: Path) -> Scripted:
     """OpenZFS is built for Debian's kernel of real machines, and so needs one that is emulated."""
     if os.environ.get("VMSNAP_OPENZFS"):
         return StorageGuest(folder, layer=cache_folder() / "openzfs/root")

@@ -10,13 +10,13 @@ import json
 import shlex
 import subprocess
 from pathlib import Path
-from types import TracebackType
 
 from . import lio
 from .machine import LabError
 from .ports import free_ports
 from .qemus import cache_folder, unpacked
 from .sshd import make_key
+from .started import Started
 from .storage import ADDRESS, HOST_ADDRESS, StorageGuest
 from .tgtd import programs
 
@@ -53,7 +53,7 @@ USER = "keeper"
 """Somebody on it who may log in, and is not root."""
 
 
-class Appliance:
+class Appliance(Started):
     """One appliance in a folder of its own, for a ``with``. Its tgtd and its LIO listen on its network's
     address alone. What serves a target is named ``tgt`` or ``lio``.
     """
@@ -163,13 +163,8 @@ class Appliance:
     def _make(self, volume: str, size_mib: int) -> None:
         self.lvm("lvcreate", "--yes", "--virtualsize", f"{size_mib}m", "--thinpool", "pool", "--name", volume, "vg0")
 
-    def __enter__(self) -> Appliance:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def kill(self) -> None:
+        """See `Started.kill`."""
         self.guest.kill()
 
 

@@ -6,13 +6,13 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from . import serial
 from .initramfs import guest_image
 from .loaded_ram import loaded_ram_arguments
 from .qemus import QemuBuild
 from .qmp import Oracle
+from .started import Started
 
 MIB = 1024 * 1024
 _LONGEST_SOCKET_PATH = 107
@@ -59,7 +59,7 @@ DEFAULT_DISKS = (Disk("qcow2"), Disk("raw"))
 WITH_BARE_DISK = (Disk("qcow2"), Disk("raw", bare=True))
 
 
-class LabMachine:
+class LabMachine(Started):
     """A guest in a folder of its own. Use with ``with``, or call `start` and, whatever happens, `kill`.
 
     In the folder: ``qmp.sock`` (the monitor for the product), ``oracle.sock`` (the monitor for the
@@ -291,15 +291,6 @@ class LabMachine:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-    def __enter__(self) -> "LabMachine":
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def _wait_for(self, what: str, latest: Callable[[], int], at_least: int, timeout_seconds: float) -> int:
         def reached() -> bool:

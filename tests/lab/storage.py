@@ -1,32 +1,22 @@
-"""A guest for what this host's kernel cannot do: device mapper, and whatever else Debian's kernel has as modules.
-
-Its root is the host's own, read-only, with the packages of install.sh laid over it and RAM over both: programs, the
-checkout and its virtual environment are there as they are here, and nothing that it does reaches the host but through
-the folder of results. It has no udev.
-"""
+"""The storage guest as a machine of its own, emulated: Debian's kernel with all of its modules, and a network."""
 
 import hashlib
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from .machine import LabError
 from .qemus import cache_folder, find_qemu, unpacked
-from .scripted import ScriptedGuest
+from .scripted_guest import CHECKOUT, INIT, MEMORY_MIB, ScriptedGuest
 
 _BUSYBOX = Path("/bin/busybox")
-_INIT = Path(__file__).parent / "storage_guest/init"
-_CHECKOUT = Path(__file__).resolve().parent.parent.parent
+_INIT = (INIT / "init", INIT / "serve")
 _NEEDED = ("virtio_pci", "9p", "9pnet_virtio", "overlay")
-_MEMORY_MIB = 1024
 # What costs an emulated CPU much and gives a guest of some minutes nothing: copying byte by byte (erms), page tables of
 # five levels, the kernel's guards against itself and others, huge pages. Without them programs take 8 % less.
 _CPU = "max,-erms,-la57,-smap,-smep,-umip,-pku"
 _QUICK = "mitigations=off transparent_hugepage=never"
-_BOOT_SECONDS = 180.0
 ADDRESS = "10.0.2.15"
 """The guest's on its network, and `HOST_ADDRESS` that from which whatever comes through a forward comes."""
 HOST_ADDRESS = "10.0.2.2"
@@ -46,41 +36,22 @@ class StorageGuest(ScriptedGuest):
         self.forwards = dict(forwards or {})
         self.layer = layer
 
-    def start(self) -> None:
-        """See `ScriptedGuest.start`."""
-        self.results.mkdir(parents=True)
-        kernel, initramfs = _boot_files()
-        listener = socket.socket(socket.AF_UNIX)
-        with listener, (self.folder / "qemu.log").open("wb") as log:
-            listener.bind(str(self.folder / "port"))
-            listener.listen(1)
-            listener.settimeout(_BOOT_SECONDS)
-            self._process = subprocess.Popen(
-                self._command(kernel, initramfs), start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
-            try:
-                self._port, _ = listener.accept()
-                self._listen(_BOOT_SECONDS, "ready")
-            except (OSError, LabError) as e:
-                self.kill()
-                raise LabError(f"the storage guest does not come up: {e}: {self.last_words()}") from e
-
-    def _command(self, kernel: Path, initramfs: Path) -> list[str]:
-        qemu, shared = find_qemu("7.2"), "local,security_model=none,multidevs=remap"
+    def _command(self, port: int) -> list[str]:
+        (kernel, initramfs), qemu = _boot_files(), find_qemu("7.2")
+        shared = "local,security_model=none,multidevs=remap"
         # fmt: off
         return qemu.command(
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-            "-machine", "pc,accel=tcg", "-cpu", _CPU, "-m", f"{_MEMORY_MIB}", "-smp", "1",
+            "-machine", "pc,accel=tcg", "-cpu", _CPU, "-m", f"{MEMORY_MIB}", "-smp", "1",
             "-kernel", str(kernel), "-initrd", str(initramfs),
             # The kernel hands what it does not know on to init, as a variable.
             "-append", f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check {_QUICK}"
-            f" CHECKOUT={_CHECKOUT} LAYER={'layer' if self.layer else ''}",
+            f" CHECKOUT={CHECKOUT} LAYER={'layer' if self.layer else ''}",
             "-serial", f"file:{self.folder / 'serial.log'}",
-            "-chardev", f"socket,id=port,path={self.folder / 'port'}", "-serial", "chardev:port",
+            "-chardev", f"socket,id=port,fd={port}", "-serial", "chardev:port",
             "-virtfs", f"{shared},path=/,mount_tag=host,readonly=on",
             "-virtfs", f"{shared},path={cache_folder() / 'storage/root'},mount_tag=packages,readonly=on",
-            "-virtfs", f"{shared},path={_CHECKOUT},mount_tag=checkout,readonly=on",
+            "-virtfs", f"{shared},path={CHECKOUT},mount_tag=checkout,readonly=on",
             "-virtfs", f"{shared},path={self.results},mount_tag=results",
             *(["-virtfs", f"{shared},path={self.layer},mount_tag=layer,readonly=on"] if self.layer else []),
             *self._network(),
@@ -100,7 +71,7 @@ def _boot_files() -> tuple[Path, Path]:
     packages = unpacked("storage", "kernel with device mapper")
     kernel = sorted((packages / "root/boot").glob("vmlinuz-*"))[-1]
     modules = packages / "root/usr/lib/modules" / kernel.name.removeprefix("vmlinuz-")
-    made_of = kernel.name.encode() + repr(_NEEDED).encode() + _BUSYBOX.read_bytes() + _INIT.read_bytes()
+    made_of = kernel.name.encode() + repr(_NEEDED).encode() + b"".join(path.read_bytes() for path in (_BUSYBOX, *_INIT))
     initramfs = cache_folder() / f"storage-{hashlib.sha256(made_of).hexdigest()[:16]}.cpio"
     if not initramfs.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as folder:
@@ -113,7 +84,8 @@ def _build(folder: Path, modules: Path) -> Path:
     for name in ("bin", "modules"):
         (root / name).mkdir(parents=True)
     shutil.copy(_BUSYBOX, root / "bin/busybox")
-    shutil.copy(_INIT, root / "init")
+    for path in _INIT:
+        shutil.copy(path, root)
     (root / "init").chmod(0o755)
     order = _in_order(modules)
     for module in order:

@@ -14,10 +14,9 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 
 from .machine import LabError
-from .scripted import Ended
+from .scripted import Ended, Scripted
 
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS = 120.0
@@ -62,13 +61,12 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=vmsnap-lab /lib/systemd
 """
 
 
-class SystemdMachine:
-    """One such systemd, which takes scripts as `ScriptedGuest` does. ``results`` is ``/run/results`` in there."""
+class SystemdMachine(Scripted):
+    """One such systemd."""
 
     def __init__(self, folder: Path) -> None:
         """Nothing is started."""
-        self.folder = folder
-        self.results = folder / "results"
+        super().__init__(folder)
         self._group = _cgroups() / f"vmsnap-lab-{os.getpid()}-{folder.name}"
         self._holder: subprocess.Popen[bytes] | None = None
         self._first = 0
@@ -97,7 +95,7 @@ class SystemdMachine:
             time.sleep(_POLL_SECONDS)
 
     def begin(self, name: str, script: str) -> None:
-        """Let a shell in there begin with `script`; `name` is that of its file. One at a time."""
+        """See `Scripted.begin`."""
         (self.results / name).write_text(script)
         with (self.results / f"{name}.output").open("wb") as output:
             self._script = subprocess.Popen(
@@ -105,10 +103,7 @@ class SystemdMachine:
             )
 
     def end(self, name: str, seconds: float) -> Ended:
-        """Wait for the script's end.
-
-        :raise LabError: it does not end in time.
-        """
+        """See `Scripted.end`."""
         if self._script is None:
             raise LabError("no script was begun")
         try:
@@ -116,13 +111,8 @@ class SystemdMachine:
         except subprocess.TimeoutExpired as e:
             raise LabError(f"{name} does not end within {seconds:g} s: {self.output(name)}") from e
 
-    def output(self, name: str) -> str:
-        """What the script has printed so far."""
-        path = self.results / f"{name}.output"
-        return path.read_text(errors="replace") if path.exists() else ""
-
     def ended(self, name: str) -> bool:
-        """Whether the script has ended; then `end` does not wait."""
+        """See `Scripted.ended`."""
         return self._script is None or self._script.poll() is not None
 
     def kill(self) -> None:
@@ -148,20 +138,6 @@ class SystemdMachine:
                 if time.monotonic() > deadline:
                     raise LabError(f"{self._group} cannot be removed: {e}") from e
                 time.sleep(_POLL_SECONDS)
-
-    def last_words(self) -> str:
-        """What was said before systemd was there."""
-        log = self.folder / "systemd.log"
-        return log.read_text(errors="replace")[-2000:] if log.exists() else ""
-
-    def __enter__(self) -> SystemdMachine:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def _inside(self, *argv: str) -> list[str]:
         return ["nsenter", f"--target={self._first}", *_ENTER, "--", *argv]

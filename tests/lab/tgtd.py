@@ -6,11 +6,11 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 
 from .machine import LabError
 from .ports import ADDRESS, free_port
 from .qemus import unpacked
+from .started import Started
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.02
@@ -25,7 +25,7 @@ def programs() -> Path:
     return unpacked("tgt", "tgt") / "bin"
 
 
-class TargetServer:
+class TargetServer(Started):
     """One such server, for a ``with``. Several can run beside each other.
 
     :param everywhere: an address for all networks, such as ``[::]``, at which it listens in a network namespace of its
@@ -96,15 +96,6 @@ class TargetServer:
         self._users.clear()
         for left in _SOCKETS.glob(f"socket.{self.control_port}*"):
             left.unlink()
-
-    def __enter__(self) -> TargetServer:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def tell(self, *words: str) -> str:
         """Give ``tgtadm`` a command.

@@ -12,12 +12,12 @@ import subprocess
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from .machine import LabError
 from .mounts import own_mounts
 from .qemus import unpacked
+from .started import Started
 
 _SOCKET = Path("/var/run/zfs/zfs_socket")
 _LOCK = Path("/run/lock/vmsnap-lab-zfs-fuse")
@@ -36,7 +36,7 @@ def programs() -> Path:
     return unpacked("zfs-fuse", "zfs-fuse") / "bin"
 
 
-class ZfsFuse:
+class ZfsFuse(Started):
     """The daemon with one empty pool, for a ``with``, in a folder of its own. `pool` is the pool's name, and `mounted`
     where its file systems are.
     """
@@ -127,12 +127,3 @@ class ZfsFuse:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def __enter__(self) -> ZfsFuse:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
