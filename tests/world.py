@@ -187,6 +187,7 @@ class World:
         status = self.status()
         assert status["state"] == "executing"
         assert not status["fault"]
+        assert not ask(self.socket, "check")["fault"]
         assert self.counts_on()
         assert self.files() == self.files_at_rest
         with self.controller() as controller:

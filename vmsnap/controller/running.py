@@ -91,8 +91,12 @@ class RunningDuplicate:
         """
         state = self.hypervisor.state()
         if state is not VmState.EXECUTING:
-            raise HypervisorError(f"VM {self.name!r} is {state.value} instead of executing")
+            why = "".join(f": {refusal}" for refusal in self._refusals(state))
+            raise HypervisorError(f"VM {self.name!r} is {state.value} instead of executing{why}")
         self._table.set_state(self.name, state.value)
+
+    def _refusals(self, state: VmState) -> tuple[str, ...]:
+        return () if state is VmState.ABSENT else self.hypervisor.describe().refusals
 
     def shut_down(self, timeout_seconds: float) -> None:
         """Ask its guest to end in order, and wait for that.
