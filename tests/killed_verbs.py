@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.lab.machine import PATIENCE_SECONDS
+from tests.left_out import some_of
 from tests.test_duplicate_failures import STORAGE
 from tests.workers import worker_that_waits_at
 from tests.world import FaultyDrivers
@@ -77,14 +78,16 @@ class Later:
     kills: Callable[[list[str]], list[tuple[str, int]]]
 
     def kill_at_each_call(self, scene: Scene) -> list[str]:
-        """Carry it out once to its end, then once for each call of a driver, and be killed there; returns the calls."""
+        """Carry it out once to its end, then once for every second call of a driver, and be killed there; returns those
+        calls.
+        """
         live = scene.controller.backup("vm001", scene.repository).backup
         rest, plan = scene.at_rest(), FaultPlan()
         folders = scene.controller.folders
         with Controller(folders, drivers=FaultyDrivers(folders.context(), plan)) as made:
             self.work(scene, made, live)
         assert scene.at_rest() == rest
-        kills = self.kills(plan.calls)
+        kills = some_of(self.kills(plan.calls), 2)
         for call, number in kills:
             scene.kill(f"{self.verb}:{live}", rest, call, number)
         assert scene.controller.backup("vm001", scene.repository).warnings == ()

@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 from tests.lab import WITH_BARE_DISK, LabMachine, available_qemus, find_qemu
+from tests.left_out import EXHAUSTIVE
 from vmsnap.model import CapturePlan, Duplicate, Moment
 from vmsnap.roles import CaptureRequest, DriverContext, LoadedVm, LoadRequest
 from vmsnap_drivers.hypervisors.qemu import QemuHypervisor
 
 VERSIONS = [build.version for build in available_qemus()]
+_EACH = [(version, capture) for version in VERSIONS for capture in ("cow", "precopy")]
+
+
+def captures(*, other: bool = False) -> pytest.MarkDecorator:
+    """Parametrizes `bench` and ``capture``: each QEMU by one way of capturing, in the suite; `other` by its other."""
+    straight = [_EACH[0], *_EACH[3:]]
+    chosen = [pair for pair in _EACH if (pair in straight) != other]
+    return pytest.mark.parametrize(("bench", "capture"), _EACH if EXHAUSTIVE else chosen, indirect=["bench"])
 
 
 @dataclass

@@ -15,6 +15,7 @@ from tests.lab import LabMachine, available_qemus, disk_records, ext4
 from tests.lab import serial as console
 from tests.lab.qemus import QemuBuild
 from tests.lab.qmp import seconds_between
+from tests.left_out import some_of
 from tests.qemu_stage import ENTRIES_AT_LEAST, Stage, read_ledger, staged
 from tests.test_live_backup_qemu import block_graph, controller, files_beside, place, processes_of, repository
 from tests.workers import worker_that_waits_at
@@ -110,7 +111,7 @@ def test_a_live_backup_is_consolidated_and_verified_by_booting(stage: Stage) -> 
 def test_a_worker_that_is_killed_at_any_instruction_leaves_the_original_alone_and_nothing_behind(stage: Stage) -> None:
     machine = stage.machine
     graph, files, processes = block_graph(machine), files_beside(machine), processes_of(stage.place)
-    for call, number in KILLED_AT:
+    for call, number in some_of(KILLED_AT, 2):
         stored = len(stage.repository.list())
         worker = worker_that_waits_at(
             stage.controller.folders.state_dir, str(stage.place / "repository"), call, verb="consistent", number=number

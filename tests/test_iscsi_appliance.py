@@ -20,7 +20,7 @@ from tests.lab.appliance import USER, Appliance, add_known_hosts
 from tests.lab.lio import QEMU
 from tests.lab.qmp import Oracle, seconds_between
 from tests.lab.sshd import make_key
-from tests.left_out import EVERYWHERE
+from tests.left_out import EXHAUSTIVE
 from tests.proxy import Proxy
 from tests.qemu_stage import MIB, chap_arguments, end_all, until
 from tests.test_cli import Scripts
@@ -142,7 +142,7 @@ def appliance() -> Iterator[Appliance]:
 
 
 SERVERS = ["lio", "tgt"]
-OF_LIO = pytest.mark.parametrize("site", SERVERS if EVERYWHERE else SERVERS[:1], indirect=True)
+OF_LIO = pytest.mark.parametrize("site", SERVERS if EXHAUSTIVE else SERVERS[:1], indirect=True)
 """What tgt serves is the same to these; `tests/test_iscsi_qemu.py` has it on this host."""
 
 

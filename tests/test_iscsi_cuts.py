@@ -17,7 +17,7 @@ from tests.appliance_here import Bench, Commands, When, bench, commands
 from tests.conftest import Counted
 from tests.lab import serial
 from tests.lab.qmp import seconds_between
-from tests.left_out import EVERYWHERE
+from tests.left_out import EXHAUSTIVE
 from tests.qemu_stage import until
 from tests.test_file_mechanism import xfs
 from tests.watching import Before
@@ -28,7 +28,7 @@ from vmsnap_drivers.snapshots.iscsi import initiator
 
 __all__ = ["bench", "commands", "xfs"]
 pytestmark = [
-    pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.timeout(7200 if EVERYWHERE else 900)
+    pytest.mark.qemu, pytest.mark.lab, pytest.mark.sshd, pytest.mark.timeout(7200 if EXHAUSTIVE else 900)
 ]  # fmt: skip
 
 ASKING = frozenset(["tgtadm show", "stat", "test", "sync"])
@@ -63,7 +63,7 @@ def test_the_appliance_vanishes_while_a_consistent_backup_has_a_duplicate_there(
     removals = [number for number, name in enumerate(given) if name == "tgtadm delete"]
     assert len(exports) == len(removals) == 2, given
     chosen = [(exports[1], When.DONE), (removals[0], When.BEFORE), (removals[1], When.DONE)]
-    cases = _everywhere(given) if EVERYWHERE else chosen
+    cases = _everywhere(given) if EXHAUSTIVE else chosen
     kept_ones = sum(_cut_at(bench, commands, given, number, when, **CONSISTENT)[0] for number, when in cases)
     counted(
         f"SSH cut {len(cases)} times at {len(given)} commands of a consistent backup; {kept_ones} times something was"
@@ -222,12 +222,12 @@ def test_a_duplicate_takes_over_while_no_command_reaches_its_appliance(bench: Be
 
 
 def _cases(given: list[str]) -> list[tuple[int, When]]:
-    """Where to cut a live backup: everywhere where ``VMSNAP_ALL_CUTS`` is set. Each case is a backup, and from the
+    """Where to cut a live backup: everywhere where nothing is left out. Each case is a backup, and from the
     snapshot on that takes seconds, so that else those are left out which find the appliance as another one does: what
     only asks leaves nothing behind, what was done is there before the next command too, and the disk of a duplicate is
     made as a snapshot is.
     """
-    if EVERYWHERE:
+    if EXHAUSTIVE:
         return _everywhere(given)
     snapshot, last = given.index("cp"), {name: number for number, name in enumerate(given)}
     exported, changes = given.index("tgtadm bind"), [name not in ASKING for name in given]

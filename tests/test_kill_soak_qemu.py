@@ -31,7 +31,7 @@ from vmsnap.repository import Repository
 __all__ = ["controller", "machine", "place", "repository"]
 pytestmark = pytest.mark.qemu
 
-SOAK_SECONDS = float(os.environ.get("VMSNAP_SOAK_SECONDS", "40"))
+SOAK_SECONDS = float(os.environ.get("VMSNAP_SOAK_SECONDS", "25"))
 ALLOWED_SECONDS = 30
 """For a pause of those that are not killed: a busy machine takes seconds."""
 LEAST_KILLS = 3

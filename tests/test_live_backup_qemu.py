@@ -21,6 +21,7 @@ from tests.lab import WITH_BARE_DISK, LabMachine, available_qemus
 from tests.lab import serial as console
 from tests.lab.machine import PATIENCE_SECONDS
 from tests.lab.qemus import QemuBuild
+from tests.left_out import some_of
 from vmsnap.controller import Controller
 from vmsnap.host import HostFolders
 from vmsnap.model import VmState
@@ -30,6 +31,7 @@ from vmsnap.repository import Repository
 pytestmark = pytest.mark.qemu
 
 ROUNDS = 10
+"""With the newest QEMU; a third of them in the suite with older ones."""
 BUILDS = [pytest.param(build, id=f"qemu-{build.version}") for build in available_qemus()]
 
 
@@ -45,7 +47,7 @@ def place() -> Iterator[Path]:
 def machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     build: QemuBuild = request.param
     with LabMachine(place / "vm001", build, disks=WITH_BARE_DISK, settings={"touch_mib": 200}) as started:
-        started.wait_for_check(100)
+        started.wait_for_check(40)
         yield started
 
 
@@ -107,14 +109,15 @@ def migration_settings(machine: LabMachine) -> tuple[Any, ...]:
 
 
 @pytest.mark.timeout(600)
-def test_ten_live_backups_under_load_each_restored_beside_the_machine_that_never_stops(
+def test_live_backups_under_load_each_restored_beside_the_machine_that_never_stops(
     machine: LabMachine, controller: Controller, repository: Repository, place: Path
 ) -> None:
     controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
     graph, files, processes = block_graph(machine), files_beside(machine), processes_of(place)
     settings = migration_settings(machine)
     pauses = []
-    for round_number in range(ROUNDS):
+    rounds = range(ROUNDS) if machine.qemu.version == available_qemus()[-1].version else some_of(range(ROUNDS))
+    for done, _ in enumerate(rounds, 1):
         before = machine.latest_count()
         result = controller.backup("vm001", repository)
         after = machine.latest_count()
@@ -147,7 +150,7 @@ def test_ten_live_backups_under_load_each_restored_beside_the_machine_that_never
         manifest = repository.manifest(result.backup)
         assert manifest.pause_seconds == result.pause_seconds
         assert {moment.source for moment in manifest.moments} >= {"qemu:STOP", "qemu:RESUME"}
-        assert round_number + 1 == len(repository.list())
+        assert done == len(repository.list())
     assert controller.journal.unfinished() == []
     machine.wait_for_check(machine.latest_count() + 1)
     assert all(0 < pause_seconds <= 5 for pause_seconds in pauses)

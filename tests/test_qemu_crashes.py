@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import Counted
 from tests.killed_verbs import LATER, LIVE_CALLS, Later, Scene
-from tests.lab import LabMachine
+from tests.lab import LabMachine, available_qemus
+from tests.left_out import some_of
 from tests.test_live_backup_qemu import (
     BUILDS,
     block_graph,
@@ -61,7 +62,8 @@ def test_killed_at_any_instruction_the_guest_goes_on_and_recover_removes_the_res
     scene: Scene, machine: LabMachine, counted: Counted
 ) -> None:
     rest = scene.at_rest()
-    for call in LIVE_CALLS:
+    calls = LIVE_CALLS if machine.qemu.version == available_qemus()[-1].version else some_of(LIVE_CALLS, 2)
+    for call in calls:
         if call == "keep_mark":  # the first that comes after the commit
             assert scene.repository.list() == []
         scene.kill("backup", rest, call)
@@ -70,7 +72,7 @@ def test_killed_at_any_instruction_the_guest_goes_on_and_recover_removes_the_res
     assert scene.controller.backup("vm001", scene.repository).warnings == ()
     machine.wait_for_check(machine.latest_check() + 1)
     assert machine.faults() == []
-    counted(f"{len(LIVE_CALLS)} kills ({', '.join(LIVE_CALLS)}), the VM ran, nothing was left", cases=len(LIVE_CALLS))
+    counted(f"{len(calls)} kills ({', '.join(calls)}), the VM ran, nothing was left", cases=len(calls))
 
 
 @pytest.mark.timeout(600)

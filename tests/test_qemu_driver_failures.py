@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import LabMachine, QemuBuild, available_qemus, find_qemu
-from tests.qemu_bench import VERSIONS, Bench, bench, folder, machines, nothing_left, with_capture
+from tests.qemu_bench import VERSIONS, Bench, bench, captures, folder, machines, nothing_left, with_capture
 from vmsnap.errors import (
     AlreadyExists,
     Busy,
@@ -60,7 +60,7 @@ def assert_well(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("capture", ["cow", "precopy"])
+@captures()
 def test_a_capture_can_be_abandoned_at_any_stage(bench: Bench, capture: str, stage: Callable[[Bench], None]) -> None:
     with_capture(bench, capture)
     before = bench.settings()
@@ -76,7 +76,7 @@ def test_a_capture_can_be_abandoned_at_any_stage(bench: Bench, capture: str, sta
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("capture", ["cow", "precopy"])
+@captures(other=True)
 def test_another_process_resumes_and_cleans_up_after_the_death_of_the_first(
     bench: Bench, capture: str, stage: Callable[[Bench], None]
 ) -> None:
@@ -101,7 +101,7 @@ def test_another_process_resumes_and_cleans_up_after_the_death_of_the_first(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("capture", ["cow", "precopy"])
+@captures()
 def test_a_qemu_that_dies_in_the_middle_ends_every_call(
     bench: Bench, capture: str, stage: Callable[[Bench], None]
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_pre_copy_that_could_lose_pages_is_refused(build: QemuBuild, folder: P
             driver.close()
 
 
-@pytest.mark.parametrize("capture", ["cow", "precopy"])
+@captures(other=True)
 def test_somebody_who_resumes_the_guest_within_the_pause_is_found_out(bench: Bench, capture: str) -> None:
     with_capture(bench, capture)
     paused(bench)
@@ -178,7 +178,7 @@ def test_somebody_who_resumes_the_guest_within_the_pause_is_found_out(bench: Ben
     assert_well(bench)
 
 
-@pytest.mark.parametrize("capture", ["cow", "precopy"])
+@captures()
 def test_a_pause_that_lasts_too_long_is_given_up(bench: Bench, capture: str) -> None:
     with_capture(bench, capture)
     request = CaptureRequest("bk001", 2.0)

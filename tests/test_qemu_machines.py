@@ -128,7 +128,7 @@ def host(place: Path) -> Iterator[Host]:
 @contextmanager
 def running(machine: LabMachine) -> Iterator[LabMachine]:
     with machine:
-        machine.wait_for_check(100, DEADLINE_SECONDS)
+        machine.wait_for_check(40, DEADLINE_SECONDS)
         yield machine
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from tests.conftest import Counted
+from tests.left_out import some_of
 from tests.test_backup_failures import TWO_MECHANISMS
 from tests.test_duplicate_failures import (
     CASES,
@@ -162,7 +163,7 @@ def test_recovery_that_is_killed_at_each_of_its_calls_is_ended_by_the_next(
 ) -> None:
     """A run is killed; then recovery at its first call, the next one at its second, until one gets through."""
     counts = {call: number for call, number in calls_of(world, case).items() if call not in STORAGE}
-    faults = list(single_faults(counts, [Effect.KILL_AFTER]))
+    faults = some_of(list(single_faults(counts, [Effect.KILL_AFTER])))
     kills = 0
     for fault in faults:
         for effect in KILLS:
@@ -183,7 +184,7 @@ def test_recovery_of_a_failover_that_is_killed_at_each_of_its_calls_is_ended_by_
     plan = FaultPlan()
     assert run_with(failed_world(), fail_over, plan)
     counts = {call: number for call, number in plan.counts.items() if call not in STORAGE}
-    faults = list(single_faults(counts, [Effect.KILL]))  # a kill after a call is one before the next
+    faults = some_of(list(single_faults(counts, [Effect.KILL])))  # a kill after a call is one before the next
     kills = 0
     for fault in faults:
         world = failed_world()
@@ -238,7 +239,7 @@ def faults_of_a_backup(world: World, effects: tuple[Effect, ...]) -> list[Fault]
 
 @pytest.mark.timeout(900)
 def test_whatever_call_of_a_backup_hangs_the_guest_goes_on(guarded: World, counted: Counted) -> None:
-    faults = [(fault, "none") for fault in faults_of_a_backup(guarded, HANGS)]
+    faults = [(fault, "none") for fault in some_of(faults_of_a_backup(guarded, HANGS))]
     faults += [(Fault(call, 1, effect), "overlay") for call in FREEZE_CALLS for effect in HANGS]
     for fault, freeze in faults:
         child = backup_with(guarded, fault, freeze)
@@ -252,7 +253,10 @@ def test_whatever_call_of_a_backup_hangs_the_guest_goes_on(guarded: World, count
 @pytest.mark.timeout(900)
 def test_whatever_call_of_a_backup_takes_long_it_costs_the_backup_at_most(guarded: World, counted: Counted) -> None:
     """Longer than the longest pause, that is. It costs the backup where the guardian is on watch, else nothing."""
-    faults = faults_of_a_backup(guarded, SLOW)
+    on_watch = {(method, effect) for method in ("pause", "snapshot", "duplicate", "resume") for effect in SLOW}
+    all_faults = faults_of_a_backup(guarded, SLOW)
+    others = [fault for fault in all_faults if (fault.method, fault.effect) not in on_watch]
+    faults = [fault for fault in all_faults if fault not in others] + list(some_of(others))
     lost = []
     for fault in faults:
         ended = os.waitstatus_to_exitcode(os.waitpid(backup_with(guarded, fault), 0)[1])
@@ -261,9 +265,8 @@ def test_whatever_call_of_a_backup_takes_long_it_costs_the_backup_at_most(guarde
             lost.append((fault.method, fault.effect))
         recover_with(guarded)
         clear(guarded, LIVE)
-    on_watch = {(method, effect) for method in ("pause", "snapshot", "duplicate", "resume") for effect in SLOW}
     assert on_watch <= set(lost)
-    assert len(lost) < len(faults) // 2  # a busy machine may cost another one
+    assert len(lost) - len(on_watch) < len(some_of(others)) // 3  # a busy machine may cost another one
     counted(
         f"{len(faults)} calls that take long, {len(lost)} backups failed by it, nothing was left or lost",
         cases=len(faults),

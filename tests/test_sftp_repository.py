@@ -106,7 +106,7 @@ def test_a_live_backup_of_a_real_guest_and_its_way_back(server: SshServer, optio
     folders = HostFolders.find(place / "state")
     try:
         with LabMachine(place / "vm001", find_qemu("7.2")) as machine, Controller(folders) as controller:
-            machine.wait_for_check(100)
+            machine.wait_for_check(40)
             repository = create_repository(server.url(place / "repository"), "x", options=options)
             controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
             before = machine.latest_count()

@@ -67,7 +67,7 @@ def place() -> Iterator[Path]:
 @pytest.fixture(params=available_qemus(), ids=lambda build: f"qemu{build.version}")
 def machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     with LabMachine(place / "vm001", request.param, settings={"touch_mib": 24, "stall_us": 500}) as started:
-        started.wait_for_check(100, timeout_seconds=150)
+        started.wait_for_check(40, timeout_seconds=150)
         yield started
 
 

@@ -125,7 +125,7 @@ def test_a_real_guest_is_backed_up_live_and_consistent_and_goes_on(zfs: ZfsFuse,
         LabMachine(place / "vm001", find_qemu("7.2"), memory_mib=256, disks=(disk,), settings=settings) as machine,
         Controller(folders) as controller,
     ):
-        machine.wait_for_check(100)
+        machine.wait_for_check(40)
         controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
         processes = processes_of(place)
         live = controller.backup("vm001", repository)

@@ -1,5 +1,6 @@
 """The mechanism ``iscsi`` fulfils the contract of its role on thin volumes behind LIO, too: what the appliance of the
-whole scenario has. With files behind it the suite has it in `tests.in_guest.test_lio`; ``make test-cuts`` runs this.
+whole scenario has. With files behind it the suite has it in `tests.in_guest.test_lio`;
+``make test-exhaustive`` runs this.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Story:
     def _works(self) -> None:
         _heading("A Linux guest works")
         machine = self._machine
-        machine.wait_for_check(100)
+        machine.wait_for_check(40)
         _tell(
             f"QEMU {machine.qemu.version}, pid {machine.pid}: {machine.memory_mib} MiB of RAM, a qcow2 and a raw disk.",
             "The guest writes a counter into RAM and onto both disks, and checks all the time that",

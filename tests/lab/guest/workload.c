@@ -45,10 +45,10 @@ static struct setting settings[] = {
     {"stamp_mib", 8, 1},     /* RAM that is stamped in turn */
     {"dirty_pages", 8, 1},   /* pages stamped by each count */
     {"touch_mib", 0, 0},     /* bulk RAM filled once with incompressible data, and verified */
-    {"pause_us", 10000, 0},  /* sleep after each count */
+    {"pause_us", 25000, 0},  /* sleep after each count */
     {"stall_us", 10000, 1},  /* how long the thread that watches for stalls sleeps */
-    {"count_every", 10, 1},  /* counts from one COUNT line to the next */
-    {"check_every", 100, 1}, /* counts from one full check to the next */
+    {"count_every", 5, 1},   /* counts from one COUNT line to the next */
+    {"check_every", 40, 1},  /* counts from one full check to the next */
     {"ext4_disk", 0, 0},     /* the number, from 1 on, of a disk, the last one, that is left to programs/application.c */
     {"packets", 0, 0},       /* not 0: programs/packets.c runs */
     {"controllers", 0, 0},   /* SCSI and IDE drivers are loaded, so many disks awaited, and later ones taken, too */
