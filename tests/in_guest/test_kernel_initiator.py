@@ -165,8 +165,7 @@ def stage(brought: Brought, tmp_path: Path) -> Iterator[Stage]:
         folders = HostFolders.find(tmp_path / "state")
         drivers = Drivers(folders.context(), {"iscsi": brought.options})
         with Controller(folders, drivers=drivers, start_guardian=unguarded) as controller:
-            # User-mode Linux' userfaultfd does not write-protect.
-            controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket), "capture": "precopy"})
+            controller.add_vm("vm001", "qemu", {"qmp": str(machine.qmp_socket)})
             yield Stage(machine, controller, str(tmp_path / "repository"))
 
 

@@ -35,8 +35,8 @@ class Disk:
     """``qcow2`` or ``raw``."""
     size_bytes: int = 256 * MIB
     address: str = ""
-    """Where it lies: on a LUN, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator, or in an image file that is
-    there already, by its absolute path; empty for a file that the machine makes.
+    """Where it lies: on a LUN, ``iscsi://portal/iqn/lun``, reached by QEMU's own initiator, or in an image file or on a
+    device that is there already, by its absolute path; empty for a file that the machine makes.
     """
     account: str = ""
     """The CHAP account there, whose secret is QEMU's object ``chap``, of a domain libvirt's secret of that usage;
@@ -186,7 +186,7 @@ class LabMachine(Started):
         arguments = []
         for index, disk in enumerate(self.disks):
             name = f"disk{index}"
-            where = _lun_options(disk) if disk.is_lun else f"driver=file,filename={self.disk_path(index)}"
+            where = _lun_options(disk) if disk.is_lun else _file_options(self.disk_path(index))
             if disk.bare:
                 arguments += ["-blockdev", f"node-name={name},{where}"]
             else:
@@ -315,6 +315,10 @@ class LabMachine(Started):
         log = self.folder / "qemu.log"
         errors = log.read_text(errors="replace") if log.exists() else ""
         return f"QEMU said {errors[-1000:]!r}, the guest {self.serial_text()[-500:]!r}"
+
+
+def _file_options(path: Path) -> str:
+    return f"driver={'host_device' if path.is_block_device() else 'file'},filename={path}"
 
 
 def _lun_options(disk: Disk) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 from vmsnap.errors import VmsnapError
 from vmsnap.model import Finding, VmDescription, VmState
 from vmsnap.roles import DriverContext, Program
+from vmsnap_drivers.qemu import write_protection
 from vmsnap_drivers.qemu.capture.plan import ways
 from vmsnap_drivers.qemu.monitor import Monitor
 from vmsnap_drivers.qemu.peer import available_memory_bytes, file_system_of, is_memory_file_system
@@ -19,6 +20,7 @@ from vmsnap_drivers.qemu.peer import available_memory_bytes, file_system_of, is_
 _BINARIES: Final = ("qemu-system-x86_64", "qemu-system-aarch64", "qemu-kvm", "kvm")
 QEMU: Final = Program(_BINARIES, "apt install qemu-system-x86")
 _VERSION_SECONDS: Final = 10
+_NOBODY: Final = 65534
 
 
 def look_at_host(context: DriverContext) -> Iterator[Finding]:
@@ -82,10 +84,9 @@ def _version(path: str) -> str:
 
 
 def _userfaultfd() -> Finding:
-    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
-    if not switch.exists():
-        return Finding("userfaultfd", "note", "this kernel has none: no copy on write, pre-copy works")
-    if switch.read_text().strip() == "1":
+    if lacking := write_protection.what_the_kernel_lacks():
+        return Finding("userfaultfd", "note", f"{lacking}: no copy on write, pre-copy works")
+    if not write_protection.why_not_for(_NOBODY):
         return Finding("userfaultfd", "ok", "open to all users")
     return Finding(
         "userfaultfd",

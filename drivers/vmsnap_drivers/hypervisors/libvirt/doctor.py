@@ -11,7 +11,7 @@ from vmsnap.model import Finding
 from vmsnap_drivers.hypervisors.libvirt.domain import Domains, reached
 from vmsnap_drivers.hypervisors.libvirt.reach import qemu_user
 from vmsnap_drivers.hypervisors.libvirt.remote import is_remote
-from vmsnap_drivers.qemu.capture.plan import why_no_userfaultfd_for
+from vmsnap_drivers.qemu import write_protection
 
 _CONFINED: Final = {
     "apparmor": "let QEMU open the files that vmsnap makes beside disks: a line such as '/srv/vms/** rwk,' in"
@@ -81,7 +81,7 @@ def _look(domains: Domains) -> Iterator[Finding]:
     capabilities = domains.call("its capabilities", lambda connection: str(connection.getCapabilities()))
     user = qemu_user(capabilities)
     if user is not None:
-        if why_not := why_no_userfaultfd_for(user):
+        if why_not := write_protection.why_not_for(user):
             yield Finding("userfaultfd for libvirt's QEMU", "note", why_not, _LET_USE_USERFAULTFD)
         else:
             yield Finding("userfaultfd for libvirt's QEMU", "ok", f"user {user} may use it")

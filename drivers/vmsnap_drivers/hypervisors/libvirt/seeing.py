@@ -12,8 +12,8 @@ from vmsnap.model import Disk, SeenVm, VmState
 from vmsnap_drivers.hypervisors.libvirt import refusals
 from vmsnap_drivers.hypervisors.libvirt.domain import Domain, Domains, address_of, disks_of
 from vmsnap_drivers.hypervisors.libvirt.network_disks import notes_of_disks
+from vmsnap_drivers.qemu import write_protection
 from vmsnap_drivers.qemu.capture.cow import may_trace
-from vmsnap_drivers.qemu.capture.plan import why_no_userfaultfd
 from vmsnap_drivers.qemu.libvirt.address import LibvirtAddress
 from vmsnap_drivers.qemu.libvirt.process import find_qemu
 
@@ -63,7 +63,7 @@ def _ways(domain: Domain, tree: ET.Element) -> tuple[tuple[str, ...], list[str]]
     """The ways of capture, and what stands in the way of each other one."""
     try:
         pid = find_qemu(domain.uuid)
-        why_no_cow = why_no_userfaultfd(pid)
+        why_no_cow = write_protection.why_not(pid)
         if not why_no_cow and not may_trace(pid):
             why_no_cow = "it belongs to another user (run vmsnap as root)"
     except (CannotCapture, OSError) as e:

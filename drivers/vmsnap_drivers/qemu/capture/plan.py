@@ -12,6 +12,7 @@ from typing import Final
 from vmsnap.errors import CannotCapture, StorageFull
 from vmsnap.model import CapturePlan, VmDescription, VmState, Window
 from vmsnap.roles import CaptureRequest, DriverContext
+from vmsnap_drivers.qemu import write_protection
 from vmsnap_drivers.qemu.capture import precopy
 from vmsnap_drivers.qemu.capture.cow import LEAVES_STOPPED_FROM, can_hold, may_trace, prepare_seconds
 from vmsnap_drivers.qemu.capture.lost_pages import why_pages_would_be_lost
@@ -50,7 +51,7 @@ def ways(monitor: Monitor, description: VmDescription, factors: Mapping[str, flo
     seconds = _COW_FIXED + (found.small_bytes - found.collapsible_bytes) * _PROTECT_SMALL_PER_BYTE
     if not held:
         seconds += description.memory_bytes * _TOUCH_PER_BYTE
-    why_no_cow = why_no_userfaultfd(monitor.peer_pid)
+    why_no_cow = write_protection.why_not(monitor.peer_pid)
     if not why_no_cow and monitor.version < LEAVES_STOPPED_FROM and not may_trace(monitor.peer_pid):
         why_no_cow = "a capture that breaks off would leave this QEMU stuck, and only root could free it"
     precopy_seconds = _PRECOPY_FIXED + description.memory_bytes * _PRECOPY_PER_BYTE
@@ -141,7 +142,7 @@ def _plan_stopped(monitor: Monitor, description: VmDescription) -> CapturePlan:
             f"VM {description.vm!r} stands still, and QEMU {'.'.join(map(str, monitor.version))} would make it run",
             cure="resume it and back it up live, shut it down, or use QEMU 9.0",
         )
-    if why_not := why_no_userfaultfd(monitor.peer_pid):
+    if why_not := write_protection.why_not(monitor.peer_pid):
         raise CannotCapture(f"VM {description.vm!r} stands still, and copy on write cannot be: {why_not}")
     return CapturePlan("cow", Window.FREE, True, 0.0, "the guest stands still already")
 
@@ -174,24 +175,3 @@ def choose_folder(context: DriverContext, vm: str, memory_bytes: int) -> Path:
 def used_bytes(folder: Path) -> int:
     """What the files in and below a folder take."""
     return sum((Path(place) / name).lstat().st_blocks * 512 for place, _, names in os.walk(folder) for name in names)
-
-
-def why_no_userfaultfd(pid: int) -> str:
-    """Why the QEMU process `pid` may not protect pages by userfaultfd; empty where it may.
-
-    QEMU 7.2 uses the system call (CAP_SYS_PTRACE, or ``vm.unprivileged_userfaultfd=1``), 8.0 and later
-    ``/dev/userfaultfd`` first.
-    """
-    return why_no_userfaultfd_for(Path("/proc", str(pid)).stat().st_uid)
-
-
-def why_no_userfaultfd_for(owner: int) -> str:
-    """The same for QEMUs of a user."""
-    if owner == 0:
-        return ""
-    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
-        return ""
-    device = Path("/dev/userfaultfd")
-    if device.exists() and device.stat().st_mode & 0o006 == 0o006:
-        return ""
-    return f"QEMU runs as user {owner} and may not use userfaultfd (sysctl vm.unprivileged_userfaultfd=1)"
