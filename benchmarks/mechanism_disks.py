@@ -87,7 +87,7 @@ def _on_zfs(place: Path, order: Order) -> Iterator[Guest]:
         image = server.mounted / "vm001" / "disk.img"
         with image.open("wb") as file:
             file.truncate(SMALL_MIB * MIB)
-        machine = _machine(place / "vm001", order, Disk("raw", SMALL_MIB * MIB))
+        machine = machine_on(place / "vm001", order, Disk("raw", SMALL_MIB * MIB))
         machine.folder.mkdir()
         machine.disk_path(0).symlink_to(image)
         yield Guest(machine, "zfs", {"pause_seconds": str(SLOW_COMMAND_SECONDS)})
@@ -99,7 +99,7 @@ def _on_tgt(place: Path, order: Order) -> Iterator[Guest]:
         size_bytes = _DATA_FROM_BYTES + order.data_mib * MIB
         _fill(mount / "lun.img", size_bytes)
         server.add(_TARGET, mount / "lun.img")
-        machine = _machine(place / "vm001", order, Disk("raw", size_bytes, server.address(_TARGET)))
+        machine = machine_on(place / "vm001", order, Disk("raw", size_bytes, server.address(_TARGET)))
         yield Guest(machine, "iscsi", server.options)
 
 
@@ -108,7 +108,7 @@ def _in_an_appliance(place: Path, order: Order) -> Iterator[Guest]:
     (place / "word").write_text(_WORD)
     with Appliance(place / "appliance") as appliance:
         disk = Disk("raw", SMALL_MIB * MIB, appliance.address(_TARGET, "lio"), _ACCOUNT)
-        machine = _machine(place / "vm001", order, disk, chap_arguments(place / "word"))
+        machine = machine_on(place / "vm001", order, disk, chap_arguments(place / "word"))
         appliance.add_lio(_TARGET, "vm001", SMALL_MIB, [f"{QEMU}:{machine.uuid}"], _ACCOUNT, _WORD)
         options = {
             "appliances": f"{appliance.portal('lio')}={appliance.url()}",
@@ -121,7 +121,7 @@ def _in_an_appliance(place: Path, order: Order) -> Iterator[Guest]:
         yield Guest(machine, "iscsi", options)
 
 
-CANDIDATES: Final[Mapping[str, Candidate]] = {
+FILES_AND_LUNS: Final[Mapping[str, Candidate]] = {
     "qcow2": Candidate("`qcow2`", "a file on this host", _by_qcow2),
     "reflink": Candidate("`file`, reflinked", "a file on XFS", _by_reflink),
     "copy": Candidate("`file`, copied", "a file on this host", _by_copy),
@@ -134,13 +134,14 @@ CANDIDATES: Final[Mapping[str, Candidate]] = {
 
 def _on_a_file(folder: Path, order: Order) -> LabMachine:
     size_bytes = _DATA_FROM_BYTES + order.data_mib * MIB
-    machine = _machine(folder, order, Disk("raw", size_bytes))
+    machine = machine_on(folder, order, Disk("raw", size_bytes))
     folder.mkdir()
     _fill(machine.disk_path(0), size_bytes)
     return machine
 
 
-def _machine(folder: Path, order: Order, disk: Disk, arguments: Sequence[str] = ()) -> LabMachine:
+def machine_on(folder: Path, order: Order, disk: Disk, arguments: Sequence[str] = ()) -> LabMachine:
+    """The guest of every row, on that disk."""
     return LabMachine(
         folder,
         order.build,

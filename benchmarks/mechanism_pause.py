@@ -6,6 +6,8 @@ For each mechanism one of the lab's guests is booted (tests/lab/install.sh gets 
 which it writes all the time. It is backed up in both ways in turn, the first of each not counted. All pauses are from
 QEMU's event STOP to RESUME, seen past vmsnap. With ``--json`` what was measured of other mechanisms before, and written
 there, belongs to the table too. Ctrl-C removes everything, as the end does. docs/pause.md has results. Needs root.
+
+What needs a kernel that this host may not have runs in the storage guest, with a guest in it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -27,9 +30,11 @@ from types import FrameType
 from typing import Final
 
 from benchmarks.document import host, markdown_table, replace_section
-from benchmarks.mechanism_disks import CANDIDATES, WITNESS, Candidate, Guest, Order
+from benchmarks.mechanism_devices import DEVICES
+from benchmarks.mechanism_disks import FILES_AND_LUNS, WITNESS, Candidate, Guest, Order
 from benchmarks.pause_reference import Witness
 from tests.lab import available_qemus, find_qemu
+from tests.lab.user_mode import UserModeGuest
 from vmsnap.controller import Controller, Drivers
 from vmsnap.controller.freezing import NO_FREEZE, OVERLAY
 from vmsnap.errors import Interrupted
@@ -38,12 +43,15 @@ from vmsnap.model import from_json
 from vmsnap.places import create_repository
 from vmsnap.repository import Repository
 
-DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+CANDIDATES: Final[Mapping[str, Candidate]] = {**FILES_AND_LUNS, **DEVICES}
+ROOT: Final = Path(__file__).resolve().parent.parent
+DOCS: Final = ROOT / "docs"
 MAX_PAUSE_SECONDS: Final = 100.0
 COUNTS_BETWEEN: Final = 30
 """So far the guest counts, and writes, before each backup."""
 BOOT_SECONDS: Final = 240.0
 _INTERRUPTED: Final = 130
+_STORAGE_GUEST_SECONDS: Final = 3600.0
 _HEAD: Final = (
     "mechanism and disk", "n", "pause", "max", "`--freeze overlay`", "max", "ratio", "the overlay lives",
 )  # fmt: skip
@@ -72,7 +80,10 @@ def main() -> int:
     code = 0
     try:
         for kind in options.only:
-            results[kind] = _measure(kind, CANDIDATES[kind], order, options.rounds, options.folder)
+            if kind in DEVICES and not options.here:
+                results[kind] = _measure_in_the_storage_guest(kind, options)
+            else:
+                results[kind] = _measure(kind, CANDIDATES[kind], order, options.rounds, options.folder)
             if options.json:
                 options.json.write_text(json.dumps([asdict(result) for result in results.values()], indent=1) + "\n")
     except (KeyboardInterrupt, Interrupted):
@@ -123,6 +134,26 @@ def _measure(kind: str, candidate: Candidate, order: Order, rounds: int, parent:
             raise SystemExit(f"the guest of {kind} is not well: {faults}")
     plain, frozen = (tuple(pauses[freeze]) for freeze in (NO_FREEZE, OVERLAY))
     return Measured(kind, rounds, order.build.version, order.data_mib, load, plain, frozen, tuple(lives))
+
+
+def _measure_in_the_storage_guest(kind: str, options: argparse.Namespace) -> Measured:
+    """The same by this program in there.
+
+    :raises SystemExit: it failed
+    """
+    # fmt: off
+    words = [
+        sys.executable, "-m", "benchmarks.mechanism_pause", "--here", "--only", kind, "--rounds", str(options.rounds),
+        "--data", str(options.data), "--qemu", options.qemu, "--json", "/run/results/measured.json",
+    ]
+    # fmt: on
+    with tempfile.TemporaryDirectory(prefix="vmsnap-") as folder, UserModeGuest(Path(folder)) as guest:
+        script = f"export PATH=/usr/sbin:/usr/bin:/sbin:/bin\ncd {shlex.quote(str(ROOT))}\nexec {shlex.join(words)}\n"
+        ended = guest.run("measure", script, _STORAGE_GUEST_SECONDS)
+        sys.stderr.write(ended.output)
+        if ended.status:
+            raise SystemExit(f"in the storage guest it ended with {ended.status}")
+        return _measured_before(guest.results / "measured.json")[kind]
 
 
 def _controller(place: Path, guest: Guest, at_the_end: Callable[..., object]) -> Controller:
@@ -182,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--qemu", default=versions[0], choices=versions, help="version; LUNs need one that has an initiator")
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for everything")
     add("--json", type=Path, metavar="FILE", help="keep all measurements there")
+    add("--here", action="store_true", help="measure all of it here; for the storage guest itself")
     add("--docs", action="store_true", help="write the table into docs/pause.md")
     return parser
 
