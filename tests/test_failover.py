@@ -295,3 +295,25 @@ def test_a_duplicate_that_died_in_its_vms_place_is_spent_and_its_disks_stay(worl
             controller.failover("vm001")
         assert controller.table.get("vm001").state == "absent" and controller.journal.unfinished() == []
         controller.discard_duplicate(result.duplicate)
+
+
+def test_a_duplicate_that_does_not_run_says_why(world: World) -> None:
+    result = keep(world)
+    kill(world)
+    plan = FaultPlan()
+    with world.controller(plan) as controller:
+        (found,) = controller.duplicates()
+        disk = Path(found.disks[1].address)
+        disk.write_bytes(bytes(disk.stat().st_size))
+        state = plan.count
+
+        def when_it_has_looked(method: str) -> Fault | None:
+            if method == "state" and "resume" in plan.calls:
+                eventually(lambda: world.status()["state"] == "fault", "the guest has looked at its disks")
+            return state(method)
+
+        plan.count = when_it_has_looked  # type: ignore[method-assign]
+        with pytest.raises(HypervisorError, match="is ended instead of executing: the guest has faulted: disk1 lacks"):
+            controller.failover("vm001")
+    with world.controller() as controller:
+        controller.discard_duplicate(result.duplicate)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.executing import see_it_execute
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.reach import Reach, rows_of
@@ -194,9 +195,7 @@ class Failover:
         self._hypervisor.resume()
 
     def _await_executing(self) -> None:
-        state = self._hypervisor.state()
-        if state is not VmState.EXECUTING:
-            raise HypervisorError(f"VM {self._order.vm!r} is {state.value} instead of executing")
+        see_it_execute(self._hypervisor)
         self._seconds = time.monotonic() - self._begun
 
     def _take_place(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.executing import see_it_execute
 from vmsnap.controller.execution import Execution
 from vmsnap.controller.interruption import Interruption
 from vmsnap.controller.named_disks import THE_ONE, opened
@@ -215,9 +216,7 @@ class Restore:
         self._hypervisor.resume()
 
     def _await_executing(self) -> None:
-        state = self._hypervisor.state()
-        if state is not VmState.EXECUTING:
-            raise HypervisorError(f"the restored VM {self._order.name!r} is {state.value} instead of executing")
+        see_it_execute(self._hypervisor)
 
     def _enter_in_table(self) -> None:
         """From here on the VM is the user's: nothing of it is ours to remove."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vmsnap.controller.drivers import Drivers
+from vmsnap.controller.executing import see_it_execute
 from vmsnap.controller.reach import Reach
 from vmsnap.errors import AlreadyExists, HypervisorError
 from vmsnap.journal import Operation
@@ -89,14 +90,8 @@ class RunningDuplicate:
 
         :raises HypervisorError: it does not
         """
-        state = self.hypervisor.state()
-        if state is not VmState.EXECUTING:
-            why = "".join(f": {refusal}" for refusal in self._refusals(state))
-            raise HypervisorError(f"VM {self.name!r} is {state.value} instead of executing{why}")
-        self._table.set_state(self.name, state.value)
-
-    def _refusals(self, state: VmState) -> tuple[str, ...]:
-        return () if state is VmState.ABSENT else self.hypervisor.describe().refusals
+        see_it_execute(self.hypervisor)
+        self._table.set_state(self.name, VmState.EXECUTING.value)
 
     def shut_down(self, timeout_seconds: float) -> None:
         """Ask its guest to end in order, and wait for that.
