@@ -15,6 +15,7 @@ from hypothesis import settings
 from tests.brought_out import BROUGHT_OUT, BroughtOut
 from tests.lab import available_qemus
 from tests.lab.qemus import cache_folder
+from tests.left_out import EXHAUSTIVE
 from tests.order import LongestFirst, longest_first
 from tests.servers.moto import moto
 from tests.servers.s3 import S3Server
@@ -93,11 +94,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst
     return LongestFirst(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first. Where the lab is not installed, what boots real guests is left out and says why,
-    unless skips are forbidden.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files come first. What is left to ``make test-exhaustive`` is not there. Where the lab is not
+    installed, what boots real guests is left out and says why, unless skips are forbidden.
     """
-    items[:] = longest_first(items)
+    left_out = [] if EXHAUSTIVE else [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = longest_first([item for item in items if item not in left_out])
     if os.environ.get("VMSNAP_FORBID_SKIPS"):
         return
     has_sshd = os.geteuid() == 0 and (cache_folder() / "sshd" / "complete").exists()

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Counted
+from tests.left_out import some_of
 from tests.world import World
 from vmsnap.controller import Controller
 from vmsnap.controller.backup import BackupOrder, LiveBackup
@@ -105,6 +106,7 @@ def test_whatever_single_call_of_a_backup_fails_the_vm_runs_and_nothing_is_left(
 ) -> None:
     faults = list(single_faults(calls_of_a_good_run(world, order).counts, [Effect.BEFORE, Effect.AFTER]))
     assert len(faults) >= 50
+    faults = some_of(faults)
     failed = 0
     for fault in faults:
         plan = FaultPlan(fault)

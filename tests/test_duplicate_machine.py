@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.left_out import EXHAUSTIVE
 from tests.test_protocol_machine import faults_among
 from tests.world import World
 from vmsnap.errors import VmsnapError
@@ -122,7 +123,7 @@ class Duplicates(RuleBasedStateMachine):
 
 TestDuplicates = Duplicates.TestCase
 TestDuplicates.settings = settings(
-    max_examples=12,
+    max_examples=12 if EXHAUSTIVE else 5,
     stateful_step_count=8,
     deadline=None,
     derandomize=True,

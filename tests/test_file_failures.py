@@ -21,7 +21,7 @@ from tests.conftest import Counted
 from tests.storedfiles.recording import build_library
 from tests.world import World
 
-CASES = int(os.environ.get("VMSNAP_FILE_FAILURES", "200"))
+CASES = int(os.environ.get("VMSNAP_FILE_FAILURES", "100"))
 SEED = int(os.environ.get("VMSNAP_FILE_SEED", "1"))
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ENOMEM, errno.EMFILE)
 """Those of between.c."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.left_out import some_of
 from tests.workers import MAX_PAUSE_SECONDS, SLOW_MACHINE_SECONDS, worker_that_waits_at
 from tests.world import World
 from vmsnap.errors import VmsnapError
@@ -41,7 +42,7 @@ def test_a_signal_stops_the_backup_the_vm_runs_and_nothing_is_left(
     world.see_that_all_is_well()
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", some_of(CALLS, 2))
 def test_killed_at_any_call_the_vm_runs_again_and_recover_removes_the_rest(world: World, call: str) -> None:
     worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
     worker.kill()
@@ -91,7 +92,7 @@ def ended_by_further_signals(worker: subprocess.Popen[str]) -> int:
     return worker.wait()
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", some_of(CALLS, 2))
 def test_a_second_signal_ends_it_at_once_and_recover_does_the_rest(world: World, call: str) -> None:
     worker = worker_that_waits_at(world.folders.state_dir, world.url, call)
     assert ended_by_further_signals(worker) in (130, -signal.SIGINT)

@@ -375,6 +375,7 @@ def test_somebody_without_rights_and_a_machine_that_is_another_are_one_clear_lin
 
 
 @pytest.mark.libvirt
+@pytest.mark.exhaustive
 def test_a_domain_of_libvirt_on_a_lun_of_lio_is_backed_up_and_comes_back(appliance: Appliance, tmp_path: Path) -> None:
     """The secret of CHAP is libvirt's to keep, and the initiator's name its XML's. The duplicate has both."""
     pytest.importorskip("libvirt", reason="needs libvirt's Python binding: make .venv/.libvirt")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.lab import LabMachine
 from tests.lab import serial as console
+from tests.left_out import some_of
 from tests.test_live_backup_qemu import (
     BUILDS,
     block_graph,
@@ -32,7 +33,7 @@ BUSY = {"touch_mib": 100, "stamp_mib": 128, "dirty_pages": 16384, "pause_us": 0,
 SLOW_MACHINE_SECONDS = 240
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=some_of(BUILDS, 2))
 def busy_machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     with LabMachine(place / "vm001", request.param, settings=BUSY) as started:
         started.wait_for_check(5, timeout_seconds=SLOW_MACHINE_SECONDS)

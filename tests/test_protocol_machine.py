@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.left_out import EXHAUSTIVE
 from tests.test_backup_failures import ORDERS, back_up
 from tests.world import World
 from vmsnap.errors import VmsnapError
@@ -131,7 +132,7 @@ class Protocols(RuleBasedStateMachine):
 
 TestProtocols = Protocols.TestCase
 TestProtocols.settings = settings(
-    max_examples=25,
+    max_examples=25 if EXHAUSTIVE else 10,
     stateful_step_count=12,
     deadline=None,
     derandomize=True,

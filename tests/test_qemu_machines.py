@@ -23,6 +23,7 @@ from tests.lab import LabMachine, available_qemus
 from tests.lab import serial as console
 from tests.lab.qemus import QemuBuild
 from tests.lab.qmp import Oracle
+from tests.left_out import some_of
 from vmsnap.controller import Controller
 from vmsnap.host import HostFolders
 from vmsnap.places import create_repository
@@ -46,7 +47,7 @@ def place() -> Iterator[Path]:
     remove_host(folder)
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=some_of(BUILDS, 2))
 def build(request: pytest.FixtureRequest) -> QemuBuild:
     found: QemuBuild = request.param
     return found

@@ -30,10 +30,8 @@ from tests.lab.scripted import Scripted
 from tests.lab.storage import StorageGuest
 from tests.lab.systemd import SystemdMachine
 from tests.lab.user_mode import UserModeGuest
-from tests.left_out import EXHAUSTIVE
 from tests.order import together
 
-collect_ignore = [] if EXHAUSTIVE else ["test_lio_thin.py"]
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PATIENCE_SECONDS = 540.0

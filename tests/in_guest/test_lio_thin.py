@@ -19,7 +19,7 @@ from vmsnap.roles import SnapshotMechanism
 from vmsnap.testing.snapshot import SnapshotContract
 
 __all__ = ["server"]
-pytestmark = pytest.mark.storage
+pytestmark = [pytest.mark.storage, pytest.mark.exhaustive]
 
 
 @pytest.fixture(scope="module")
