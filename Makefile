@@ -34,9 +34,10 @@ lab: $(VENV)/.development
 	else echo "not root on Debian: what needs QEMU and other Debian packages is left out, see the skips at the end"; fi
 	@if pkg-config --exists libvirt; then $(MAKE) --no-print-directory $(VENV)/.libvirt; fi
 
-SAMPLED := backup_failures consistent_qemu duplicate_failures duplicate_machine interruption \
-  iscsi_appliance iscsi_cuts lab_guest libvirt_crashes libvirt_driver live_backup_qemu pause_limits protocol_machine \
-  qemu_crashes qemu_driver_failures qemu_machines recovery_failures
+SAMPLED := backup_failures consistent_qemu duplicate_failures duplicate_machine failover_qemu freeze_qemu \
+  incremental_qemu interruption iscsi_appliance iscsi_cuts lab_guest libvirt_crashes libvirt_driver \
+  live_backup_qemu pause_limits protocol_machine qemu_crashes qemu_driver_failures qemu_machines \
+  recovery_failures slow_repository_qemu
 
 # What the suite takes samples of, whole (tests/left_out.py): the network to a storage appliance is cut at every command of
 # a backup, before and after it, where the suite does so where that makes a difference; every call of every protocol fails,

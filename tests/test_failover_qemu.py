@@ -8,6 +8,7 @@ import pytest
 
 from tests.lab import available_qemus
 from tests.lab import serial as console
+from tests.left_out import some_of
 from tests.qemu_stage import Stage, staged, until
 from tests.workers import kill_failovers_at
 from vmsnap.errors import Busy, UnknownDuplicate
@@ -19,7 +20,7 @@ BUILDS = [pytest.param(build, id=f"qemu-{build.version}") for build in available
 KILLED_AT = ["fence", "load", "switch_disks", "resume"]
 
 
-@pytest.fixture(scope="module", params=BUILDS)
+@pytest.fixture(scope="module", params=some_of(BUILDS, 2))
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     with staged(request.param) as made:
         yield made

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import WITH_BARE_DISK, LabMachine, disk_records, find_qemu
+from tests.left_out import some_of
 from tests.qemu_stage import until
 from tests.test_live_backup_qemu import BUILDS, block_graph, controller, files_beside, place, repository
 from tests.test_side_by_side import WatchedDrivers
@@ -30,7 +31,7 @@ FREEZE_CALLS = ("plan_freeze", "prepare_freeze", "freeze_disks", "check_frozen",
 Take = Callable[[], tuple[DiskSnapshot, ...]]
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=some_of(BUILDS, 2))
 def machine(request: pytest.FixtureRequest, place: Path) -> Iterator[LabMachine]:
     """A guest with a qcow2 disk and a raw one without a node of its format, both written to all the time."""
     with LabMachine(place / "vm001", request.param, disks=WITH_BARE_DISK) as started:
