@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -89,7 +89,7 @@ def main() -> int:
     except (KeyboardInterrupt, Interrupted):
         _say("interrupted; the mechanisms that were measured whole until then count")
         code = _INTERRUPTED
-    if results:
+    if results and not options.here:
         text = _text(results)
         print(text)
         if options.docs:
@@ -137,7 +137,7 @@ def _measure(kind: str, candidate: Candidate, order: Order, rounds: int, parent:
 
 
 def _measure_in_the_storage_guest(kind: str, options: argparse.Namespace) -> Measured:
-    """The same by this program in there.
+    """The same by this program in there; the load is this host's.
 
     :raises SystemExit: it failed
     """
@@ -147,13 +147,14 @@ def _measure_in_the_storage_guest(kind: str, options: argparse.Namespace) -> Mea
         "--data", str(options.data), "--qemu", options.qemu, "--json", "/run/results/measured.json",
     ]
     # fmt: on
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="vmsnap-") as folder, UserModeGuest(Path(folder)) as guest:
         script = f"export PATH=/usr/sbin:/usr/bin:/sbin:/bin\ncd {shlex.quote(str(ROOT))}\nexec {shlex.join(words)}\n"
         ended = guest.run("measure", script, _STORAGE_GUEST_SECONDS)
         sys.stderr.write(ended.output)
         if ended.status:
             raise SystemExit(f"in the storage guest it ended with {ended.status}")
-        return _measured_before(guest.results / "measured.json")[kind]
+        return replace(_measured_before(guest.results / "measured.json")[kind], load=load)
 
 
 def _controller(place: Path, guest: Guest, at_the_end: Callable[..., object]) -> Controller:
