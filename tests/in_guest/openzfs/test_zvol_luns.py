@@ -93,9 +93,9 @@ def test_what_is_made_is_ours_and_the_mechanism_zfs_leaves_it_alone(rig: ZvolRig
 def test_a_pool_that_is_too_full_is_relieved_of_the_snapshot(
     rig: ZvolRig, tank: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_FULL", 0.0)
     before = rig.traces()
     life = live(rig, "reader")
+    monkeypatch.setattr(watch, "_FULL", 0.0)
     eventually(lambda: rig.traces() == before, "the snapshot is given up", 60)
     for reader in life.readers:
         with pytest.raises(SnapshotError, match=rf"the pool {tank} is full to \d+%, and the snapshot was given up"):
