@@ -267,10 +267,12 @@ class IscsiMechanism(SnapshotMechanism):
     def clone_reader(self, plan: ClonePlan, disk: Disk) -> DiskReader:
         """See `SnapshotMechanism.clone_reader`."""
         names, source = self._clone(plan)
-        if self._place(source.lun).here and self._server(source).bypasses_cache and source.kind != Files.kind:
-            _forget(names.path)
         # One that lasts is the user's, and is not given up.
         given_up = str if plan.lasting else partial(self._given_up, plan.snapshot.tag, source.snapshot)
+        if why := given_up():
+            raise SnapshotError(f"the clone {names.path} is lost: {why}")
+        if self._place(source.lun).here and self._server(source).bypasses_cache and source.kind != Files.kind:
+            _forget(names.path)
         exported = source.lun.beside(names.target)
         return self._read(source, exported, names.path, disk.size_bytes, "the clone", given_up)
 
