@@ -140,17 +140,19 @@ def test_a_clone_has_properties_of_its_own_whatever_its_pool_has(rig: ZvolRig, t
 
 
 def test_a_quota_of_what_a_volume_lies_in_counts(rig: ZvolRig, server: LioServer, tank: str) -> None:
-    run("zfs", "create", "-o", "quota=64m", f"{tank}/customers")
-    run("zfs", "create", "-s", "-V", "64m", f"{tank}/customers/web1")
+    run("zfs", "create", f"{tank}/customers")
+    run("zfs", "create", "-s", "-V", "16m", f"{tank}/customers/web1")
     node = NODES / tank / "customers/web1"
     eventually(node.exists, "it appears")
     server.add(f"{AUTHORITY}:web1", node)
     mechanism, address = rig.mechanism(), server.address(f"{AUTHORITY}:web1")
-    assert mechanism.disk_at("web1", address).size_bytes == 64 * MIB
-    # A write takes 24 times its room until it is done (spa_asize_inflation), and waits where a quota has less.
-    write(str(node), 0, os.urandom(59 * MIB))
+    assert mechanism.disk_at("web1", address).size_bytes == 16 * MIB
+    write(str(node), 0, os.urandom(15 * MIB))
     os.sync()
     run("zpool", "sync", tank)
+    # Set before, it may keep the write waiting for ever: that takes 24 times its room as long as it lasts
+    # (spa_asize_inflation), and is tried again while the quota is not used up (dsl_dir_tempreserve_impl).
+    run("zfs", "set", "quota=16m", f"{tank}/customers")
     with pytest.raises(SnapshotError, match=f"the quota of {tank}/customers is too full for a snapshot"):
         mechanism.disk_at("web1", address)
     server.remove(f"{AUTHORITY}:web1")
