@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from benchmarks.mechanism_disks import MIB, SLOW_COMMAND_SECONDS, SMALL_MIB, Candidate, Guest, Order, machine_on
+from benchmarks.mechanism_disks import (
+    MIB,
+    SLOW_COMMAND_SECONDS,
+    SMALL_MIB,
+    TARGET,
+    Candidate,
+    Guest,
+    Order,
+    machine_on,
+)
 from tests.in_guest.volumes import make_pool, make_thick, make_thin, run, volume_group
 from tests.lab import Disk
 from tests.lab.appliance import lio_library
@@ -19,7 +28,6 @@ from tests.lab.xfs import mounted_xfs
 
 _ROOM_MIB: Final = 4 * SMALL_MIB
 _OPTIONS: Final = {"pause_seconds": str(SLOW_COMMAND_SECONDS)}
-_TARGET: Final = "iqn.2009-12.com.example:bench"
 
 
 @contextmanager
@@ -48,13 +56,13 @@ def _on_lio(place: Path, order: Order) -> Iterator[Guest]:
     ):
         with (mount / "lun.img").open("wb") as file:
             file.truncate(SMALL_MIB * MIB)
-        server.add(_TARGET, mount / "lun.img", initiators=(QEMU, NAME))
-        device = initiator.log_in(_TARGET, server.portal)
+        server.add(TARGET, mount / "lun.img", initiators=(QEMU, NAME))
+        device = initiator.log_in(TARGET, server.portal)
         try:
             machine = machine_on(place / "vm001", order, Disk("raw", SMALL_MIB * MIB, str(device)))
             yield Guest(machine, "iscsi", {**server.options, **_OPTIONS})
         finally:
-            initiator.log_out(_TARGET, server.portal)
+            initiator.log_out(TARGET, server.portal)
 
 
 DEVICES: Final[Mapping[str, Candidate]] = {

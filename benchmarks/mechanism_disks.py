@@ -34,7 +34,8 @@ _DATA_FROM_BYTES: Final = 32 * MIB
 _PIECE_BYTES: Final = 4 * MIB
 _MEMORY_MIB: Final = 256
 _SLOTS: Final = 64
-_TARGET: Final = "iqn.2009-12.com.example:bench"
+TARGET: Final = "iqn.2009-12.com.example:bench"
+"""Of every disk that is a LUN."""
 _ACCOUNT, _WORD = "keeper", "word-of-chap-12"
 
 
@@ -98,8 +99,8 @@ def _on_tgt(place: Path, order: Order) -> Iterator[Guest]:
     with _in_path(tgt.programs()), _xfs(place, order) as mount, TargetServer(place / "tgtd") as server:
         size_bytes = _DATA_FROM_BYTES + order.data_mib * MIB
         _fill(mount / "lun.img", size_bytes)
-        server.add(_TARGET, mount / "lun.img")
-        machine = machine_on(place / "vm001", order, Disk("raw", size_bytes, server.address(_TARGET)))
+        server.add(TARGET, mount / "lun.img")
+        machine = machine_on(place / "vm001", order, Disk("raw", size_bytes, server.address(TARGET)))
         yield Guest(machine, "iscsi", server.options)
 
 
@@ -107,9 +108,9 @@ def _on_tgt(place: Path, order: Order) -> Iterator[Guest]:
 def _in_an_appliance(place: Path, order: Order) -> Iterator[Guest]:
     (place / "word").write_text(_WORD)
     with Appliance(place / "appliance") as appliance:
-        disk = Disk("raw", SMALL_MIB * MIB, appliance.address(_TARGET, "lio"), _ACCOUNT)
+        disk = Disk("raw", SMALL_MIB * MIB, appliance.address(TARGET, "lio"), _ACCOUNT)
         machine = machine_on(place / "vm001", order, disk, chap_arguments(place / "word"))
-        appliance.add_lio(_TARGET, "vm001", SMALL_MIB, [f"{QEMU}:{machine.uuid}"], _ACCOUNT, _WORD)
+        appliance.add_lio(TARGET, "vm001", SMALL_MIB, [f"{QEMU}:{machine.uuid}"], _ACCOUNT, _WORD)
         options = {
             "appliances": f"{appliance.portal('lio')}={appliance.url()}",
             "known_hosts": str(appliance.known_hosts),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 
 from .machine import LabError
 from .qemus import find_qemu
+from .started import Started
 
 _SOURCE = Path(__file__).parent / "guest/counter.s"
 _LOADED_AT = "0x7c00"
@@ -57,8 +57,8 @@ def see_it_count(log: Path) -> None:
         raise LabError(f"the counter's RAM and disk differ: {faults[:40]!r}")
 
 
-class CounterMachine:
-    """QEMU with that guest on a disk that has its program, for a ``with``. In its folder ``qmp.sock`` is the monitor,
+class CounterMachine(Started):
+    """QEMU with that guest on a disk that has its program, see `Started`. In its folder ``qmp.sock`` is the monitor,
     and ``serial`` has all that the guest says.
     """
 
@@ -73,13 +73,14 @@ class CounterMachine:
         see_it_count(self.folder / "serial")
 
     def kill(self) -> None:
-        """End it now; idempotent."""
+        """See `Started.kill`."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def __enter__(self) -> CounterMachine:
+    def start(self) -> None:
+        """Start QEMU, and wait until the guest counts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = find_qemu("10.0").command(
             "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc,accel=tcg", "-name", "counter",
@@ -89,9 +90,3 @@ class CounterMachine:
         )  # fmt: skip
         self._process = subprocess.Popen(command, start_new_session=True)
         self.counts_on()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()

@@ -35,13 +35,13 @@ from vmsnap.host import HostFolders
 
 VM = "linux1"
 COPY = "linux1-copy"
-SETTINGS = {"touch_mib": 64, "stamp_mib": 32}
+_COUNT_EVERY = 10
+SETTINGS = {"touch_mib": 64, "stamp_mib": 32, "count_every": _COUNT_EVERY}
 _CHECK_SECONDS = 45.0
 _CHILD_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LONGEST_SILENCE_SECONDS = 3.0
 _SAME_COUNT_LINES = 2
-_COUNT_EVERY = 10
 _INTERRUPTED = 130
 
 
